@@ -1,0 +1,150 @@
+"""What a run is: frozen dataclasses whose field docs are the command line's help. No jax in here.
+
+A field that is ``None`` means "what suits the model": `resolve` fills it in, from ``assets/demo.yaml`` for the embedded
+default and from `STABLE_DIFFUSION_DEFAULTS` (the values of diffusers' ``textual_inversion.py``) for any other model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+ASSETS = Path(__file__).parent / "assets"
+DEMO_CONFIG = ASSETS / "demo.yaml"
+
+LearnableProperty = Literal["object", "style"]
+Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+SamplerName = Literal["ddim", "euler", "euler_a", "dpm++"]
+
+STABLE_DIFFUSION_DEFAULTS: dict[str, Any] = {
+    "train_batch_size": 16,
+    "learning_rate": 1e-4,
+    "max_train_steps": 5000,
+    "validation_guidance_scale": 7.5,
+    "validation_inference_steps": 30,
+    "overview_prompts": (
+        "a photo of {} on a beach",
+        "a photo of {} in the snow",
+        "an oil painting of {}",
+        "a pencil drawing of {}",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Learn a new word for a frozen Stable Diffusion from a few pictures."""
+
+    # -- the model
+    pretrained_model_name_or_path: str | None = None
+    """A diffusers folder or a Hugging Face Hub id, e.g. stable-diffusion-v1-5/stable-diffusion-v1-5. Left out: the
+    small model that comes with ti_jax."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub repository."""
+    variant: str | None = None
+    """Variant of the weight files, e.g. fp16."""
+    mixed_precision: Literal["no", "bf16"] | None = None
+    """Precision of the frozen weights and their activations; rows, loss and optimizer are always float32. Left out:
+    bf16 on TPU and GPU, no (float32) on CPU."""
+
+    # -- the pictures and the word
+    train_data_dir: str | None = None
+    """Folder with the pictures of the concept, 3 to 5 are enough. Left out with the embedded model: its own example."""
+    placeholder_token: str | None = None
+    """The new word, e.g. <cat-toy>. It must not be a word that the model has already."""
+    initializer_token: str | None = None
+    """One or several words that the model knows and that come near the concept, e.g. toy. The rows start from them."""
+    num_vectors: int = 1
+    """How many rows of the token-embedding table the new word takes."""
+    learnable_property: LearnableProperty = "object"
+    """What the pictures share: chooses the list of prompt templates."""
+    templates: str | None = None
+    """Text file that replaces the prompt templates: one a line, {} stands for the new word."""
+    embeddings: tuple[str, ...] = ()
+    """Files of other learned words that the templates may use. Their rows stay as they are."""
+    resolution: int | None = None
+    """Side in pixels of the square that the pictures are cropped to; divisible by 8. Left out: the model's own."""
+    center_crop: bool = False
+    """Crop to the pixel as diffusers' script does under this flag: the largest centred square, then resize. Otherwise
+    the picture is scaled to cover the square, aspect ratio kept, and the overhang is cut on both sides alike."""
+    flip_probability: float = 0.5
+    """Chance that a picture is mirrored when it is drawn; 0 for subjects that have a left and a right."""
+    skip_bad_images: bool = False
+    """Go on without pictures that cannot be read, naming each, instead of stopping."""
+
+    # -- the run
+    output_dir: str = "output"
+    """Folder for the learned embedding, checkpoints, samples, logs and the resolved config."""
+    seed: int = 0
+    """Seed of everything random; the same seed gives the same rows on one machine."""
+    train_batch_size: int | None = None
+    """Pictures per step on each device. Left out: 16 (the embedded model: see configs/demo.yaml)."""
+    gradient_accumulation_steps: int = 1
+    """Batches whose gradients are averaged for one update."""
+    max_train_steps: int | None = None
+    """Updates in all; overrides --num_train_epochs. Left out: 5000 (the embedded model: see configs/demo.yaml)."""
+    num_train_epochs: int | None = None
+    """Passes over the pictures, each pass showing every picture --repeats times; used where --max_train_steps is
+    left out."""
+    repeats: int = 100
+    """How often one epoch shows each picture."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+
+    # -- the optimizer
+    learning_rate: float | None = None
+    """AdamW's step size. Left out: 1e-4 (the embedded model: see configs/demo.yaml)."""
+    scale_lr: bool = False
+    """Multiply the learning rate by accumulation steps, batch size per device, and devices."""
+    lr_scheduler: Schedule = "constant"
+    """How the learning rate goes over the run."""
+    lr_warmup_steps: int = 500
+    """Updates during which the learning rate rises from 0; the constant schedule has none."""
+    lr_num_cycles: int = 1
+    """Hard restarts of cosine_with_restarts."""
+    adam_beta1: float = 0.9
+    """Decay of AdamW's first moment."""
+    adam_beta2: float = 0.999
+    """Decay of AdamW's second moment."""
+    adam_weight_decay: float = 0.0
+    """Weight decay of the new rows. diffusers has 1e-2, which only shrinks them; 0 here."""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon."""
+
+    # -- looking at it
+    validation_prompt: str | None = None
+    """Prompt with the new word (or {} in its place) that is drawn every --validation_steps updates."""
+    num_validation_images: int = 4
+    """Pictures per validation."""
+    validation_steps: int = 100
+    """Updates between two validations."""
+    validation_guidance_scale: float | None = None
+    """Classifier-free guidance of validation and overview pictures. Left out: 7.5 (embedded model: 3)."""
+    validation_inference_steps: int | None = None
+    """Sampler steps of validation and overview pictures. Left out: 30 (embedded model: 25)."""
+    overview_prompts: tuple[str, ...] | None = None
+    """Prompts, {} for the word, of the overview picture that the run ends with."""
+    report_to: Literal["tensorboard", "none"] = "tensorboard"
+    """Where curves go besides metrics.jsonl."""
+    logging_dir: str = "logs"
+    """Folder of the TensorBoard logs, inside --output_dir unless absolute."""
+    logging_steps: int = 10
+    """Updates in one dispatch to the device, after which loss and speed are shown and logged."""
+
+    # -- keeping it
+    save_steps: int = 500
+    """Updates between two copies of the embedding, learned_embeds-steps-N.safetensors."""
+    checkpointing_steps: int = 500
+    """Updates between two checkpoints to resume from (a few kilobytes each)."""
+    checkpoints_total_limit: int | None = None
+    """Keep only this many of the newest checkpoints. Left out: all."""
+    resume_from_checkpoint: str | None = None
+    """"latest", or the path of a checkpoint folder: go on from there, bit for bit as if never interrupted."""
+    push_to_hub: bool = False
+    """Upload the result to the Hugging Face Hub at the end."""
+    hub_model_id: str | None = None
+    """Hub repository to push to. Left out: the name of --output_dir."""
+    hub_token: str | None = dataclasses.field(default=None, repr=False)
+    """Token for the hub. Left out: the one that `hf auth login` has stored."""

@@ -1,0 +1,310 @@
+"""A frozen Stable Diffusion: its networks as pure functions, and the facade that holds weights and tokenizers."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import tokens
+from .diffusion.schedule import NoiseSchedule
+from .errors import InputError
+from .models.clip_text import CLIPTextConfig, CLIPTextModel
+from .models.unet import UNet2DConditionModel, UNetConfig
+from .models.vae import AutoencoderKL, VAEConfig
+from .weights.config_files import read_component_config
+from .weights.hub import resolve
+from .weights.load import load_component, param_shapes
+from .weights.tokenizers import load_tokenizer
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from transformers import CLIPTokenizer
+
+    from .embeddings import Embedding
+
+Params = Mapping[str, Any]
+
+
+class Condition(NamedTuple):
+    """What the UNet is told: the text, and for SDXL also a pooled text vector and the picture's sizes."""
+
+    context: jax.Array  # [B, L, D]
+    pooled: jax.Array | None = None  # [B, P]
+    time_ids: jax.Array | None = None  # [B, 6]: original height, width, crop top, left, target height, width (pixels)
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The networks of one Stable Diffusion as pure functions of a parameter tree. Hashable, so that it can be static.
+
+    ``params`` holds one tree for each network: ``text_encoder``, perhaps ``text_encoder_2``, ``unet``, ``vae``.
+    """
+
+    text_encoders: tuple[tuple[str, CLIPTextModel], ...]
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    prediction_type: str = "epsilon"
+
+    @property
+    def latent_factor(self) -> int:
+        """Pixels to a latent, along one side (8 for every published Stable Diffusion)."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def encode_text(
+        self, params: Params, ids: Mapping[str, jax.Array], rows: Mapping[str, jax.Array] | None = None
+    ) -> Condition:
+        """Token ids int32 [B, L] by encoder -> `Condition`, with trained rows spliced in behind the frozen table.
+
+        One encoder (SD1, SD2): its last hidden state, as diffusers' ``encode_prompt`` without clip_skip. Two (SDXL): the
+        penultimate states of both side by side, and the pooled projection of the second.
+        """
+        outputs = [
+            module.apply({"params": params[name]}, ids[name], None if rows is None else rows[name])
+            for name, module in self.text_encoders
+        ]
+        if len(outputs) == 1:
+            return Condition(outputs[0].last_hidden_state)
+        context = jnp.concatenate([out.penultimate_hidden_state for out in outputs], axis=-1)
+        return Condition(context, outputs[-1].pooled)
+
+    def predict_noise(
+        self, params: Params, latents: jax.Array, timesteps: jax.Array, condition: Condition
+    ) -> jax.Array:
+        """The UNet's raw output (noise, velocity or sample: see ``prediction_type``): [B, h, w, c] -> [B, h, w, c]."""
+        added_cond = None
+        if condition.pooled is not None:
+            time_ids = condition.time_ids
+            if time_ids is None:
+                height, width = (side * self.latent_factor for side in latents.shape[1:3])
+                time_ids = jnp.broadcast_to(
+                    jnp.array([height, width, 0, 0, height, width], jnp.float32), (latents.shape[0], 6)
+                )
+            added_cond = {"text_embeds": condition.pooled, "time_ids": time_ids}
+        return self.unet.apply({"params": params["unet"]}, latents, timesteps, condition.context, added_cond)
+
+    def encode_image(self, params: Params, pixels: jax.Array) -> jax.Array:
+        """Pixels [B, H, W, 3] in [-1, 1] -> mean and log-variance of the latents, float32 [B, h, w, 2c], unscaled."""
+        return self.vae.apply({"params": params["vae"]}, pixels, method="encode").astype(jnp.float32)
+
+    def decode_latents(self, params: Params, latents: jax.Array) -> jax.Array:
+        """Scaled latents [B, h, w, c] -> pixels, float32 [B, H, W, 3], about [-1, 1]."""
+        config = self.vae.config
+        unscaled = latents / config.scaling_factor + (config.shift_factor or 0.0)
+        return self.vae.apply({"params": params["vae"]}, unscaled, method="decode").astype(jnp.float32)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _run(networks: Networks, function: str, params: Params, *args: Any) -> Any:
+    return getattr(networks, function)(params, *args)
+
+
+@dataclass(frozen=True)
+class StableDiffusion:
+    """A frozen Stable Diffusion with its tokenizers and noise schedule.
+
+    Attributes:
+      networks: the modules.
+      params: ``{"text_encoder": tree, ["text_encoder_2": tree,] "unet": tree, "vae": tree}``, on the default device.
+      tokenizers: one for each text encoder, by the encoder's name.
+      schedule: betas and prediction type that the model was trained with.
+      scheduler_config: the checkpoint's ``scheduler_config.json``.
+      identity: a hash of the weights; two folders with the same weights have the same.
+      path: the folder that it was read from.
+      name: what the user called it: a path, a hub id, or "mini-sd" for the embedded default.
+    """
+
+    networks: Networks
+    params: Params
+    tokenizers: Mapping[str, CLIPTokenizer]
+    schedule: NoiseSchedule
+    scheduler_config: Mapping[str, Any]
+    dtype: Any
+    identity: str
+    path: Path
+    name: str
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path | None = None,
+        dtype: Any = None,
+        *,
+        revision: str | None = None,
+        variant: str | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> StableDiffusion:
+        """Read a diffusers folder or hub repository (PyTorch weights); ``None`` is the embedded default.
+
+        Args:
+          dtype: of the frozen weights and activations. ``None``: bfloat16 on TPU and GPU, float32 on CPU.
+          revision, variant: as in diffusers.
+          gradient_checkpointing: the UNet recomputes its activations in a backward pass.
+
+        Raises:
+          InputError: no such model, a file that cannot be read, an option that is not implemented, or weights that do not
+            match the configuration.
+        """
+        if dtype is None:
+            dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        folder = resolve(None if path_or_hub_id is None else str(path_or_hub_id), revision, variant)
+        index = read_component_config(folder, None)
+        text_names = [name for name in ("text_encoder", "text_encoder_2") if (index.get(name) or [None])[0]]
+
+        text_encoders = tuple(
+            (name, CLIPTextModel(CLIPTextConfig.from_dict(read_component_config(folder, name)), dtype))
+            for name in text_names
+        )
+        unet = UNet2DConditionModel(
+            UNetConfig.from_dict(read_component_config(folder, "unet")), dtype, gradient_checkpointing
+        )
+        vae = AutoencoderKL(VAEConfig.from_dict(read_component_config(folder, "vae")), dtype)
+        scheduler_config = read_component_config(folder, "scheduler")
+        schedule = NoiseSchedule.from_config(scheduler_config)
+
+        loaded = {
+            name: load_component(folder, name, shapes, dtype, variant)
+            for name, shapes in network_shapes(text_encoders, unet, vae).items()
+        }
+        digest = hashlib.sha256("".join(loaded[name].digest for name in sorted(loaded)).encode())
+        return cls(
+            networks=Networks(text_encoders, unet, vae, schedule.prediction_type),
+            params={name: component.params for name, component in loaded.items()},
+            tokenizers={name: load_tokenizer(folder, name.replace("text_encoder", "tokenizer")) for name in text_names},
+            schedule=schedule,
+            scheduler_config=scheduler_config,
+            dtype=dtype,
+            identity=digest.hexdigest(),
+            path=folder,
+            name="mini-sd" if path_or_hub_id is None else str(path_or_hub_id),
+        )
+
+    # -- sizes
+
+    @property
+    def vocab_sizes(self) -> dict[str, int]:
+        """Rows of each text encoder's frozen token table; ids from there on are trained rows."""
+        return {name: module.config.vocab_size for name, module in self.networks.text_encoders}
+
+    @property
+    def embedding_dims(self) -> dict[str, int]:
+        """Length of a token embedding, by text encoder."""
+        return {name: module.config.hidden_size for name, module in self.networks.text_encoders}
+
+    @property
+    def default_resolution(self) -> int:
+        """Side in pixels of the pictures that the model was trained on."""
+        return self.networks.unet.config.sample_size * self.networks.latent_factor
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Shape [h, w, c] of the latents of a picture of that size in pixels."""
+        factor = self.networks.latent_factor
+        for side in (height, width):
+            if side < factor or side % factor:
+                raise InputError(f"a picture's side must be a positive multiple of {factor} pixels, not {side}")
+        return height // factor, width // factor, self.networks.vae.config.latent_channels
+
+    def token_table(self, name: str) -> np.ndarray:
+        """The frozen token-embedding table of one text encoder, float32 [vocab_size, D]."""
+        return np.asarray(self.params[name]["embeddings"]["token_embedding"]["embedding"]).astype(np.float32)
+
+    # -- the networks, compiled
+
+    def tokenize(self, prompts: Sequence[str], words: Mapping[str, int] | None = None) -> dict[str, np.ndarray]:
+        """Token ids int32 [B, L] for each text encoder; ``words`` are placeholders with their numbers of vectors.
+
+        Raises:
+          InputError: a prompt is longer than the text encoder reads.
+        """
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        return {
+            name: tokens.tokenize(
+                self.tokenizers[name],
+                prompts,
+                words or {},
+                module.config.vocab_size,
+                min(module.config.max_position_embeddings, self.tokenizers[name].model_max_length),
+            )
+            for name, module in self.networks.text_encoders
+        }
+
+    def encode_text(
+        self, ids: Mapping[str, Any], rows: Mapping[str, Any] | None = None
+    ) -> Condition:
+        """Token ids (from `tokenize`) and trained rows float32 [n, D] by text encoder -> `Condition`."""
+        arrays = {name: jnp.asarray(value) for name, value in ids.items()}
+        if rows is None:
+            for name, value in ids.items():
+                if np.max(value) >= self.vocab_sizes[name]:
+                    raise ValueError("these ids hold a new word: encode_text needs its rows too")
+        return _run(self.networks, "encode_text", self.params, arrays, rows)
+
+    def predict_noise(self, latents: Any, timesteps: Any, cond: Condition) -> jax.Array:
+        """The UNet's raw output [B, h, w, c] for noisy latents [B, h, w, c] and timesteps [B]."""
+        return _run(self.networks, "predict_noise", self.params, jnp.asarray(latents), jnp.asarray(timesteps), cond)
+
+    def encode_image(self, pixels: Any) -> jax.Array:
+        """Pixels [B, H, W, 3] in [-1, 1] -> mean and log-variance of the latents [B, h, w, 2c], unscaled."""
+        return _run(self.networks, "encode_image", self.params, jnp.asarray(pixels))
+
+    def decode_latents(self, latents: Any) -> jax.Array:
+        """Scaled latents [B, h, w, c] -> pixels [B, H, W, 3] in [-1, 1]."""
+        return _run(self.networks, "decode_latents", self.params, jnp.asarray(latents))
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        embeddings: Sequence[Embedding] = (),
+        **settings: Any,
+    ) -> list[Image.Image]:
+        """Draw one picture for each prompt; see `ti_jax.sampling.generate` for the settings."""
+        from .sampling import generate
+
+        return generate(self, prompts, embeddings, **settings)
+
+    def with_compute_dtype(self, dtype: Any) -> StableDiffusion:
+        """The same model with weights and activations in another precision."""
+        networks = self.networks
+        return dataclasses.replace(
+            self,
+            dtype=dtype,
+            networks=dataclasses.replace(
+                networks,
+                text_encoders=tuple((name, module.clone(dtype=dtype)) for name, module in networks.text_encoders),
+                unet=networks.unet.clone(dtype=dtype),
+                vae=networks.vae.clone(dtype=dtype),
+            ),
+            params=jax.tree.map(lambda leaf: leaf.astype(dtype), self.params),
+        )
+
+
+def network_shapes(
+    text_encoders: Sequence[tuple[str, CLIPTextModel]], unet: UNet2DConditionModel, vae: AutoencoderKL
+) -> dict[str, Any]:
+    """The parameter trees that the modules want, as `jax.ShapeDtypeStruct`; nothing is allocated."""
+    ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    shapes = {name: param_shapes(module, ids) for name, module in text_encoders}
+    side = 2 ** len(unet.config.block_out_channels)
+    sample = jax.ShapeDtypeStruct((1, side, side, unet.config.in_channels), jnp.float32)
+    context = jax.ShapeDtypeStruct((1, 4, unet.config.cross_attention_dim), jnp.float32)
+    added_cond = None
+    if unet.config.addition_embed_type == "text_time":
+        pooled_width = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+        added_cond = {
+            "text_embeds": jax.ShapeDtypeStruct((1, pooled_width), jnp.float32),
+            "time_ids": jax.ShapeDtypeStruct((1, 6), jnp.float32),
+        }
+    timesteps = jax.ShapeDtypeStruct((1,), jnp.int32)
+    shapes["unet"] = param_shapes(unet, sample, timesteps, context, added_cond)
+    pixels = jax.ShapeDtypeStruct((1, 32, 32, vae.config.in_channels), jnp.float32)
+    shapes["vae"] = param_shapes(vae, pixels)
+    return shapes

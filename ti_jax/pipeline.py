@@ -1,14 +1,13 @@
-"""A frozen Stable Diffusion: its networks as pure functions, and the facade that holds weights and tokenizers."""
+"""The facade: a frozen Stable Diffusion with its weights, tokenizers and noise schedule."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,86 +19,14 @@ from .errors import InputError
 from .models.clip_text import CLIPTextConfig, CLIPTextModel
 from .models.unet import UNet2DConditionModel, UNetConfig
 from .models.vae import AutoencoderKL, VAEConfig
+from .networks import Condition, Networks, Params, network_shapes
 from .weights.config_files import read_component_config
 from .weights.hub import resolve
-from .weights.load import load_component, param_shapes
+from .weights.load import load_component
 from .weights.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
-    from PIL import Image
     from transformers import CLIPTokenizer
-
-    from .embeddings import Embedding
-
-Params = Mapping[str, Any]
-
-
-class Condition(NamedTuple):
-    """What the UNet is told: the text, and for SDXL also a pooled text vector and the picture's sizes."""
-
-    context: jax.Array  # [B, L, D]
-    pooled: jax.Array | None = None  # [B, P]
-    time_ids: jax.Array | None = None  # [B, 6]: original height, width, crop top, left, target height, width (pixels)
-
-
-@dataclass(frozen=True)
-class Networks:
-    """The networks of one Stable Diffusion as pure functions of a parameter tree. Hashable, so that it can be static.
-
-    ``params`` holds one tree for each network: ``text_encoder``, perhaps ``text_encoder_2``, ``unet``, ``vae``.
-    """
-
-    text_encoders: tuple[tuple[str, CLIPTextModel], ...]
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
-    prediction_type: str = "epsilon"
-
-    @property
-    def latent_factor(self) -> int:
-        """Pixels to a latent, along one side (8 for every published Stable Diffusion)."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
-
-    def encode_text(
-        self, params: Params, ids: Mapping[str, jax.Array], rows: Mapping[str, jax.Array] | None = None
-    ) -> Condition:
-        """Token ids int32 [B, L] by encoder -> `Condition`, with trained rows spliced in behind the frozen table.
-
-        One encoder (SD1, SD2): its last hidden state, as diffusers' ``encode_prompt`` without clip_skip. Two (SDXL): the
-        penultimate states of both side by side, and the pooled projection of the second.
-        """
-        outputs = [
-            module.apply({"params": params[name]}, ids[name], None if rows is None else rows[name])
-            for name, module in self.text_encoders
-        ]
-        if len(outputs) == 1:
-            return Condition(outputs[0].last_hidden_state)
-        context = jnp.concatenate([out.penultimate_hidden_state for out in outputs], axis=-1)
-        return Condition(context, outputs[-1].pooled)
-
-    def predict_noise(
-        self, params: Params, latents: jax.Array, timesteps: jax.Array, condition: Condition
-    ) -> jax.Array:
-        """The UNet's raw output (noise, velocity or sample: see ``prediction_type``): [B, h, w, c] -> [B, h, w, c]."""
-        added_cond = None
-        if condition.pooled is not None:
-            time_ids = condition.time_ids
-            if time_ids is None:
-                height, width = (side * self.latent_factor for side in latents.shape[1:3])
-                time_ids = jnp.broadcast_to(
-                    jnp.array([height, width, 0, 0, height, width], jnp.float32), (latents.shape[0], 6)
-                )
-            added_cond = {"text_embeds": condition.pooled, "time_ids": time_ids}
-        return self.unet.apply({"params": params["unet"]}, latents, timesteps, condition.context, added_cond)
-
-    def encode_image(self, params: Params, pixels: jax.Array) -> jax.Array:
-        """Pixels [B, H, W, 3] in [-1, 1] -> mean and log-variance of the latents, float32 [B, h, w, 2c], unscaled."""
-        return self.vae.apply({"params": params["vae"]}, pixels, method="encode").astype(jnp.float32)
-
-    def decode_latents(self, params: Params, latents: jax.Array) -> jax.Array:
-        """Scaled latents [B, h, w, c] -> pixels, float32 [B, H, W, 3], about [-1, 1]."""
-        config = self.vae.config
-        unscaled = latents / config.scaling_factor + (config.shift_factor or 0.0)
-        return self.vae.apply({"params": params["vae"]}, unscaled, method="decode").astype(jnp.float32)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -259,52 +186,3 @@ class StableDiffusion:
     def decode_latents(self, latents: Any) -> jax.Array:
         """Scaled latents [B, h, w, c] -> pixels [B, H, W, 3] in [-1, 1]."""
         return _run(self.networks, "decode_latents", self.params, jnp.asarray(latents))
-
-    def generate(
-        self,
-        prompts: Sequence[str],
-        embeddings: Sequence[Embedding] = (),
-        **settings: Any,
-    ) -> list[Image.Image]:
-        """Draw one picture for each prompt; see `ti_jax.sampling.generate` for the settings."""
-        from .sampling import generate
-
-        return generate(self, prompts, embeddings, **settings)
-
-    def with_compute_dtype(self, dtype: Any) -> StableDiffusion:
-        """The same model with weights and activations in another precision."""
-        networks = self.networks
-        return dataclasses.replace(
-            self,
-            dtype=dtype,
-            networks=dataclasses.replace(
-                networks,
-                text_encoders=tuple((name, module.clone(dtype=dtype)) for name, module in networks.text_encoders),
-                unet=networks.unet.clone(dtype=dtype),
-                vae=networks.vae.clone(dtype=dtype),
-            ),
-            params=jax.tree.map(lambda leaf: leaf.astype(dtype), self.params),
-        )
-
-
-def network_shapes(
-    text_encoders: Sequence[tuple[str, CLIPTextModel]], unet: UNet2DConditionModel, vae: AutoencoderKL
-) -> dict[str, Any]:
-    """The parameter trees that the modules want, as `jax.ShapeDtypeStruct`; nothing is allocated."""
-    ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
-    shapes = {name: param_shapes(module, ids) for name, module in text_encoders}
-    side = 2 ** len(unet.config.block_out_channels)
-    sample = jax.ShapeDtypeStruct((1, side, side, unet.config.in_channels), jnp.float32)
-    context = jax.ShapeDtypeStruct((1, 4, unet.config.cross_attention_dim), jnp.float32)
-    added_cond = None
-    if unet.config.addition_embed_type == "text_time":
-        pooled_width = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-        added_cond = {
-            "text_embeds": jax.ShapeDtypeStruct((1, pooled_width), jnp.float32),
-            "time_ids": jax.ShapeDtypeStruct((1, 6), jnp.float32),
-        }
-    timesteps = jax.ShapeDtypeStruct((1,), jnp.int32)
-    shapes["unet"] = param_shapes(unet, sample, timesteps, context, added_cond)
-    pixels = jax.ShapeDtypeStruct((1, 32, 32, vae.config.in_channels), jnp.float32)
-    shapes["vae"] = param_shapes(vae, pixels)
-    return shapes

@@ -1,0 +1,1 @@
+"""Published checkpoints of Stable Diffusion -> checked parameter trees, configs and tokenizers."""

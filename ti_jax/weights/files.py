@@ -1,0 +1,240 @@
+"""The weight files of one component: which of the published layouts a folder has, and their tensors one by one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pickle
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from ti_jax.errors import InputError
+
+# Format -> base names: diffusers' for unet and vae, transformers' for text encoders.
+BASE_NAMES = {"safetensors": ("diffusion_pytorch_model", "model"), "bin": ("diffusion_pytorch_model", "pytorch_model")}
+
+GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+# safetensors' names of the dtypes that are read.
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+def file_names(base: str, extension: str, variant: str | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names under which weights are published: (single files, indices of shards)."""
+    if variant is None:
+        return (f"{base}.{extension}",), (f"{base}.{extension}.index.json",)
+    return (
+        (f"{base}.{variant}.{extension}",),
+        # As transformers, as diffusers and as earlier diffusers name it.
+        (
+            f"{base}.{extension}.index.{variant}.json",
+            f"{base}.{variant}.{extension}.index.json",
+            f"{base}.{extension}.{variant}.index.json",
+        ),
+    )
+
+
+def variants_in(names: list[str]) -> list[str | None]:
+    """Variants that a list of file names has weights of; None is the plain one."""
+    found: set[str | None] = set()
+    for extension, bases in BASE_NAMES.items():
+        for base in bases:
+            word = r"(?:\.(?P<{}>[^.]+))?"
+            single = rf"{base}{word.format('a')}\.{extension}"
+            index = rf"{base}{word.format('b')}\.{extension}{word.format('c')}\.index{word.format('d')}\.json"
+            for name in names:
+                if match := re.fullmatch(f"{single}|{index}", name):
+                    found.add(next((word for word in match.groups() if word), None))
+    return sorted(found, key=str)
+
+
+def select_files(names: list[str], variant: str | None) -> tuple[str, bool] | None:
+    """The file among `names` to read weights of `variant` from, and whether it is an index of shards.
+
+    safetensors goes before pickles, a single file before shards. None if there is no such file.
+    """
+    for extension, bases in BASE_NAMES.items():
+        for base in bases:
+            singles, indices = file_names(base, extension, variant)
+            for candidates, is_index in ((singles, False), (indices, True)):
+                for name in candidates:
+                    if name in names:
+                        return name, is_index
+    return None
+
+
+def weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """Files with the weights of the component in `folder`: one, or the shards that an index names.
+
+    Raises:
+      InputError: no such folder, no weights, no weights of this variant, or an index that is broken or names shards
+        that are not there.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; a diffusers model has its weights there")
+    names = sorted(path.name for path in folder.iterdir())
+    selected = select_files(names, variant)
+    if selected is None:
+        variants = variants_in(names)
+        if not variants:
+            raise InputError(
+                f"{folder}: no weight file (diffusion_pytorch_model or model .safetensors, or .bin); "
+                "download the model again, or give another folder"
+            )
+        wanted = "weights without a variant" if variant is None else f"weights of variant {variant!r}"
+        there = ", ".join("none (the plain weights)" if name is None else name for name in variants)
+        raise InputError(f"{folder}: no {wanted}; variants that are there: {there}; choose one with --variant")
+    name, is_index = selected
+    return shards(folder / name) if is_index else [folder / name]
+
+
+def shards(index: Path) -> list[Path]:
+    """Files that an ``.index.json`` names, each checked to be there."""
+    refuse_git_lfs_pointer(index)
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+        if not names or any(Path(name).name != name for name in names):
+            raise ValueError("its shards are not names of files beside it")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index}: not an index of weight shards ({one_line(error)}); download it again") from error
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise InputError(
+            f"{index}: {len(missing)} of its {len(names)} shards are missing: {listed(missing)}; download them"
+        )
+    return [index.parent / name for name in names]
+
+
+class Tensors:
+    """Tensors of one weight file: `shapes` and `dtypes` at once, the numbers one tensor at a time."""
+
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, np.dtype | str]
+    """A dtype that is read, or the name of one that is not."""
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, in memory of its own."""
+        raise NotImplementedError
+
+
+class SafetensorsFile(Tensors):
+    """A safetensors file."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        names = file.keys()  # of a safe_open, which is no dict
+        slices = {name: file.get_slice(name) for name in names}
+        self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+        self.dtypes = {name: DTYPES.get(part.get_dtype(), part.get_dtype()) for name, part in slices.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, in memory of its own."""
+        return self._file.get_tensor(name)
+
+
+class PickleFile(Tensors):
+    """A state dict that PyTorch pickled."""
+
+    def __init__(self, state_dict: dict[str, Any]) -> None:
+        self._state_dict = state_dict
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+        names = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+        self.dtypes = {}
+        for name, tensor in state_dict.items():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            self.dtypes[name] = DTYPES[names[dtype]] if dtype in names else dtype
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor; it is dropped from the state dict, so that it can be read once."""
+        import torch
+
+        tensor = self._state_dict.pop(name).detach().contiguous()
+        if tensor.dtype == torch.bfloat16:  # which PyTorch cannot hand to NumPy
+            return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.numpy()
+
+
+@contextlib.contextmanager
+def open_tensors(path: Path) -> Iterator[Tensors]:
+    """Open one weight file, a ``.safetensors`` or a PyTorch pickle (``.bin``; unpickled with ``weights_only=True``).
+
+    Raises:
+      InputError: the file is a git-lfs pointer, broken, cut short, or a pickle that holds anything but tensors; or
+        PyTorch, which only pickles need, is not installed.
+    """
+    refuse_git_lfs_pointer(path)
+    if path.suffix == ".safetensors":
+        with contextlib.ExitStack() as stack:
+            try:
+                # pread: what has been read through a memory map stays resident until the file is closed.
+                file = stack.enter_context(safe_open(path, framework="np", backend="pread"))
+                tensors = SafetensorsFile(file)
+            except (SafetensorError, OSError) as error:
+                raise InputError(
+                    f"{path}: not a complete safetensors file ({one_line(error)}); download it again"
+                ) from error
+            yield tensors
+    else:
+        yield PickleFile(load_pickle(path))
+
+
+def load_pickle(path: Path) -> dict[str, Any]:
+    """State dict of a PyTorch pickle; its tensors are mapped from the file where its format allows."""
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(
+            f"{path}: reading a .bin file needs PyTorch (pip install 'ti_jax[torch]'); or get the model as .safetensors"
+        ) from error
+    try:
+        # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
+        state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path}: refused, it is broken or holds more than tensors ({one_line(error)}); get it as .safetensors"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: not a complete PyTorch file ({one_line(error)}); download it again") from error
+    if not isinstance(state_dict, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state_dict.items()
+    ):
+        raise InputError(f"{path}: not a dict of tensors, as a model's state dict is; get the model as .safetensors")
+    return state_dict
+
+
+def is_zip(path: Path) -> bool:
+    """Whether a PyTorch file is a zip archive."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def refuse_git_lfs_pointer(path: Path) -> None:
+    """Raise InputError if `path` is the note that git leaves in place of a large file."""
+    with path.open("rb") as file:
+        if file.read(len(GIT_LFS_POINTER)) == GIT_LFS_POINTER:
+            raise InputError(f"{path}: a git-lfs pointer, not the file itself; fetch it with  git lfs pull")
+
+
+def one_line(error: BaseException) -> str:
+    """First line of another library's message, short."""
+    text = str(error).strip()
+    first = text.splitlines()[0] if text else type(error).__name__
+    return first if len(first) <= 160 else first[:160] + "..."
+
+
+def listed(names: list[str], limit: int = 8) -> str:
+    """The first `limit` of `names`, and a sign of more."""
+    shown = ", ".join(name if name.isprintable() else repr(name) for name in names[:limit])
+    return shown + (", ..." if len(names) > limit else "")

@@ -1,0 +1,110 @@
+"""Weights of one component -> its parameter tree: every tensor mapped once and checked, read one at a time."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from ti_jax.errors import InputError
+from ti_jax.weights.files import Tensors, listed, open_tensors, weight_files
+from ti_jax.weights.identity import Identity
+from ti_jax.weights.names import TreePath, shape_in_tree, to_tree_layout, tree_path
+
+Tree = dict[str, Any]
+
+
+def param_shapes(module: nn.Module, *inputs: Any, **keywords: Any) -> Tree:
+    """Parameter tree of `module` as ShapeDtypeStructs; nothing is computed and no memory taken.
+
+    `inputs` and `keywords` are those of the module's ``__call__``, as arrays or ShapeDtypeStructs.
+    """
+    return jax.eval_shape(lambda *args: module.init(jax.random.key(0), *args, **keywords), *inputs)["params"]
+
+
+def load_component(
+    folder: Path,
+    component: str,
+    shapes: Tree,
+    dtype: Any,
+    variant: str | None = None,
+    identity: Identity | None = None,
+) -> Tree:
+    """Read the weights in ``<folder>/<component>/`` into a parameter tree on the default device.
+
+    Layouts: ``diffusion_pytorch_model`` or ``model`` ``.safetensors``, PyTorch's ``.bin``, either of them as a variant
+    (``.fp16.safetensors``) and sharded (``.index.json``); safetensors before pickles. `ti_jax.weights.names` has the
+    rule for names and layouts.
+
+    Names, shapes and dtypes are checked before the first number is read. Host memory peaks at the tree (where that is
+    on the host) and one tensor.
+
+    Args:
+      folder: a diffusers model.
+      component: ``text_encoder``, ``text_encoder_2``, ``unet`` or ``vae``.
+      shapes: what the module wants, from `param_shapes`.
+      dtype: floating dtype of the tree's leaves.
+      variant: e.g. ``fp16``; None for the plain weights.
+      identity: takes in each tensor as it passes; see `Identity`.
+
+    Returns:
+      Nested dict of the structure of `shapes` whose leaves are arrays of `dtype`.
+
+    Raises:
+      InputError: files that are missing, broken or refused; or names, shapes or dtypes that are not the module's.
+    """
+    folder = Path(folder)
+    targets: dict[TreePath, jax.ShapeDtypeStruct] = flatten_dict(shapes)
+    leaves: dict[TreePath, jax.Array] = {}
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open_tensors(path)) for path in weight_files(folder / component, variant)]
+        for file, name, path in plan(files, component, targets, folder / component):
+            tensor = file.read(name)
+            if identity is not None:
+                identity.add(component, path, targets[path].shape, tensor)
+            leaf = to_tree_layout(tensor, path, len(targets[path].shape))
+            tensor = np.asarray(leaf, dtype=np.dtype(dtype), order="C")  # drops the tensor as it was in the file
+            del leaf
+            # Blocking, so that no queue of host buffers builds up behind a slow transfer.
+            leaves[path] = jax.device_put(tensor).block_until_ready()
+    return unflatten_dict(leaves)
+
+
+def plan(
+    files: list[Tensors], component: str, targets: dict[TreePath, jax.ShapeDtypeStruct], where: Path
+) -> list[tuple[Tensors, str, TreePath]]:
+    """Where each tensor of `files` goes: (file, name in it, tree path), each leaf of `targets` exactly once.
+
+    Raises:
+      InputError: one line with all names that are missing, unexpected, given twice, or of another shape or dtype.
+    """
+    placed: dict[TreePath, tuple[Tensors, str, TreePath]] = {}
+    kinds = ("missing", "unexpected", "given twice", "mis-shaped", "of a dtype that is not read")
+    faults: dict[str, list[str]] = {kind: [] for kind in kinds}
+    for file in files:
+        for name, shape in file.shapes.items():
+            path = tree_path(name, component, targets)
+            if path is None:
+                continue
+            if path not in targets:
+                faults["unexpected"].append(name)
+                continue
+            if path in placed:
+                faults["given twice"].append(name)
+            placed[path] = (file, name, path)
+            wanted = targets[path].shape
+            got = shape_in_tree(shape, path, len(wanted))
+            if got != wanted:
+                faults["mis-shaped"].append(f"{name} {list(shape)}: {list(got)} where the model has {list(wanted)}")
+            if isinstance(file.dtypes[name], str):
+                faults["of a dtype that is not read"].append(f"{name} {file.dtypes[name]}")
+    faults["missing"] = ["/".join(path) for path in targets if path not in placed]
+    if any(faults.values()):
+        found = "; ".join(f"{len(names)} {fault}: {listed(names)}" for fault, names in faults.items() if names)
+        raise InputError(f"{where}: weights that do not fit the model of config.json: {found}")
+    return list(placed.values())

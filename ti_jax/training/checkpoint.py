@@ -1,0 +1,147 @@
+"""Checkpoints to resume from: step, rows and optimizer state, with a fingerprint of everything that they depend on.
+
+Orbax writes them, one folder a step, complete or not at all. The frozen model is never in them: its hash is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from ..config import TrainConfig
+from ..errors import InputError
+from ..files import disk_errors
+from .step import TrainState
+
+Fingerprint = dict[str, Any]
+
+
+def fingerprint(
+    config: TrainConfig,
+    *,
+    model_identity: str,
+    dtype: Any,
+    pixels: np.ndarray,
+    prompts: Sequence[str],
+    words: Mapping[str, int],
+    global_batch: int,
+    total_steps: int,
+) -> Fingerprint:
+    """What the rows at a step depend on, as JSON values. The number of devices and the schedule of saves are not in it.
+
+    ``total_steps`` counts only where the learning rate depends on it, so that a constant-rate run can be made longer.
+    """
+    constant = config.lr_scheduler in ("constant", "constant_with_warmup")
+    return {
+        "base model": model_identity,
+        "precision": np.dtype(dtype).name,
+        "pictures": hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest(),
+        "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
+        "words": [[word, count] for word, count in words.items()],
+        "initializer_token": config.initializer_token,
+        "flip_probability": config.flip_probability,
+        "seed": config.seed,
+        "batch size on all devices": global_batch,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "learning_rate": config.learning_rate,
+        "scale_lr": config.scale_lr,
+        "lr_scheduler": config.lr_scheduler,
+        "lr_warmup_steps": None if config.lr_scheduler == "constant" else config.lr_warmup_steps,
+        "lr_num_cycles": config.lr_num_cycles if config.lr_scheduler == "cosine_with_restarts" else None,
+        "max_train_steps": None if constant else total_steps,
+        "adam": [config.adam_beta1, config.adam_beta2, config.adam_epsilon, config.adam_weight_decay],
+    }
+
+
+class Checkpoints:
+    """The checkpoints of one run, in ``folder``/<step>/."""
+
+    def __init__(self, folder: Path, limit: int | None, identity: Fingerprint):
+        self.folder = folder
+        self.identity = identity
+        self._manager = ocp.CheckpointManager(
+            folder.absolute(),
+            options=ocp.CheckpointManagerOptions(max_to_keep=limit, enable_async_checkpointing=False, create=True),
+        )
+
+    def save(self, state: TrainState) -> None:
+        """Write the state under its step; older checkpoints past the limit go."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        with disk_errors(self.folder):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state._asdict()), identity=ocp.args.JsonSave(self.identity)
+                ),
+            )
+
+    def restore(self, wanted: str, like: TrainState) -> TrainState | None:
+        """The state at "latest" (None where there is no checkpoint yet) or in the checkpoint folder ``wanted``.
+
+        Args:
+          like: a state with the shapes and the placement on devices that the result shall have.
+
+        Raises:
+          InputError: no such checkpoint, one that cannot be read, or one of another model, concept or setting.
+        """
+        if wanted == "latest":
+            step = self._manager.latest_step()
+            if step is None:
+                return None
+            return self._read(self._manager, step, like)
+        folder = Path(wanted)
+        if not folder.name.isdigit() or not folder.is_dir():
+            found = sorted(self._manager.all_steps())
+            steps = f"this run has {', '.join(map(str, found))} in {self.folder}" if found else "this run has none yet"
+            raise InputError(
+                f"--resume_from_checkpoint {wanted}: not a checkpoint folder (one is named by its step, "
+                f"like {self.folder / '500'}); {steps}"
+            )
+        if folder.absolute().parent == self.folder.absolute():
+            return self._read(self._manager, int(folder.name), like)
+        with ocp.CheckpointManager(folder.absolute().parent) as manager:
+            return self._read(manager, int(folder.name), like)
+
+    def _read(self, manager: ocp.CheckpointManager, step: int, like: TrainState) -> TrainState:
+        where = f"checkpoint {Path(manager.directory) / str(step)}"
+        try:
+            found = manager.restore(step, args=ocp.args.Composite(identity=ocp.args.JsonRestore()))["identity"]
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"{where} cannot be read ({_first_line(error)}); resume from another one") from error
+        wanted = json.loads(json.dumps(self.identity))
+        different = [name for name in wanted if found.get(name) != wanted[name]]
+        if different:
+            details = ", ".join(_difference(name, found.get(name), wanted[name]) for name in different)
+            raise InputError(
+                f"{where} belongs to another run ({details}); use the settings that it was made with, or another "
+                f"--output_dir"
+            )
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
+        try:
+            state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"{where} cannot be read ({_first_line(error)}); resume from another one") from error
+        return TrainState(**state)
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        self._manager.close()
+
+
+def _difference(name: str, found: Any, wanted: Any) -> str:
+    if name in ("base model", "pictures", "prompts"):
+        return f"other {name}"
+    return f"{name} {found} there, {wanted} here"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__

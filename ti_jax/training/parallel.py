@@ -1,0 +1,57 @@
+"""The one place that knows about several devices: the mesh, replication, and the mapped loop of many steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from .step import Frozen, TrainState
+
+AXIS = "data"
+
+
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """All devices in a row, along one data-parallel axis."""
+    return Mesh(np.asarray(jax.devices() if devices is None else devices), (AXIS,))
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """A whole copy of every leaf on each device of the mesh."""
+    return jax.device_put(tree, NamedSharding(mesh, P()))
+
+
+def make_run_steps(
+    train_step: Callable[[Frozen, TrainState], tuple[TrainState, jax.Array]], mesh: Mesh, max_steps: int
+) -> Callable[[Frozen, TrainState, jax.Array], tuple[TrainState, jax.Array]]:
+    """``run_steps(frozen, state, count) -> (state, losses)``: up to ``count`` updates in one dispatch, jitted.
+
+    ``count`` (at most ``max_steps``) is traced: one program serves every chunk. The loop ends early at a non-finite loss.
+    ``losses`` is float32 [max_steps]; entries from ``count`` on are NaN. The state is donated.
+
+    This is ``jax.jit(jax.shard_map(...))``, which is what ``jax.pmap`` has been since JAX 0.8; everything in and out is
+    replicated, and the devices differ only in the samples that they draw.
+    """
+
+    def run_steps(frozen: Frozen, state: TrainState, count: jax.Array) -> tuple[TrainState, jax.Array]:
+        def more(carry):
+            index, state, _ = carry
+            return (index < count) & state.ok
+
+        def one(carry):
+            index, state, losses = carry
+            state, loss = train_step(frozen, state)
+            return index + 1, state, losses.at[index].set(loss)
+
+        losses = jnp.full((max_steps,), jnp.nan, jnp.float32)
+        _, state, losses = lax.while_loop(more, one, (jnp.int32(0), state, losses))
+        return state, losses
+
+    mapped = jax.shard_map(run_steps, mesh=mesh, in_specs=(P(), P(), P()), out_specs=(P(), P()))
+    return jax.jit(mapped, donate_argnums=1)

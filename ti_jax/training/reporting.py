@@ -1,0 +1,109 @@
+"""Where a run's figures go: the progress bar, ``metrics.jsonl`` and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..config import TrainConfig
+from ..files import disk_errors, write_atomically
+
+
+class Reporter:
+    """Shows and logs a run. A resumed run cuts the log back to its step and goes on in the same files."""
+
+    def __init__(self, config: TrainConfig, output_dir: Path, first_step: int, total_steps: int):
+        self._metrics_path = output_dir / "metrics.jsonl"
+        with disk_errors(self._metrics_path):
+            self._cut_back(first_step)
+            self._metrics = self._metrics_path.open("a", encoding="utf-8")
+        self._board = None
+        if config.report_to == "tensorboard":
+            from tensorboardX import SummaryWriter
+
+            logging_dir = output_dir / config.logging_dir  # an absolute logging_dir replaces output_dir here
+            with disk_errors(logging_dir):
+                self._board = SummaryWriter(str(logging_dir), purge_step=first_step + 1 if first_step else None)
+        self._bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            desc="learning",
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.2 if sys.stderr.isatty() else 10.0,
+        )
+        self._last_time = time.perf_counter()
+
+    def _cut_back(self, first_step: int) -> None:
+        if not self._metrics_path.exists():
+            return
+        lines = self._metrics_path.read_text(encoding="utf-8").splitlines()
+        kept = []
+        for line in lines:
+            try:
+                if json.loads(line)["step"] <= first_step:
+                    kept.append(line + "\n")
+            except json.JSONDecodeError:
+                continue  # the line that a killed run was writing
+        write_atomically(self._metrics_path, "".join(kept).encode())
+
+    def chunk(self, step: int, losses: list[float], learning_rate: float, samples: int) -> None:
+        """Log the updates of one dispatch.
+
+        Args:
+          step: updates made by its end; losses: one an update; samples: pictures drawn in it, over all devices.
+        """
+        now = time.perf_counter()
+        seconds, self._last_time = now - self._last_time, now
+        figures = {
+            "loss": sum(losses) / len(losses),
+            "learning_rate": learning_rate,
+            "steps_per_second": len(losses) / seconds,
+            "samples_per_second": samples / seconds,
+        }
+        self._bar.update(len(losses))
+        self._bar.set_postfix(loss=f"{figures['loss']:.4f}", refresh=False)
+        self._write({"step": step, **figures, "losses": losses})
+        self._scalars(figures, step)
+
+    def rows(self, step: int, figures: dict[str, float]) -> None:
+        """Log how far the rows have moved and how long they are."""
+        self._write({"step": step, **figures})
+        self._scalars(figures, step)
+
+    def picture(self, name: str, image: Any, step: int) -> None:
+        """Show a PIL picture in TensorBoard."""
+        if self._board is not None:
+            import numpy as np
+
+            self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
+
+    def pause(self) -> None:
+        """Leave the time since the last chunk (saving, drawing) out of the speed of the next."""
+        self._last_time = time.perf_counter()
+
+    def say(self, text: str) -> None:
+        """One line above the progress bar."""
+        tqdm.write(text, file=sys.stderr)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        with disk_errors(self._metrics_path):
+            self._metrics.write(json.dumps(record) + "\n")
+            self._metrics.flush()
+
+    def _scalars(self, figures: dict[str, float], step: int) -> None:
+        if self._board is not None:
+            for name, value in figures.items():
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Finish the bar and the files."""
+        self._bar.close()
+        self._metrics.close()
+        if self._board is not None:
+            self._board.close()

@@ -1,0 +1,167 @@
+"""From a config to what the loop needs: the model, the words, the rows, and the data on the devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import tokens
+from ..config import TrainConfig
+from ..data.images import Pictures, load_images
+from ..data.latents import encode_moments
+from ..data.prompts import load_templates
+from ..embeddings import Embedding
+from ..embeddings.embedding import check_fits
+from ..errors import InputError
+from ..pipeline import StableDiffusion
+from .step import Dataset, Rows
+
+
+@dataclass(frozen=True)
+class Concept:
+    """What is to be learned, and from what.
+
+    Attributes:
+      word: the placeholder; its rows come first. words: it and the other learned words, with their numbers of vectors.
+      rows: start values, float32 [n, D] for each text encoder. row_mask: bool [n], true where they train.
+      others: learned words that stay as they are.
+      prompts: the templates with the word in them. pictures: as `load_images` gives them.
+    """
+
+    word: str
+    words: dict[str, int]
+    rows: dict[str, np.ndarray]
+    row_mask: dict[str, np.ndarray]
+    others: tuple[Embedding, ...]
+    prompts: list[str]
+    pictures: Pictures
+    initializer: str
+    metadata: dict[str, str]
+
+    def embedding(self, rows: Rows, step: int) -> Embedding:
+        """The word as it is at ``step``, to be saved."""
+        count = self.words[self.word]
+        vectors = {name: np.asarray(value)[:count].astype(np.float32) for name, value in rows.items()}
+        return Embedding(self.word, vectors, {**self.metadata, "steps": str(step)})
+
+    def initial_embedding(self) -> Embedding:
+        """The word before training."""
+        return self.embedding({name: jnp.asarray(value) for name, value in self.rows.items()}, 0)
+
+
+def load_model(config: TrainConfig) -> StableDiffusion:
+    """The frozen model in the precision of the config; only families that can be trained."""
+    dtype = {None: None, "no": jnp.float32, "bf16": jnp.bfloat16}[config.mixed_precision]
+    sd = StableDiffusion.from_pretrained(
+        config.pretrained_model_name_or_path,
+        dtype,
+        revision=config.revision,
+        variant=config.variant,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
+    if len(sd.networks.text_encoders) > 1:
+        raise InputError(
+            f"{sd.name} is a Stable Diffusion XL model; this version trains SD1.x and SD2.x (one text encoder) only"
+        )
+    return sd
+
+
+def prepare_concept(config: TrainConfig, sd: StableDiffusion, say: Callable[[str], None]) -> Concept:
+    """Check the word, the initializer, the templates and the pictures, in the order in which they are cheap.
+
+    Raises:
+      InputError: whatever is wrong with one of them.
+    """
+    assert config.placeholder_token and config.initializer_token and config.train_data_dir, "the config is resolved"
+    word, count = config.placeholder_token, config.num_vectors
+    others = tuple(Embedding.load(path) for path in config.embeddings)
+    for path, other in zip(config.embeddings, others, strict=True):
+        check_fits(other, sd.embedding_dims, path)
+
+    rows, row_mask = {}, {}
+    words, other_rows = tokens.combine(others)
+    if word.lower() in (known.lower() for known in words):
+        raise InputError(f"placeholder {word!r} is also the word of one of --embeddings; choose another")
+    words = {word: count, **words}
+    for name, tokenizer in sd.tokenizers.items():
+        tokens.check_new_word(tokenizer, word)
+        ids = tokens.initializer_ids(tokenizer, config.initializer_token)
+        start = tokens.initial_rows(sd.token_table(name), ids, count)
+        rows[name] = np.concatenate([start, other_rows[name]]) if others else start
+        row_mask[name] = np.arange(len(rows[name])) < count
+
+    templates = load_templates(config.learnable_property, config.templates)
+    prompts = [template.replace("{}", word) for template in templates]
+    _check_prompts(sd, prompts, words, word)
+    pictures = load_images(
+        config.train_data_dir,
+        config.resolution or sd.default_resolution,
+        center_crop=config.center_crop,
+        skip_bad=config.skip_bad_images,
+        on_skip=say,
+    )
+    metadata = {
+        "base_model": sd.name,
+        "base_model_hash": sd.identity,
+        "token": word,
+        "initializer_token": config.initializer_token,
+        "num_vectors": str(count),
+        "learnable_property": config.learnable_property,
+    }
+    return Concept(word, words, rows, row_mask, others, prompts, pictures, config.initializer_token, metadata)
+
+
+def _check_prompts(sd: StableDiffusion, prompts: list[str], words: dict[str, int], word: str) -> None:
+    """Every prompt must hold all rows of the word, or nothing is learned from it and nobody is told."""
+    for name, ids in sd.tokenize(prompts, words).items():
+        new_ids = sd.vocab_sizes[name] + np.arange(words[word])
+        for prompt, row in zip(prompts, ids, strict=True):
+            if not np.isin(new_ids, row).all():
+                raise InputError(
+                    f"prompt {prompt!r} does not hold the new word {word!r} once it is cut into tokens; set it apart "
+                    f"with spaces, or choose a word with its own brackets like <{word.strip('<>')}>"
+                )
+
+
+def make_dataset(config: TrainConfig, sd: StableDiffusion, concept: Concept) -> Dataset:
+    """Moments and token ids for the device."""
+    vae = sd.networks.vae.config
+    return Dataset(
+        moments=encode_moments(sd, concept.pictures.pixels, with_mirrored=config.flip_probability > 0),
+        ids=jax.tree.map(jnp.asarray, sd.tokenize(concept.prompts, concept.words)),
+        flip_probability=jnp.float32(config.flip_probability),
+        latent_scale=jnp.float32(vae.scaling_factor),
+        latent_shift=jnp.float32(vae.shift_factor or 0.0),
+    )
+
+
+def row_figures(sd: StableDiffusion, concept: Concept, rows: Rows) -> list[dict[str, Any]]:
+    """How far each row of the word has moved, for each text encoder, against the vocabulary's usual length.
+
+    Returns:
+      ``encoder``, ``row``, ``distance`` from its start (Euclidean), ``cosine`` to its start, ``norm``, and ``usual_norm``,
+      the median norm of the frozen table.
+    """
+    figures = []
+    for name, value in rows.items():
+        usual = float(np.median(np.linalg.norm(sd.token_table(name), axis=-1)))
+        for row, (now, start) in enumerate(
+            zip(np.asarray(value)[: concept.words[concept.word]], concept.rows[name], strict=False)
+        ):
+            norm, start_norm = float(np.linalg.norm(now)), float(np.linalg.norm(start))
+            figures.append(
+                {
+                    "encoder": name,
+                    "row": row,
+                    "distance": float(np.linalg.norm(now - start)),
+                    "cosine": float(now @ start / max(norm * start_norm, 1e-12)),
+                    "norm": norm,
+                    "usual_norm": usual,
+                }
+            )
+    return figures

@@ -1,0 +1,153 @@
+"""One update of the new rows, written for one device with a named axis; `parallel` maps it over the devices.
+
+Randomness hangs on (seed, step, global sample position) alone, so that a run does not depend on how many devices share
+its batch, nor on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from ..diffusion.schedule import NoiseSchedule, add_noise, training_target
+from ..networks import Condition, Networks
+
+Rows = dict[str, jax.Array]
+
+
+class Dataset(NamedTuple):
+    """What the loop draws from, whole on every device: a concept is a handful of pictures."""
+
+    moments: jax.Array  # float32 [N, 2, h, w, 2c]: VAE mean and log-variance of each picture and of its mirror image
+    ids: Mapping[str, jax.Array]  # int32 [P, L] for each text encoder: every prompt template, tokenized
+    flip_probability: jax.Array  # float32 scalar
+    latent_scale: jax.Array  # float32 scalar: the VAE's scaling_factor
+    latent_shift: jax.Array  # float32 scalar: the VAE's shift_factor, mostly 0
+
+
+class TrainState(NamedTuple):
+    """Everything that changes while training: a few kilobytes."""
+
+    rows: Rows  # float32 [n, D] for each text encoder
+    opt_state: optax.OptState
+    step: jax.Array  # int32: updates made
+    ok: jax.Array  # bool: false from the first non-finite loss or gradient on; rows and moments stay from before it
+
+
+class Frozen(NamedTuple):
+    """Arguments of the compiled loop that never change. As constants XLA would copy them into the program."""
+
+    params: Mapping[str, Any]  # the text encoders' and the UNet's trees
+    schedule: NoiseSchedule
+    dataset: Dataset
+    row_mask: Mapping[str, jax.Array]  # bool [n] for each text encoder: rows that train
+    key: jax.Array
+
+
+class Batch(NamedTuple):
+    """One batch as the UNet sees it."""
+
+    latents: jax.Array  # float32 [B, h, w, c], scaled
+    noise: jax.Array  # float32 [B, h, w, c]
+    timesteps: jax.Array  # int32 [B]
+    ids: Mapping[str, jax.Array]  # int32 [B, L] for each text encoder
+
+
+def draw_sample(frozen: Frozen, step: jax.Array, position: jax.Array, global_batch: int) -> Batch:
+    """Picture, mirror, prompt, latent, noise and timestep of one sample (leaves without the batch axis).
+
+    Pictures come in shuffled rounds, so that each is seen equally often; everything else is drawn independently.
+
+    Args:
+      step: int32 scalar, the update. position: int32 scalar in [0, global_batch), over devices and accumulation.
+    """
+    dataset = frozen.dataset
+    order_key, sample_key = jax.random.split(frozen.key)
+    sample_key = jax.random.fold_in(jax.random.fold_in(sample_key, step), position)
+    flip_key, prompt_key, latent_key, noise_key, timestep_key = jax.random.split(sample_key, 5)
+
+    num_pictures, num_prompts = dataset.moments.shape[0], next(iter(dataset.ids.values())).shape[0]
+    turn = step * global_batch + position
+    shuffled = jax.random.permutation(jax.random.fold_in(order_key, turn // num_pictures), num_pictures)
+    picture = shuffled[turn % num_pictures]
+    mirrored = jax.random.bernoulli(flip_key, dataset.flip_probability).astype(jnp.int32)
+    prompt = jax.random.randint(prompt_key, (), 0, num_prompts)
+
+    mean, log_variance = jnp.split(dataset.moments[picture, mirrored], 2, axis=-1)
+    latent = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(latent_key, mean.shape)
+    return Batch(
+        latents=(latent - dataset.latent_shift) * dataset.latent_scale,
+        noise=jax.random.normal(noise_key, mean.shape),
+        timesteps=jax.random.randint(timestep_key, (), 0, frozen.schedule.alphas_cumprod.shape[0]),
+        ids={name: ids[prompt] for name, ids in dataset.ids.items()},
+    )
+
+
+def draw_batch(frozen: Frozen, step: jax.Array, positions: jax.Array, global_batch: int) -> Batch:
+    """The samples at ``positions`` int32 [B] of an update's global batch."""
+    return jax.vmap(lambda position: draw_sample(frozen, step, position, global_batch))(positions)
+
+
+def diffusion_loss(networks: Networks, frozen: Frozen, rows: Rows, batch: Batch) -> jax.Array:
+    """Mean squared error of the UNet's prediction, float32 scalar: the only loss of Textual Inversion (2208.01618, eq. 2)."""
+    noisy = add_noise(frozen.schedule, batch.latents, batch.noise, batch.timesteps)
+    target = training_target(frozen.schedule, batch.latents, batch.noise, batch.timesteps)
+    condition: Condition = networks.encode_text(frozen.params, batch.ids, rows)
+    prediction = networks.predict_noise(frozen.params, noisy, batch.timesteps, condition)
+    return jnp.mean(jnp.square(prediction.astype(jnp.float32) - target))
+
+
+def make_train_step(
+    networks: Networks,
+    optimizer: optax.GradientTransformationExtraArgs,
+    *,
+    batch_size: int,
+    accumulation: int,
+    num_devices: int,
+    axis_name: str,
+):
+    """The update of one device: ``step(frozen, state) -> (state, loss)``, to run under a mapped axis ``axis_name``.
+
+    Args:
+      batch_size: samples on this device in one micro-batch; accumulation: micro-batches whose gradients are averaged.
+      num_devices: size of the axis.
+
+    The ``pmean`` stands on the loss: the gradient with respect to rows that are the same everywhere is then the
+    gradient of the global mean, in one reduction as large as the rows.
+    """
+    global_batch = batch_size * accumulation * num_devices
+
+    def micro_batch_gradient(frozen: Frozen, state: TrainState, index: jax.Array) -> tuple[jax.Array, Rows]:
+        first = (index * num_devices + lax.axis_index(axis_name)) * batch_size
+        batch = draw_batch(frozen, state.step, first + jnp.arange(batch_size), global_batch)
+
+        def global_loss(rows: Rows) -> jax.Array:
+            return lax.pmean(diffusion_loss(networks, frozen, rows, batch), axis_name)
+
+        return jax.value_and_grad(global_loss)(state.rows)
+
+    def train_step(frozen: Frozen, state: TrainState) -> tuple[TrainState, jax.Array]:
+        if accumulation == 1:
+            loss, grads = micro_batch_gradient(frozen, state, jnp.int32(0))
+        else:
+
+            def accumulate(index, total):
+                return jax.tree.map(jnp.add, total, micro_batch_gradient(frozen, state, index))
+
+            zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.rows))
+            total = lax.fori_loop(0, accumulation, accumulate, zero)
+            loss, grads = jax.tree.map(lambda x: x / accumulation, total)
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.rows, row_mask=frozen.row_mask)
+        updated = TrainState(optax.apply_updates(state.rows, updates), opt_state, state.step + 1, state.ok)
+        # A NaN must not reach the rows: they are what the user keeps.
+        finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(grads))
+        stopped = state._replace(ok=jnp.bool_(False))
+        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, stopped), loss
+
+    return train_step

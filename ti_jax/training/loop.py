@@ -1,0 +1,310 @@
+"""The training run: set up, compile, dispatch chunks of steps, and between chunks log, save, draw and resume."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..config import TrainConfig, dump_yaml, resolve
+from ..embeddings import Embedding
+from ..errors import InputError
+from ..files import write_atomically
+from ..pipeline import StableDiffusion
+from . import run_folder, showing
+from .checkpoint import Checkpoints, fingerprint
+from .optimizer import make_optimizer
+from .parallel import AXIS, make_mesh, make_run_steps, replicate
+from .reporting import Reporter
+from .setup import Concept, load_model, make_dataset, prepare_concept, row_figures
+from .step import Frozen, TrainState, make_train_step
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves.
+
+    Attributes:
+      embedding: the learned word. losses: float32, one for each update made by this process (a resumed run's own).
+      output_dir: the run's folder. seconds: of each phase: "load", "encode", "compile", "train", "pictures".
+      interrupted: the run was asked to stop (SIGTERM, Ctrl-C) and has saved a checkpoint before its last step.
+    """
+
+    embedding: Embedding
+    losses: np.ndarray
+    output_dir: Path
+    seconds: dict[str, float]
+    interrupted: bool = False
+
+
+class _Stop:
+    """Turns the first SIGTERM or Ctrl-C into a request that the loop honours at the end of the chunk."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[_Stop]:
+        def ask(number: int, frame: object) -> None:
+            if self.requested:
+                raise KeyboardInterrupt
+            self.requested = True
+
+        try:
+            before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not in the main thread, where Python allows no handlers: whoever runs us stops us
+            yield self
+            return
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class _Clock:
+    """Seconds of each phase of the run."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def total_updates(config: TrainConfig, num_pictures: int, global_batch: int) -> int:
+    """Updates in the run: ``max_train_steps``, or as many as ``num_train_epochs`` passes of the repeated pictures take."""
+    if config.max_train_steps is not None:
+        return config.max_train_steps
+    assert config.num_train_epochs is not None, "the config is resolved"
+    return config.num_train_epochs * math.ceil(num_pictures * config.repeats / global_batch)
+
+
+def next_stop(config: TrainConfig, step: int, total: int) -> int:
+    """The step at which the host is next needed: to log, save, draw, or end."""
+    intervals = [config.logging_steps, config.save_steps, config.checkpointing_steps]
+    if config.validation_prompt is not None:
+        intervals.append(config.validation_steps)
+    return min(total, *((step // interval + 1) * interval for interval in intervals))
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Learn a new word as the config says, and write it to ``config.output_dir``.
+
+    Raises:
+      InputError: something in the config, the pictures or the model is wrong, a disk is full, or the loss became
+        non-finite (the last good rows are saved first).
+    """
+    config = resolve(config)
+    clock = _Clock()
+    folder = run_folder.prepare(Path(config.output_dir), resume=config.resume_from_checkpoint is not None)
+    push = None
+    if config.push_to_hub:
+        from . import hub
+
+        push = hub.open_repository(config)
+
+    with clock.phase("load"):
+        sd = load_model(config)
+        concept = prepare_concept(config, sd, lambda text: print(text, file=sys.stderr))
+    config = dataclasses.replace(config, resolution=concept.pictures.pixels.shape[1])
+    write_atomically(folder / "config.yaml", dump_yaml(config).encode())
+
+    mesh = make_mesh()
+    with clock.phase("encode"):
+        dataset = make_dataset(config, sd, concept)
+    assert config.train_batch_size is not None, "the config is resolved"
+    samples_per_step = config.train_batch_size * config.gradient_accumulation_steps * mesh.size
+    total = total_updates(config, len(concept.pictures.pixels), samples_per_step)
+    optimizer, schedule = make_optimizer(config, total, samples_per_step)
+
+    frozen = replicate(
+        Frozen(
+            params={name: tree for name, tree in sd.params.items() if name != "vae"},
+            schedule=sd.schedule,
+            dataset=dataset,
+            row_mask={name: jnp.asarray(mask) for name, mask in concept.row_mask.items()},
+            key=jax.random.key(config.seed),
+        ),
+        mesh,
+    )
+    # The loop's copy on the first device also serves to draw with.
+    sd = dataclasses.replace(
+        sd, params={**sd.params, **jax.tree.map(lambda leaf: leaf.addressable_data(0), frozen.params)}
+    )
+    rows = {name: jnp.asarray(value) for name, value in concept.rows.items()}
+    state = replicate(TrainState(rows, optimizer.init(rows), jnp.int32(0), jnp.bool_(True)), mesh)
+
+    checkpoints = Checkpoints(
+        folder / "checkpoints",
+        config.checkpoints_total_limit,
+        fingerprint(
+            config,
+            model_identity=sd.identity,
+            dtype=sd.dtype,
+            pixels=concept.pictures.pixels,
+            prompts=concept.prompts,
+            words=concept.words,
+            global_batch=samples_per_step // config.gradient_accumulation_steps,
+            total_steps=total,
+        ),
+    )
+    with contextlib.closing(checkpoints):
+        if config.resume_from_checkpoint is not None:
+            restored = checkpoints.restore(config.resume_from_checkpoint, state)
+            if restored is None:
+                print(f"no checkpoint in {checkpoints.folder} yet: starting from the beginning", file=sys.stderr)
+            else:
+                state = restored
+                print(f"resuming at step {int(state.step)} of {total}", file=sys.stderr)
+
+        train_step = make_train_step(
+            sd.networks,
+            optimizer,
+            batch_size=config.train_batch_size,
+            accumulation=config.gradient_accumulation_steps,
+            num_devices=mesh.size,
+            axis_name=AXIS,
+        )
+        longest_chunk = min(config.logging_steps, total)
+        with clock.phase("compile"):
+            run_steps = make_run_steps(train_step, mesh, longest_chunk).lower(frozen, state, jnp.int32(1)).compile()
+        print(
+            f"{sd.name}, {mesh.size} x {mesh.devices.flat[0].device_kind}, {np.dtype(sd.dtype).name}: "
+            f"{len(concept.pictures.pixels)} pictures, {len(concept.prompts)} prompts, {samples_per_step} samples a step; "
+            f"the training step took {clock.seconds['compile']:.1f} s to compile",
+            file=sys.stderr,
+        )
+        run = _Run(config, sd, concept, folder, checkpoints, schedule, clock, total, samples_per_step)
+        state, losses, interrupted = run.go(run_steps, frozen, state)
+
+    final_step = int(state.step)
+    embedding = concept.embedding(state.rows, final_step)
+    run_folder.save_embedding(embedding, folder)
+    say_how_far(row_figures(sd, concept, state.rows), final_step)
+    if not interrupted:
+        with clock.phase("pictures"):
+            showing.save_overview(config, sd, concept, embedding, folder)
+        if push is not None:
+            push(folder, embedding)
+    phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in clock.seconds.items())
+    print(f"{folder / run_folder.EMBEDDING_FILE}: {embedding.token} after {final_step} steps ({phases})", file=sys.stderr)
+    return TrainResult(embedding, np.asarray(losses, np.float32), folder, clock.seconds, interrupted)
+
+
+class _Run:
+    """The host's side of the loop: everything between two dispatches."""
+
+    def __init__(self, config, sd, concept, folder, checkpoints, schedule, clock, total, samples_per_step):
+        self.config: TrainConfig = config
+        self.sd: StableDiffusion = sd
+        self.concept: Concept = concept
+        self.folder: Path = folder
+        self.checkpoints: Checkpoints = checkpoints
+        self.schedule = schedule
+        self.clock: _Clock = clock
+        self.total: int = total
+        self.samples_per_step: int = samples_per_step
+        self.losses: list[float] = []
+
+    def go(self, run_steps, frozen: Frozen, state: TrainState) -> tuple[TrainState, list[float], bool]:
+        """Run to the last step, or to a request to stop: (state, losses, stopped early)."""
+        step = int(state.step)
+        self.reporter = Reporter(self.config, self.folder, step, self.total)
+        pending = None  # a chunk whose losses are not read yet, so that the device has the next one to work on already
+        with contextlib.closing(self.reporter), _Stop().listening() as stop:
+            while step < self.total and not stop.requested:
+                end = next_stop(self.config, step, self.total)
+                with self.clock.phase("train"):
+                    state, losses = run_steps(frozen, state, jnp.int32(end - step))
+                    if pending is not None:
+                        self._read(*pending, state)
+                pending = (step, end, losses)
+                step = end
+                if step == self.total or self._needed_at(step):
+                    with self.clock.phase("train"):
+                        self._read(*pending, state)
+                    pending = None
+                    self._events(step, state)
+            if pending is not None:
+                self._read(*pending, state)
+            if stop.requested:
+                self.reporter.say(f"asked to stop: a checkpoint of step {step} is saved")
+            self.checkpoints.save(state)
+        return state, self.losses, step < self.total
+
+    def _read(self, start: int, end: int, losses: jax.Array, state: TrainState) -> None:
+        """Wait for a chunk's losses and log them; a non-finite one ends the run with the last good rows saved."""
+        values = np.asarray(losses)[: end - start].tolist()
+        if not np.isfinite(values).all():
+            good = int(state.step)
+            run_folder.save_embedding(self.concept.embedding(state.rows, good), self.folder)
+            raise InputError(
+                f"the loss became non-finite at step {good + 1}; the rows of step {good} are saved in "
+                f"{self.folder / run_folder.EMBEDDING_FILE}: use a lower --learning_rate "
+                f"({float(self.schedule(good)):g} there)"
+            )
+        self.losses += values
+        self.reporter.chunk(end, values, float(self.schedule(end - 1)), self.samples_per_step * len(values))
+
+    def _needed_at(self, step: int) -> bool:
+        config = self.config
+        return (
+            step % config.save_steps == 0
+            or step % config.checkpointing_steps == 0
+            or (config.validation_prompt is not None and step % config.validation_steps == 0)
+        )
+
+    def _events(self, step: int, state: TrainState) -> None:
+        """Save and draw what is due at this step."""
+        config = self.config
+        for row in row_figures(self.sd, self.concept, state.rows):
+            name = f"{row['encoder']}/row_{row['row']}"
+            self.reporter.rows(step, {f"{name}/{key}": row[key] for key in ("distance", "cosine", "norm")})
+        if step % config.checkpointing_steps == 0:
+            self.checkpoints.save(state)
+        if step % config.save_steps == 0:
+            run_folder.save_embedding(self.concept.embedding(state.rows, step), self.folder, step)
+        if config.validation_prompt is not None and step % config.validation_steps == 0:
+            with self.clock.phase("pictures"):
+                image = showing.save_validation(
+                    config, self.sd, self.concept, self.concept.embedding(state.rows, step), self.folder, step
+                )
+            self.reporter.picture("validation", image, step)
+        self.reporter.pause()
+
+
+def say_how_far(figures: list[dict], step: int) -> None:
+    """Tell on stderr how far each row moved, and warn of rows that did not."""
+    for row in figures:
+        where = f"row {row['row']}" + ("" if row["encoder"] == "text_encoder" else f" of {row['encoder']}")
+        if row["distance"] == 0.0 and step > 0:
+            print(
+                f"warning: {where} did not move at all in {step} steps: nothing was learned (is the learning rate 0?)",
+                file=sys.stderr,
+            )
+            continue
+        print(
+            f"{where} moved by {row['distance']:.3f} (cosine to its start {row['cosine']:.2f}); its norm is "
+            f"{row['norm']:.2f}, the vocabulary's usual one {row['usual_norm']:.2f}",
+            file=sys.stderr,
+        )
+        if row["norm"] > 4.0 * row["usual_norm"]:
+            print(
+                f"warning: {where} is much longer than the words that the model knows; it may drown the rest of a "
+                f"prompt. A lower --learning_rate or fewer steps keep it shorter",
+                file=sys.stderr,
+            )

@@ -1,0 +1,64 @@
+"""Pictures of a run: validation while it trains, and the overview that it ends with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..config import TrainConfig
+from ..embeddings import Embedding
+from ..pictures import grid, overview, save_png
+from ..pipeline import StableDiffusion
+from .run_folder import OVERVIEW_FILE
+from .setup import Concept
+
+OVERVIEW_COLUMNS = 4
+
+
+def _draw(
+    config: TrainConfig, sd: StableDiffusion, concept: Concept, prompts: list[str], embedding: Embedding
+) -> list[Image.Image]:
+    return sd.generate(
+        prompts,
+        embeddings=[embedding, *concept.others],
+        num_inference_steps=config.validation_inference_steps,
+        guidance_scale=config.validation_guidance_scale,
+        height=config.resolution,
+        width=config.resolution,
+        seed=config.seed,
+    )
+
+
+def save_validation(
+    config: TrainConfig, sd: StableDiffusion, concept: Concept, embedding: Embedding, folder: Path, step: int
+) -> Image.Image:
+    """Draw the validation prompt with the word as it is, into ``samples/step-N.png``; the seeds are the same each time."""
+    assert config.validation_prompt is not None
+    prompt = config.validation_prompt.replace("{}", concept.word)
+    images = _draw(config, sd, concept, [prompt] * config.num_validation_images, embedding)
+    picture = grid(images, columns=min(len(images), OVERVIEW_COLUMNS))
+    save_png(
+        folder / "samples" / f"step-{step:06d}.png", picture, {"prompt": prompt, "seed": config.seed, "step": step}
+    )
+    return picture
+
+
+def save_overview(
+    config: TrainConfig, sd: StableDiffusion, concept: Concept, embedding: Embedding, folder: Path
+) -> Path:
+    """The picture that shows what was learned: the concept, what the initializer draws, what the new word draws."""
+    assert config.overview_prompts is not None
+    columns = OVERVIEW_COLUMNS
+    prompts = [prompt.replace("{}", concept.word) for prompt in config.overview_prompts]
+    plain = concept.prompts[0].replace(concept.word, concept.initializer)
+    drawn = _draw(config, sd, concept, [plain] * columns + [p for p in prompts for _ in range(columns)], embedding)
+    shown = [
+        Image.fromarray(np.uint8(np.round((pixels + 1.0) * 127.5))) for pixels in concept.pictures.pixels[:columns]
+    ]
+    rows = [(f"the pictures of {concept.word}", shown), (plain, drawn[:columns])]
+    rows += [(prompt, drawn[columns * (i + 1) : columns * (i + 2)]) for i, prompt in enumerate(prompts)]
+    path = folder / OVERVIEW_FILE
+    save_png(path, overview(rows), {"token": concept.word, "seed": config.seed})
+    return path

@@ -1,0 +1,267 @@
+"""CLIP's text encoder (Radford et al. 2021, arXiv 2103.00020), with trained rows spliced in behind its token table.
+
+Held to transformers' ``CLIPTextModel`` and ``CLIPTextModelWithProjection`` on PyTorch. Stable Diffusion gives it no
+padding mask: attention is causal and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ti_jax.errors import InputError
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """``x sigmoid(1.702 x)``, OpenAI's approximation of GELU, with which SD1's encoder was trained."""
+    return x * nn.sigmoid(1.702 * x)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """Exact GELU, of the OpenCLIP encoders."""
+    return nn.gelu(x, approximate=False)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"quick_gelu": quick_gelu, "gelu": gelu}
+
+ARCHITECTURES = ("CLIPTextModel", "CLIPTextModelWithProjection")
+
+# Of no bearing on what the frozen encoder computes: where the file comes from, how weights are initialised, token ids
+# that are the tokenizer's business. transformers used to save its options of text generation with every config.
+# fmt: off
+METADATA = frozenset(
+    {"_name_or_path", "model_type", "transformers_version", "torch_dtype", "dtype", "initializer_factor",
+     "initializer_range", "bos_token_id", "pad_token_id", "_commit_hash", "chunk_size_feed_forward",
+     "diversity_penalty", "encoder_no_repeat_ngram_size", "id2label", "label2id", "length_penalty", "max_length",
+     "min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences",
+     "repetition_penalty", "return_dict", "temperature", "top_k", "top_p", "typical_p"}
+)
+# fmt: on
+
+# From before transformers 4.31; the id was never the tokenizer's, and transformers keeps to the largest id instead.
+HISTORIC_EOS_TOKEN_ID = 2
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig:
+    """Sizes and options of a text encoder, under their names in ``config.json``; defaults are transformers'."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    projection_dim: int = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = 49407
+    with_projection: bool = False
+    """Whether the pooled state is projected: ``architectures`` names ``CLIPTextModelWithProjection``."""
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> CLIPTextConfig:
+        """From the contents of a text encoder's ``config.json``.
+
+        Raises:
+          InputError: an option or value that is not implemented, or sizes that are none; names option and value.
+        """
+        model_type = config.get("model_type", "clip_text_model")
+        if model_type != "clip_text_model":
+            raise InputError(
+                f"text encoder config.json: model_type {model_type!r}; only clip_text_model is implemented"
+            )
+        architectures = config.get("architectures") or ["CLIPTextModel"]
+        if len(architectures) != 1 or architectures[0] not in ARCHITECTURES:
+            raise InputError(
+                f"text encoder config.json: architectures {architectures!r}; implemented: {', '.join(ARCHITECTURES)}"
+            )
+        fields = {field.name for field in dataclasses.fields(cls)} - {"with_projection"}
+        for option, value in config.items():
+            # Dropout is in the list of what must be off because a frozen encoder that draws is not the one published.
+            off = value is None or value is False or (option in ("attention_dropout", "dropout") and value == 0)
+            if option not in fields and option not in METADATA and option != "architectures" and not off:
+                raise InputError(f"text encoder config.json: option {option} = {value!r} is not implemented")
+        parsed = cls(
+            **{name: value for name, value in config.items() if name in fields},
+            with_projection=architectures[0] == "CLIPTextModelWithProjection",
+        )
+        parsed._check()
+        return parsed
+
+    def _check(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "projection_dim",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "max_position_embeddings",
+            "eos_token_id",
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InputError(f"text encoder config.json: {name} is {value!r}; expected a positive integer")
+        if self.hidden_act not in ACTIVATIONS:
+            raise InputError(
+                f"text encoder config.json: hidden_act {self.hidden_act!r}; implemented: {', '.join(ACTIVATIONS)}"
+            )
+        if self.hidden_size % self.num_attention_heads:
+            raise InputError(
+                f"text encoder config.json: hidden_size {self.hidden_size} is no multiple of num_attention_heads "
+                f"{self.num_attention_heads}"
+            )
+        if not isinstance(self.layer_norm_eps, float):
+            raise InputError(f"text encoder config.json: layer_norm_eps is {self.layer_norm_eps!r}; expected a number")
+
+
+class CLIPTextOutput(NamedTuple):
+    """What the encoder makes of token ids [B, L]; P is the projection's width, or D without one."""
+
+    last_hidden_state: jax.Array  # [B, L, D], after the final layer norm
+    penultimate_hidden_state: jax.Array  # [B, L, D], what the last layer was given, without the final layer norm
+    pooled: jax.Array  # [B, P], last_hidden_state at the first end-of-text token, projected if the model projects
+
+
+def eos_positions(input_ids: jax.Array, config: CLIPTextConfig) -> jax.Array:
+    """Position [B] of the first end-of-text token in ids [B, L]; 0 where there is none.
+
+    With the historic ``eos_token_id`` 2 it is the first position of the largest id, as in transformers, but of the ids
+    within the table: those of new words lie beyond it, above the end-of-text token's, and must not be taken for it.
+    """
+    if config.eos_token_id == HISTORIC_EOS_TOKEN_ID:
+        return jnp.argmax(jnp.where(input_ids < config.vocab_size, input_ids, -1), axis=-1)
+    return jnp.argmax(input_ids == config.eos_token_id, axis=-1)
+
+
+class CLIPTextModel(nn.Module):
+    """The whole encoder: ids [B, L] and trained rows [n, D] -> `CLIPTextOutput`.
+
+    Attributes:
+      config: sizes and options.
+      dtype: of activations; layer norms and softmax are float32 inside whatever it is.
+    """
+
+    config: CLIPTextConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, input_ids: jax.Array, rows: jax.Array | None = None) -> CLIPTextOutput:
+        """Encode token ids.
+
+        Args:
+          input_ids: int32 [B, L], L at most ``max_position_embeddings``. Id ``vocab_size + r`` is row r of `rows`.
+          rows: float32 [n, D], or None if there are no new words. An id behind the last row encodes as NaN.
+        """
+        hidden = CLIPTextEmbeddings(self.config, self.dtype, name="embeddings")(input_ids, rows)
+        penultimate, hidden = CLIPEncoder(self.config, self.dtype, name="encoder")(hidden)
+        hidden = layer_norm(self.config, self.dtype, "final_layer_norm")(hidden)
+        pooled = jnp.take_along_axis(hidden, eos_positions(input_ids, self.config)[:, None, None], axis=1)[:, 0]
+        if self.config.with_projection:
+            pooled = nn.Dense(self.config.projection_dim, use_bias=False, dtype=self.dtype, name="text_projection")(
+                pooled
+            )
+        return CLIPTextOutput(hidden, penultimate, pooled)
+
+
+class CLIPTextEmbeddings(nn.Module):
+    """Ids [B, L] -> table row, or trained row, plus position: [B, L, D]."""
+
+    config: CLIPTextConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, input_ids: jax.Array, rows: jax.Array | None) -> jax.Array:
+        """``where(id >= vocab_size, rows[id - vocab_size], table[id]) + positions``."""
+        config = self.config
+        length = input_ids.shape[1]
+        if length > config.max_position_embeddings:
+            raise ValueError(f"{length} tokens, but the encoder has {config.max_position_embeddings} positions")
+        # Looked up and added in float32 and rounded once: of a trained row's small changes bfloat16 would lose most.
+        # (The tables stay in their own dtype: converted before the lookup they would be converted whole.)
+        tokens = nn.Embed(config.vocab_size, config.hidden_size, name="token_embedding")
+        positions = nn.Embed(config.max_position_embeddings, config.hidden_size, name="position_embedding")
+        if rows is None or rows.shape[0] == 0:
+            embeddings = tokens(input_ids).astype(jnp.float32)
+        else:
+            is_new = input_ids >= config.vocab_size
+            old = tokens(jnp.where(is_new, 0, input_ids)).astype(jnp.float32)
+            new = jnp.take(rows.astype(jnp.float32), jnp.where(is_new, input_ids - config.vocab_size, 0), axis=0)
+            embeddings = jnp.where(is_new[..., None], new, old)
+        return (embeddings + positions(jnp.arange(length)).astype(jnp.float32)).astype(self.dtype)
+
+
+class CLIPEncoder(nn.Module):
+    """The transformer: [B, L, D] -> what its last layer was given, and what that made of it."""
+
+    config: CLIPTextConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Run all layers."""
+        previous = hidden
+        for index in range(self.config.num_hidden_layers):
+            previous = hidden
+            hidden = CLIPEncoderLayer(self.config, self.dtype, name=f"layers_{index}")(hidden)
+        return previous, hidden
+
+
+class CLIPEncoderLayer(nn.Module):
+    """Attention and feed-forward, each behind a layer norm: [B, L, D] -> [B, L, D]."""
+
+    config: CLIPTextConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """Run the layer."""
+        config, dtype = self.config, self.dtype
+        normed = layer_norm(config, dtype, "layer_norm1")(hidden)
+        hidden = hidden + CLIPAttention(config, dtype, name="self_attn")(normed)
+        normed = layer_norm(config, dtype, "layer_norm2")(hidden)
+        return hidden + CLIPMLP(config, dtype, name="mlp")(normed)
+
+
+class CLIPAttention(nn.Module):
+    """Causal self-attention: [B, L, D] -> [B, L, D]."""
+
+    config: CLIPTextConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """Every token attends to itself and to those before it."""
+        width, heads = self.config.hidden_size, self.config.num_attention_heads
+        query, key, value = (
+            nn.Dense(width, dtype=self.dtype, name=name)(hidden).reshape(*hidden.shape[:2], heads, width // heads)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        attended = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        return nn.Dense(width, dtype=self.dtype, name="out_proj")(attended.reshape(hidden.shape))
+
+
+class CLIPMLP(nn.Module):
+    """Feed-forward: [B, L, D] -> [B, L, D]."""
+
+    config: CLIPTextConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """Widen, activate, narrow."""
+        hidden = nn.Dense(self.config.intermediate_size, dtype=self.dtype, name="fc1")(hidden)
+        hidden = ACTIVATIONS[self.config.hidden_act](hidden)
+        return nn.Dense(self.config.hidden_size, dtype=self.dtype, name="fc2")(hidden)
+
+
+def layer_norm(config: CLIPTextConfig, dtype: Any, name: str) -> nn.LayerNorm:
+    """Layer norm over D, its statistics in float32 and its variance taken about the mean, as PyTorch takes it."""
+    return nn.LayerNorm(epsilon=config.layer_norm_eps, dtype=dtype, use_fast_variance=False, name=name)

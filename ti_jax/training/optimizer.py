@@ -62,20 +62,24 @@ def mask_rows(inner: optax.GradientTransformation) -> optax.GradientTransformati
         del extra
         masked_grads = _select(row_mask, grads, jax.tree.map(jnp.zeros_like, grads))
         updates, new_inner = inner.update(masked_grads, state.inner, rows)
-        kept = optax.tree.map_params(
-            inner,
-            lambda new, old, mask: jnp.where(mask[:, None], new, old),
-            new_inner,
-            state.inner,
-            row_mask,
+        # Moments are masked by the mask of their rows; counters, which belong to no row, always go on.
+        masks = optax.tree.map_params(
+            inner, lambda _, mask: mask, new_inner, row_mask, transform_non_params=lambda _: jnp.array([True])
         )
+        kept = _select(masks, new_inner, state.inner)
         return _select(row_mask, updates, jax.tree.map(jnp.zeros_like, updates)), MaskRowsState(kept)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _select(row_mask, chosen, other):
-    return jax.tree.map(lambda mask, a, b: jnp.where(mask[:, None], a, b), row_mask, chosen, other)
+def _select(masks, chosen, other):
+    """Rows of ``chosen`` where the mask is true, of ``other`` elsewhere; a mask of one entry decides for a scalar."""
+    return jax.tree.map(
+        lambda mask, a, b: jnp.where(mask.reshape(mask.shape + (1,) * (jnp.ndim(a) - 1)) if jnp.ndim(a) else mask[0], a, b),
+        masks,
+        chosen,
+        other,
+    )
 
 
 def make_optimizer(

@@ -74,6 +74,23 @@ def select_files(names: list[str], variant: str | None) -> tuple[str, bool] | No
     return None
 
 
+def choose_file(names: list[str], variant: str | None, where: object) -> tuple[str, bool]:
+    """As `select_files`, but raises InputError if there is no such file, and lists the variants that are there."""
+    selected = select_files(names, variant)
+    if selected is not None:
+        return selected
+    variants = variants_in(names)
+    if not variants:
+        raise InputError(
+            f"{where}: no weight file (diffusion_pytorch_model, model or pytorch_model, .safetensors or .bin); "
+            "download the model again, or give another"
+        )
+    wanted = "weights without a variant" if variant is None else f"weights of variant {variant}"
+    there = ", ".join("the plain weights" if name is None else name for name in variants)
+    remedy = "leave out --variant" if variants == [None] else "choose one with --variant"
+    raise InputError(f"{where}: no {wanted}; there are: {there}; {remedy}")
+
+
 def weight_files(folder: Path, variant: str | None) -> list[Path]:
     """Files with the weights of the component in `folder`: one, or the shards that an index names.
 
@@ -83,19 +100,7 @@ def weight_files(folder: Path, variant: str | None) -> list[Path]:
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; a diffusers model has its weights there")
-    names = sorted(path.name for path in folder.iterdir())
-    selected = select_files(names, variant)
-    if selected is None:
-        variants = variants_in(names)
-        if not variants:
-            raise InputError(
-                f"{folder}: no weight file (diffusion_pytorch_model or model .safetensors, or .bin); "
-                "download the model again, or give another folder"
-            )
-        wanted = "weights without a variant" if variant is None else f"weights of variant {variant!r}"
-        there = ", ".join("none (the plain weights)" if name is None else name for name in variants)
-        raise InputError(f"{folder}: no {wanted}; variants that are there: {there}; choose one with --variant")
-    name, is_index = selected
+    name, is_index = choose_file(sorted(path.name for path in folder.iterdir()), variant, folder)
     return shards(folder / name) if is_index else [folder / name]
 
 

@@ -1,0 +1,156 @@
+"""Where a model is: the embedded default, a folder, or a repository of the Hugging Face Hub brought to a folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ti_jax.config import ASSETS
+from ti_jax.errors import InputError
+from ti_jax.weights.config_files import MODEL_INDEX, config_name, pipeline_components, read_component_config, read_json
+from ti_jax.weights.files import choose_file, one_line, weight_files
+from ti_jax.weights.tokenizers import TOKENIZER_FILES
+
+EMBEDDED_DEFAULT = ASSETS / "mini-sd"
+
+
+def resolve(
+    path_or_hub_id: str | None, revision: str | None = None, variant: str | None = None, token: str | None = None
+) -> Path:
+    """Local diffusers folder of a model, downloaded first if it is on the Hugging Face Hub.
+
+    Of a hub repository only what ti_jax reads comes down: the components' configurations, tokenizers, and one set of
+    weight files, safetensors if there are any. It stays in the hub's cache, and is found there without network
+    (``HF_HUB_OFFLINE=1``, or none to be had).
+
+    Args:
+      path_or_hub_id: a folder; else a hub id (``stable-diffusion-v1-5/stable-diffusion-v1-5``); None: the embedded
+        default.
+      revision: branch, tag or commit of the hub repository.
+      variant: of the weight files, e.g. ``fp16``.
+      token: for the hub. None: the one that ``hf auth login`` has stored.
+
+    Raises:
+      InputError: nothing there, no access, no network and nothing in the cache, or another kind of model.
+    """
+    if path_or_hub_id is None:
+        return EMBEDDED_DEFAULT
+    folder = Path(path_or_hub_id).expanduser()
+    if folder.is_file():
+        raise InputError(
+            f"{path_or_hub_id}: a file; expected the folder of a diffusers model, with {MODEL_INDEX} (single-file "
+            "checkpoints are not read; diffusers' from_single_file(...).save_pretrained(...) makes a folder of one)"
+        )
+    if folder.is_dir():
+        if not (folder / MODEL_INDEX).is_file():
+            raise InputError(
+                f"{path_or_hub_id}: a folder without {MODEL_INDEX}, so not a diffusers model; give the folder that has it"
+            )
+        pipeline_components(read_component_config(folder, None), folder)
+        return folder
+    return download(path_or_hub_id, revision, variant, token)
+
+
+def download(repo_id: str, revision: str | None, variant: str | None, token: str | None) -> Path:
+    """Snapshot of a hub repository in the hub's cache; see `resolve`."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,  # of the HTTP library that huggingface_hub uses
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    where = repo_id if revision is None else f"{repo_id} at revision {revision}"
+    repository = {"repo_id": repo_id, "revision": revision, "token": token}
+    try:
+        try:
+            # Not list_repo_files: without network that one tries for half a minute.
+            names = [file.rfilename for file in HfApi().model_info(**repository).siblings or ()]
+        except (OfflineModeIsEnabled, HTTPError) as error:
+            if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
+                raise
+            return cached(repo_id, revision, variant, error)
+        if MODEL_INDEX not in names:
+            raise InputError(f"{where}: no {MODEL_INDEX} on the hub, so not a diffusers model; give the id of one")
+        # Alone at first, because it says whether the gigabytes behind it are of any use.
+        index = Path(snapshot_download(**repository, allow_patterns=[MODEL_INDEX])) / MODEL_INDEX
+        components = pipeline_components(read_json(index), where)
+        return Path(snapshot_download(**repository, allow_patterns=wanted(names, components, variant, where)))
+    except HFValidationError as error:
+        raise InputError(f"{repo_id}: no such folder, and not a hub id either (owner/name); check the path") from error
+    except GatedRepoError as error:
+        raise InputError(
+            f"{where}: gated; accept its conditions at https://huggingface.co/{repo_id} and log in with  hf auth login"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"{repo_id}: no such folder, and no such repository on the hub; check the spelling, and if it is private "
+            "log in with  hf auth login"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise InputError(f"{where}: the hub repository has no such branch, tag or commit") from error
+    except (LocalEntryNotFoundError, HTTPError) as error:
+        raise InputError(f"{where}: the download failed ({one_line(error)}); try again") from error
+
+
+def wanted(names: list[str], components: tuple[str, ...], variant: str | None, where: str) -> list[str]:
+    """Which files of a repository to download, out of the `names` that it has.
+
+    Raises:
+      InputError: a component without weights, or without weights of this variant.
+    """
+    files = [MODEL_INDEX]
+    for component in components:
+        inside = [name.removeprefix(f"{component}/") for name in names if name.startswith(f"{component}/")]
+        if component.startswith("tokenizer"):
+            files += [f"{component}/{name}" for name in inside if name in TOKENIZER_FILES]
+            continue
+        files.append(config_name(component))
+        if component == "scheduler":
+            continue
+        weights, is_index = choose_file(inside, variant, f"{where}: {component}")
+        files.append(f"{component}/{weights}")
+        if is_index:
+            files += [f"{component}/{name}" for name in inside if is_shard(name, weights)]
+    return files
+
+
+def is_shard(name: str, index: str) -> bool:
+    """Whether a file can be one of the shards of `index`, to judge by its name (variants stand before or after)."""
+    extension = "safetensors" if ".safetensors" in index else "bin"
+    base = index.split(".")[0]
+    return re.fullmatch(rf"{base}(\.[^.]+)?-\d+-of-\d+(\.[^.]+)?\.{extension}", name) is not None
+
+
+def cached(repo_id: str, revision: str | None, variant: str | None, unreachable: Exception) -> Path:
+    """Complete snapshot of a repository from the hub's cache, the hub being `unreachable`."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    reason = f"the hub cannot be reached ({one_line(unreachable)})"
+    try:
+        folder = Path(
+            snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=[MODEL_INDEX])
+        )
+    except LocalEntryNotFoundError as error:
+        raise InputError(
+            f"{repo_id}: no such folder, not in the hub's cache either, and {reason}; check the spelling, or go online"
+        ) from error
+    components = pipeline_components(read_component_config(folder, None), repo_id)
+    try:
+        for component in components:
+            if component.startswith("tokenizer"):
+                if not (folder / component).is_dir():
+                    raise InputError(f"no {component}")
+            else:
+                read_component_config(folder, component)
+                if component != "scheduler":
+                    weight_files(folder / component, variant)
+    except InputError as error:
+        raise InputError(f"{repo_id}: {reason}, and its copy in the cache is not complete: {error}") from error
+    return folder

@@ -1,0 +1,55 @@
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from ti_jax.config import ASSETS
+from ti_jax.diffusion.schedule import NoiseSchedule, add_noise, training_target
+from ti_jax.errors import InputError
+
+MINI_SD = json.loads((ASSETS / "mini-sd" / "scheduler" / "scheduler_config.json").read_text())
+CONFIGS = {
+    "mini-sd": MINI_SD,
+    "defaults": {},
+    "linear": {"beta_schedule": "linear", "beta_start": 0.001, "beta_end": 0.02, "num_train_timesteps": 100},
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+    "trained": {"trained_betas": np.linspace(0.01, 0.03, 50).tolist(), "num_train_timesteps": 50},
+    "zero snr": {**MINI_SD, "rescale_betas_zero_snr": True},
+}
+
+
+def ignoring_unknown(config):
+    known = DDPMScheduler().config
+    return {name: value for name, value in config.items() if name in known and not name.startswith("_")}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_alphas_equal_diffusers(name):
+    theirs = DDPMScheduler(**ignoring_unknown(CONFIGS[name])).alphas_cumprod.numpy()
+    ours = NoiseSchedule.from_config(CONFIGS[name]).alphas_cumprod
+    np.testing.assert_allclose(np.asarray(ours), theirs, rtol=1e-6)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_noise_and_target_equal_diffusers(prediction_type):
+    config = {**MINI_SD, "prediction_type": prediction_type}
+    schedule, theirs = NoiseSchedule.from_config(config), DDPMScheduler(**ignoring_unknown(config))
+    rng = np.random.default_rng(0)
+    latents, noise = rng.normal(size=(2, 5, 4, 4, 4)).astype(np.float32)
+    timesteps = np.array([0, 1, 500, 998, 999])
+    tensors = torch.tensor(latents), torch.tensor(noise), torch.tensor(timesteps)
+    ours = add_noise(schedule, jnp.asarray(latents), jnp.asarray(noise), jnp.asarray(timesteps))
+    np.testing.assert_allclose(np.asarray(ours), theirs.add_noise(*tensors).numpy(), rtol=1e-5, atol=1e-6)
+    target = training_target(schedule, jnp.asarray(latents), jnp.asarray(noise), jnp.asarray(timesteps))
+    wanted = {"epsilon": noise, "sample": latents, "v_prediction": theirs.get_velocity(*tensors).numpy()}
+    np.testing.assert_allclose(np.asarray(target), wanted[prediction_type], rtol=1e-5, atol=1e-6)
+
+
+def test_unknown_options_are_named():
+    with pytest.raises(InputError, match="beta_schedule 'sigmoid'"):
+        NoiseSchedule.from_config({"beta_schedule": "sigmoid"})
+    with pytest.raises(InputError, match="prediction_type 'flow'"):
+        NoiseSchedule.from_config({"prediction_type": "flow"})

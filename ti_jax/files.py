@@ -1,0 +1,114 @@
+"""Files that are written whole or not at all, and disk faults told as one line."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from .errors import InputError
+
+Content = bytes | Callable[[BinaryIO], None]
+
+_REMEDIES = {
+    errno.ENOSPC: "the disk is full; free some space or choose another place",
+    errno.EDQUOT: "the disk quota is used up; free some space or choose another place",
+    errno.EFBIG: "larger than a file may be here; raise the limit (ulimit -f) or choose another place",
+    errno.EACCES: "no permission; change the permissions or choose another place",
+    errno.EPERM: "not permitted; change the permissions or choose another place",
+    errno.EROFS: "the file system is read-only; choose another place",
+    errno.ENOTDIR: "a part of the path is a file and not a folder; choose another place",
+    errno.EEXIST: "a file of that name is in the way; remove it or choose another name",
+    errno.EISDIR: "a folder of that name is in the way; remove it or choose another name",
+    errno.ENOENT: "there is no such folder; make it or choose another place",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+    errno.ELOOP: "the path goes in circles of symbolic links; choose another place",
+}
+
+
+def disk_fault(error: OSError) -> str:
+    """What went wrong and what to do, in words."""
+    return _REMEDIES.get(error.errno or 0) or (error.strerror or str(error) or type(error).__name__)
+
+
+@contextmanager
+def disk_errors(path: Path | str) -> Iterator[None]:
+    """Within it, an `OSError` becomes an `InputError` that names ``path`` and a remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {disk_fault(error)}") from error
+
+
+def write_atomically(path: Path | str, content: Content) -> None:
+    """Write a file so that, whatever happens, ``path`` is the whole old file or the whole new one.
+
+    Args:
+      content: the bytes, or a function that writes them to an open binary file.
+
+    Raises:
+      InputError: the disk is full, or the place cannot be written. The old file is as it was.
+    """
+    write_together({path: content})
+
+
+def write_together(contents: Mapping[Path | str, Content]) -> None:
+    """As `write_atomically`, for files that belong together: none is replaced before all are on the disk.
+
+    Between the first and the last rename a crash would still leave a mixture; readers of pairs have to notice that.
+
+    Raises:
+      InputError: as `write_atomically`; the old files are as they were, unless a rename after the first fails.
+    """
+    temporaries: list[tuple[Path, Path]] = []
+    try:
+        for path, content in contents.items():
+            with disk_errors(path):
+                # A link stays a link: what it points to is replaced. Same folder, or the rename could not be atomic.
+                target = Path(os.path.realpath(path))
+                temporary = target.parent / f".tmp-{secrets.token_hex(8)}"
+                temporaries.append((temporary, target))
+                _write_to_disk(temporary, content)
+        for temporary, target in temporaries:
+            with disk_errors(target):
+                os.replace(temporary, target)
+    finally:
+        for temporary, target in temporaries:
+            with disk_errors(target):
+                if os.path.lexists(temporary):
+                    temporary.unlink()
+
+
+def _write_to_disk(path: Path, content: Content) -> None:
+    """Write a new file and wait until it is on the disk: only then does a full disk show on some file systems."""
+    # Not tempfile: that makes files only their owner can read. Here the umask decides, as for any other output.
+    with open(path, "xb") as file:
+        if callable(content):
+            content(file)
+        else:
+            file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def ensure_writable_folder(folder: Path | str) -> Path:
+    """Make the folder, with parents, if need be, and make sure that a file can really be written there.
+
+    Raises:
+      InputError: it cannot be made or written.
+    """
+    folder = Path(folder)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".tmp-{secrets.token_hex(8)}"
+        try:
+            # Bytes, not an empty file: making one still succeeds on a full disk.
+            _write_to_disk(probe, bytes(4096))
+        finally:
+            if os.path.lexists(probe):
+                probe.unlink()
+    return folder

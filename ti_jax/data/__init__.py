@@ -1,0 +1,1 @@
+"""What a word is learned from: pictures and prompts."""

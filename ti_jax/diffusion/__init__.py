@@ -1,0 +1,1 @@
+"""Noise schedule and samplers: pure functions, nothing of the networks."""

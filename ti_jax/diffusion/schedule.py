@@ -39,9 +39,8 @@ class NoiseSchedule:
         """
         prediction_type = config.get("prediction_type", "epsilon")
         if prediction_type not in PREDICTION_TYPES:
-            raise InputError(
-                f"scheduler_config.json: prediction_type {prediction_type!r}; implemented: {', '.join(PREDICTION_TYPES)}"
-            )
+            known = ", ".join(PREDICTION_TYPES)
+            raise InputError(f"scheduler_config.json: prediction_type {prediction_type!r}; implemented: {known}")
         return cls(jnp.asarray(alphas_cumprod(config)), prediction_type)
 
 

@@ -7,9 +7,18 @@ default and from `STABLE_DIFFUSION_DEFAULTS` (the values of diffusers' ``textual
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from .config_checks import check_infer, check_train
+from .config_yaml import dump_yaml, load_yaml
+from .errors import InputError
+
+__all__ = ["InferConfig", "TrainConfig", "dump_yaml", "load_yaml", "resolve", "resolve_infer"]
 
 ASSETS = Path(__file__).parent / "assets"
 DEMO_CONFIG = ASSETS / "demo.yaml"
@@ -33,6 +42,11 @@ STABLE_DIFFUSION_DEFAULTS: dict[str, Any] = {
 }
 
 
+def input_path(default: Any = None) -> Any:
+    """A field that names files to read: in a YAML file they may be given relative to that file."""
+    return dataclasses.field(default=default, metadata={"input_path": True})
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Learn a new word for a frozen Stable Diffusion from a few pictures."""
@@ -50,19 +64,21 @@ class TrainConfig:
     bf16 on TPU and GPU, no (float32) on CPU."""
 
     # -- the pictures and the word
-    train_data_dir: str | None = None
+    train_data_dir: str | None = input_path()
     """Folder with the pictures of the concept, 3 to 5 are enough. Left out with the embedded model: its own example."""
     placeholder_token: str | None = None
-    """The new word, e.g. <cat-toy>. It must not be a word that the model has already."""
+    """The new word, e.g. <cat-toy>. It must not be a word that the model has already. Left out with the embedded model:
+    the name of the pictures' folder, like <cleo>."""
     initializer_token: str | None = None
-    """One or several words that the model knows and that come near the concept, e.g. toy. The rows start from them."""
+    """One or several words that the model knows and that come near the concept, e.g. toy. The rows start from them.
+    Left out with the embedded model: person."""
     num_vectors: int = 1
     """How many rows of the token-embedding table the new word takes."""
     learnable_property: LearnableProperty = "object"
     """What the pictures share: chooses the list of prompt templates."""
-    templates: str | None = None
+    templates: str | None = input_path()
     """Text file that replaces the prompt templates: one a line, {} stands for the new word."""
-    embeddings: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] = input_path(())
     """Files of other learned words that the templates may use. Their rows stay as they are."""
     resolution: int | None = None
     """Side in pixels of the square that the pictures are cropped to; divisible by 8. Left out: the model's own."""
@@ -146,5 +162,127 @@ class TrainConfig:
     """Upload the result to the Hugging Face Hub at the end."""
     hub_model_id: str | None = None
     """Hub repository to push to. Left out: the name of --output_dir."""
-    hub_token: str | None = dataclasses.field(default=None, repr=False)
+    hub_token: str | None = dataclasses.field(default=None, repr=False, metadata={"secret": True})
     """Token for the hub. Left out: the one that `hf auth login` has stored."""
+
+
+@dataclass(frozen=True)
+class InferConfig:
+    """Draw pictures of prompts, with learned words in them."""
+
+    prompt: tuple[str, ...] = ()
+    """What to draw; each in quotes, one or several. A learned word stands where the thing is named, e.g.
+    "a portrait of <cleo> wearing a red jacket"."""
+    embedding: tuple[str, ...] = input_path(())
+    """Files of the learned words that the prompts use, in any known format."""
+
+    # -- the model
+    pretrained_model_name_or_path: str | None = None
+    """The model that the words were learned for: a diffusers folder or a Hugging Face Hub id. Left out: the small model
+    that comes with ti_jax."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub repository."""
+    variant: str | None = None
+    """Variant of the weight files, e.g. fp16."""
+    mixed_precision: Literal["no", "bf16"] | None = None
+    """Precision of the weights and activations. Left out: bf16 on TPU and GPU, no (float32) on CPU."""
+
+    # -- the pictures
+    negative_prompt: str | None = None
+    """What the pictures should not show."""
+    num_inference_steps: int | None = None
+    """Steps of the sampler. Left out: 30 (embedded model: 25)."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance: how closely the prompt is followed; 1 is none. Left out: 7.5 (embedded model: 3)."""
+    scheduler: SamplerName | None = None
+    """The sampler. Left out: the one that comes with the model."""
+    num_images: int = 1
+    """Pictures of each prompt."""
+    height: int | None = None
+    """Height in pixels, divisible by 8. Left out: the model's own."""
+    width: int | None = None
+    """Width in pixels, divisible by 8. Left out: the model's own."""
+    seed: int = 0
+    """Seed of the first noise; the same seed draws the same pictures."""
+    batch_size: int = 4
+    """Pictures drawn at once: more is faster, less needs less memory."""
+    output: str = "out.png"
+    """Where the picture goes. Several go into numbered files beside it, out-0.png and so on, and together into
+    out-grid.png."""
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """Check a config and fill in what it leaves to the model; a resolved config comes back as it is.
+
+    Three fields may stay None: ``resolution`` and ``mixed_precision``, which the model and the device decide, and
+    ``max_train_steps`` where ``num_train_epochs`` is given.
+
+    Raises:
+      InputError: a value that cannot be, or something that only the user can tell is missing.
+    """
+    defaults = _model_defaults(config.pretrained_model_name_or_path)
+    if config.pretrained_model_name_or_path is None and config.train_data_dir is not None:
+        # The user's own pictures deserve a word of their own, not the example's.
+        defaults["placeholder_token"] = f"<{_slug(Path(config.train_data_dir).expanduser().resolve().name)}>"
+    if config.num_train_epochs is not None:
+        del defaults["max_train_steps"]
+    config = dataclasses.replace(
+        config, **{name: value for name, value in defaults.items() if getattr(config, name) is None}
+    )
+    _require(config, "train_data_dir", "placeholder_token", "initializer_token")
+    paths = ("pretrained_model_name_or_path", "train_data_dir", "templates", "embeddings", "output_dir", "logging_dir")
+    config = _plain_paths(config, *paths)
+    check_train(config)
+    return config
+
+
+def resolve_infer(config: InferConfig) -> InferConfig:
+    """As `resolve`, for drawing: ``height``, ``width``, ``scheduler`` and ``mixed_precision`` stay as they are.
+
+    Raises:
+      InputError: a value that cannot be, or no prompt.
+    """
+    defaults = _model_defaults(config.pretrained_model_name_or_path)
+    steps, scale = defaults["validation_inference_steps"], defaults["validation_guidance_scale"]
+    config = dataclasses.replace(
+        config,
+        num_inference_steps=steps if config.num_inference_steps is None else config.num_inference_steps,
+        guidance_scale=scale if config.guidance_scale is None else config.guidance_scale,
+    )
+    config = _plain_paths(config, "pretrained_model_name_or_path", "embedding", "output")
+    check_infer(config)
+    return config
+
+
+@functools.cache
+def _demo_settings() -> dict[str, Any]:
+    return load_yaml(DEMO_CONFIG, TrainConfig)
+
+
+def _model_defaults(model: str | None) -> dict[str, Any]:
+    return dict(_demo_settings() if model is None else STABLE_DIFFUSION_DEFAULTS)
+
+
+def _slug(name: str) -> str:
+    """A folder's name as a word: letters, digits and hyphens."""
+    return re.sub(r"[\W_]+", "-", name.lower()).strip("-") or "concept"
+
+
+def _require(config: TrainConfig, *names: str) -> None:
+    missing = [f"--{name}" for name in names if getattr(config, name) is None]
+    if missing:
+        raise InputError(
+            f"{' and '.join(missing)} must be given with --pretrained_model_name_or_path, only the embedded model has an "
+            f"example (for instance --train_data_dir cat/ --placeholder_token '<cat-toy>' --initializer_token toy)"
+        )
+
+
+def _plain_paths(config: Any, *names: str) -> Any:
+    """Paths as text, ``~`` expanded: a shell expands it in ``--flag ~/x``, not in ``--flag=~/x`` and not in YAML."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return tuple(plain(item) for item in value)
+        return value if value is None else os.path.expanduser(os.fspath(value))
+
+    return dataclasses.replace(config, **{name: plain(getattr(config, name)) for name in names})

@@ -1,0 +1,149 @@
+"""Which values a config can have: one rule a field, and each error names the flag, the value and what is allowed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from .config_yaml import from_yaml
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from .config import InferConfig, TrainConfig
+
+# What is allowed, in words, and the test of it.
+Rule = tuple[str, Callable[[Any], bool]]
+
+COUNT: Rule = ("1 or more", lambda value: value >= 1)
+WHOLE: Rule = ("0 or more", lambda value: value >= 0)
+SEED: Rule = ("from 0 to 4294967295", lambda value: 0 <= value < 2**32)
+SIDE: Rule = ("8 or more pixels and divisible by 8", lambda value: value >= 8 and value % 8 == 0)
+POSITIVE: Rule = ("above 0 and finite", lambda value: value > 0 and math.isfinite(value))
+NOT_NEGATIVE: Rule = ("0 or more and finite", lambda value: value >= 0 and math.isfinite(value))
+CHANCE: Rule = ("from 0 to 1", lambda value: 0 <= value <= 1)
+DECAY: Rule = ("0 or more and below 1", lambda value: 0 <= value < 1)
+TEXT: Rule = ("text that is not empty", lambda value: bool(value.strip()))
+TEXTS: Rule = ("texts that are not empty", lambda value: all(item.strip() for item in value))
+SOME_TEXTS: Rule = ("one text or more, none empty", lambda value: bool(value) and all(item.strip() for item in value))
+WORD: Rule = ("one word without spaces, like <cat-toy>", lambda value: value.split() == [value])
+PNG: Rule = ("the path of a .png file", lambda value: value.lower().endswith(".png"))
+
+# Fields that are not here can have any value of their type.
+TRAIN_RULES: dict[str, Rule] = {
+    "pretrained_model_name_or_path": TEXT,
+    "revision": TEXT,
+    "variant": TEXT,
+    "train_data_dir": TEXT,
+    "placeholder_token": WORD,
+    "initializer_token": TEXT,
+    "num_vectors": COUNT,
+    "templates": TEXT,
+    "embeddings": TEXTS,
+    "resolution": SIDE,
+    "flip_probability": CHANCE,
+    "output_dir": TEXT,
+    "seed": SEED,
+    "train_batch_size": COUNT,
+    "gradient_accumulation_steps": COUNT,
+    "max_train_steps": COUNT,
+    "num_train_epochs": COUNT,
+    "repeats": COUNT,
+    "learning_rate": POSITIVE,
+    "lr_warmup_steps": WHOLE,
+    "lr_num_cycles": COUNT,
+    "adam_beta1": DECAY,
+    "adam_beta2": DECAY,
+    "adam_weight_decay": NOT_NEGATIVE,
+    "adam_epsilon": POSITIVE,
+    "validation_prompt": TEXT,
+    "num_validation_images": COUNT,
+    "validation_steps": COUNT,
+    "validation_guidance_scale": NOT_NEGATIVE,
+    "validation_inference_steps": COUNT,
+    "overview_prompts": SOME_TEXTS,
+    "logging_dir": TEXT,
+    "logging_steps": COUNT,
+    "save_steps": COUNT,
+    "checkpointing_steps": COUNT,
+    "checkpoints_total_limit": COUNT,
+    "resume_from_checkpoint": TEXT,
+    "hub_model_id": TEXT,
+    "hub_token": TEXT,
+}
+
+INFER_RULES: dict[str, Rule] = {
+    "prompt": SOME_TEXTS,
+    "embedding": TEXTS,
+    "pretrained_model_name_or_path": TEXT,
+    "revision": TEXT,
+    "variant": TEXT,
+    "num_inference_steps": COUNT,
+    "guidance_scale": NOT_NEGATIVE,
+    "num_images": COUNT,
+    "height": SIDE,
+    "width": SIDE,
+    "seed": SEED,
+    "batch_size": COUNT,
+    "output": PNG,
+}
+
+
+def check_train(config: TrainConfig) -> None:
+    """Check a `TrainConfig` whose model defaults are filled in.
+
+    Raises:
+      InputError: the first value that cannot be.
+    """
+    _check_fields(config, TRAIN_RULES)
+    _check_model(config)
+    prompts = [("overview_prompts", prompt) for prompt in config.overview_prompts or ()]
+    if config.validation_prompt is not None:
+        prompts.insert(0, ("validation_prompt", config.validation_prompt))
+    word = config.placeholder_token or ""
+    for name, prompt in prompts:
+        if "{}" not in prompt and word.lower() not in prompt.lower():
+            raise InputError(
+                f"--{name} {prompt!r}: the new word {word} is not in it; write it, or {{}} in its place (in a shell, "
+                f"quote the prompt: < and > mean something there)"
+            )
+
+
+def check_infer(config: InferConfig) -> None:
+    """Check an `InferConfig` whose model defaults are filled in.
+
+    Raises:
+      InputError: the first value that cannot be.
+    """
+    if not config.prompt:
+        raise InputError("--prompt is missing: say what to draw, e.g. --prompt 'a portrait of a person'")
+    _check_fields(config, INFER_RULES)
+    _check_model(config)
+
+
+def _check_fields(config: Any, rules: dict[str, Rule]) -> None:
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        try:
+            # A config made in Python has been through no parser yet.
+            from_yaml(list(value) if isinstance(value, tuple) else value, hints[field.name])
+            if value is not None and field.name in rules:
+                allowed, holds = rules[field.name]
+                if not holds(value):
+                    raise ValueError(allowed)
+        except ValueError as error:
+            shown = " ".join(map(repr, value)) if isinstance(value, tuple) else repr(value)
+            raise InputError(f"--{field.name} {shown}: must be {error}") from error
+
+
+def _check_model(config: TrainConfig | InferConfig) -> None:
+    if config.pretrained_model_name_or_path is None:
+        for name in ("revision", "variant"):
+            if getattr(config, name) is not None:
+                raise InputError(
+                    f"--{name} {getattr(config, name)}: the embedded model has only one; leave it out, or give the model "
+                    f"that it is meant for with --pretrained_model_name_or_path"
+                )

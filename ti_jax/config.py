@@ -272,8 +272,8 @@ def _require(config: TrainConfig, *names: str) -> None:
     missing = [f"--{name}" for name in names if getattr(config, name) is None]
     if missing:
         raise InputError(
-            f"{' and '.join(missing)} must be given with --pretrained_model_name_or_path, only the embedded model has an "
-            f"example (for instance --train_data_dir cat/ --placeholder_token '<cat-toy>' --initializer_token toy)"
+            f"{' and '.join(missing)} must be given with --pretrained_model_name_or_path: only the embedded model has "
+            f"an example (for instance --train_data_dir cat/ --placeholder_token '<cat-toy>' --initializer_token toy)"
         )
 
 

@@ -144,6 +144,6 @@ def _check_model(config: TrainConfig | InferConfig) -> None:
         for name in ("revision", "variant"):
             if getattr(config, name) is not None:
                 raise InputError(
-                    f"--{name} {getattr(config, name)}: the embedded model has only one; leave it out, or give the model "
-                    f"that it is meant for with --pretrained_model_name_or_path"
+                    f"--{name} {getattr(config, name)}: the embedded model has only one; leave it out, or give the "
+                    f"model that it is meant for with --pretrained_model_name_or_path"
                 )

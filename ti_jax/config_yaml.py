@@ -1,8 +1,8 @@
 """Strict YAML for configs: every key known, every value of its field's type, every fault one line with its place.
 
 Scalars are read as YAML 1.2 reads them, which is what people expect them to be: ``5e-4`` is a number, and ``no``,
-``on``, ``1:30`` and ``2024-01-01`` are text. PyYAML itself keeps to YAML 1.1, where the first is text and the others are
-not.
+``on``, ``1:30`` and ``2024-01-01`` are text. PyYAML itself keeps to YAML 1.1, where the first is text and the others
+are not.
 """
 
 from __future__ import annotations
@@ -168,9 +168,9 @@ def _parse(path: Path) -> dict[Any, Any]:
         line = f", line {mark.line + 1}" if mark else ""
         raise InputError(f"{path}{line}: not valid YAML: {error.problem or error.context}") from error
     except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
+        number = text.count("\n", 0, error.position) + 1
         raise InputError(
-            f"{path}, line {line}: a character that YAML does not allow (#x{error.character:04x})"
+            f"{path}, line {number}: a character that YAML does not allow (#x{error.character:04x})"
         ) from error
     except RecursionError as error:
         raise InputError(f"{path}: nested too deeply; a config is a flat list of  key: value") from error

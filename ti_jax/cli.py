@@ -1,0 +1,176 @@
+"""The commands: ``ti-jax train`` (``train.py``), ``ti-jax infer`` (``infer.py``) and ``ti-jax verify``.
+
+JAX is imported inside the commands, once the command line is known to be right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from . import __version__
+from .config import InferConfig, TrainConfig, resolve, resolve_infer
+from .config_yaml import nearest
+from .errors import InputError
+
+TRAIN_EXAMPLES = """\
+examples:
+  {prog}
+      the embedded model learns <cleo> from its example pictures, on a CPU in a minute or two
+  {prog} --train_data_dir me/ --output_dir output/me
+      the embedded model learns <me> from your pictures
+  {prog} --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --train_data_dir cat/ \\
+      --placeholder_token "<cat-toy>" --initializer_token toy --learning_rate 5e-4 --output_dir output/cat
+  {prog} --config configs/sd15.yaml --train_data_dir cat/ --placeholder_token "<cat-toy>" --initializer_token toy
+"""
+
+INFER_EXAMPLES = """\
+examples:
+  {prog} --embedding output/learned_embeds.safetensors --prompt "a portrait of <cleo> wearing a red jacket"
+  {prog} --embedding cat.safetensors --prompt "a <cat-toy> on a beach" "a <cat-toy> in the snow" --num_images 4 \\
+      --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --scheduler dpm++ --output cat.png
+"""
+
+VERIFY_EXAMPLES = """\
+example:
+  ti-jax verify output/learned_embeds.safetensors --prompt "a portrait of <cleo>"
+"""
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """Load a learned word into diffusers on PyTorch, and compare what both make of a prompt."""
+
+    pretrained_model_name_or_path: str | None = None
+    """The model that the word was learned for: a diffusers folder or a Hugging Face Hub id. Left out: the small model
+    that comes with ti_jax."""
+    prompt: str | None = None
+    """Prompt with the word in it. Left out: the word alone."""
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "ti-jax") -> int:
+    """Run a command line and return its exit status.
+
+    Args:
+      argv: a command and its flags; None: those of this process.
+      prog: what the program is called. A script's name, such as ``train.py``, stands for the command too.
+
+    Returns:
+      0; 2 after an error of the user's, told on one line of stderr; 130 when interrupted.
+
+    Raises:
+      SystemExit: with status 0 after a command's ``--help``, with 141 when the reader of stdout has left.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return _run(argv, prog)
+    except InputError as error:
+        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(argv: Sequence[str], prog: str) -> int:
+    if not argv:
+        raise InputError(f"no command given; one of {', '.join(COMMANDS)}, or {prog} --help")
+    command, *args = argv
+    if command in ("-h", "--help"):
+        with _output():
+            print(_overview(prog))
+        return 0
+    if command == "--version":
+        with _output():
+            print(f"ti-jax {__version__}")
+        return 0
+    if command not in COMMANDS:
+        remedy = nearest(command, COMMANDS, "did you mean {}?", f"known are {', '.join(COMMANDS)}")
+        raise InputError(f"unknown command {command!r}; {remedy}")
+    run, _ = COMMANDS[command]
+    return run(args, prog if prog.endswith(".py") else f"{prog} {command}")
+
+
+def _overview(prog: str) -> str:
+    lines = [f"  {name:8}{about}" for name, (_, about) in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"usage: {prog} COMMAND [FLAGS]",
+            "",
+            "Textual Inversion for Stable Diffusion in JAX: learn a new word from a few pictures, and draw with it.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            f"{prog} COMMAND --help  lists a command's flags;  {prog} --version  prints the version.",
+        ]
+    )
+
+
+def _as_typed(prog: str) -> str:
+    return f"python {prog}" if prog.endswith(".py") else prog
+
+
+def _train(args: Sequence[str], prog: str) -> int:
+    from .flags import NO_COUNTERPART, parse
+
+    with _output():
+        examples = TRAIN_EXAMPLES.format(prog=_as_typed(prog))
+        config = parse(TrainConfig, args, prog=prog, examples=examples, no_counterpart=NO_COUNTERPART)
+    config = resolve(config)
+    from .training.loop import train
+
+    # A run that was asked to stop is not done: whoever started it should be told so.
+    return 130 if train(config).interrupted else 0
+
+
+def _infer(args: Sequence[str], prog: str) -> int:
+    from .flags import parse
+
+    with _output():
+        config = parse(InferConfig, args, prog=prog, examples=INFER_EXAMPLES.format(prog=_as_typed(prog)))
+    config = resolve_infer(config)
+    from .drawing import draw
+
+    paths = draw(config)
+    with _output():
+        print(*paths, sep="\n")
+    return 0
+
+
+def _verify(args: Sequence[str], prog: str) -> int:
+    from .flags import parse
+
+    file, flags = ("", args) if not args or args[0].startswith("-") else (args[0], args[1:])
+    with _output():
+        config = parse(VerifyConfig, flags, prog=f"{prog} FILE", examples=VERIFY_EXAMPLES, config_file=False)
+    if not file:
+        raise InputError(f"the embedding file is missing: {prog} FILE, with its flags behind it")
+    from .embeddings.verify import verify
+
+    report = verify(file, config.pretrained_model_name_or_path, config.prompt)
+    with _output():
+        print(report)
+    return 0
+
+
+@contextlib.contextmanager
+def _output() -> Iterator[None]:
+    """Printing to stdout; a reader who has left, like ``head``, ends the program without a word."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Or Python complains when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None  # as a shell reports SIGPIPE
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str], str], int], str]] = {
+    "train": (_train, "Learn a new word from a few pictures (train.py)."),
+    "infer": (_infer, "Draw pictures of prompts, with learned words in them (infer.py)."),
+    "verify": (_verify, "Check that diffusers on PyTorch loads a learned word and draws the same with it."),
+}

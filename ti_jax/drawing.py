@@ -1,0 +1,87 @@
+"""``infer.py``: from an `InferConfig` to picture files."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from .config import InferConfig
+from .embeddings import Embedding
+from .embeddings.embedding import check_fits
+from .errors import InputError
+from .files import ensure_writable_folder
+from .pictures import grid, save_png
+from .pipeline import StableDiffusion
+
+GRID_COLUMNS = 4
+
+
+def draw(config: InferConfig) -> list[Path]:
+    """Draw what a resolved config says.
+
+    Returns:
+      The files written: ``config.output``, or for several pictures those of `output_paths`.
+
+    Raises:
+      InputError: the place cannot be written, or something is wrong with an embedding, the model or a prompt. What can
+        be checked without the model is checked before it is loaded.
+    """
+    output = Path(config.output)
+    if output.is_dir():
+        raise InputError(f"--output {output}: a folder; give the name of a .png file in it")
+    ensure_writable_folder(output.parent)
+    embeddings = [Embedding.load(path) for path in config.embedding]
+    for path, embedding in zip(config.embedding, embeddings, strict=True):
+        if not any(embedding.token.lower() in prompt.lower() for prompt in config.prompt):
+            print(f"warning: no prompt has the word {embedding.token} of {path} in it", file=sys.stderr)
+
+    sd = StableDiffusion.from_pretrained(
+        config.pretrained_model_name_or_path,
+        {None: None, "no": jnp.float32, "bf16": jnp.bfloat16}[config.mixed_precision],
+        revision=config.revision,
+        variant=config.variant,
+    )
+    for path, embedding in zip(config.embedding, embeddings, strict=True):
+        check_fits(embedding, sd.embedding_dims, path)
+    prompts = [prompt for prompt in config.prompt for _ in range(config.num_images)]
+    images = sd.generate(
+        prompts,
+        embeddings=embeddings,
+        negative_prompt=config.negative_prompt,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        scheduler=config.scheduler,
+        height=config.height,
+        width=config.width,
+        seed=config.seed,
+        batch_size=config.batch_size,
+    )
+
+    settings = {
+        "model": sd.name,
+        "seed": config.seed,
+        "num_inference_steps": config.num_inference_steps,
+        "guidance_scale": config.guidance_scale,
+    }
+    for name in ("negative_prompt", "scheduler"):
+        if getattr(config, name) is not None:
+            settings[name] = getattr(config, name)
+    paths, grid_path = output_paths(output, len(images))
+    for number, (path, prompt, image) in enumerate(zip(paths, prompts, images, strict=True)):
+        save_png(path, image, {"prompt": prompt, "picture": number, **settings})
+    if grid_path is None:
+        return paths
+    columns = config.num_images if config.num_images > 1 else min(len(images), GRID_COLUMNS)
+    save_png(grid_path, grid(images, columns=columns), {"prompt": "; ".join(config.prompt), **settings})
+    return [*paths, grid_path]
+
+
+def output_paths(output: Path, count: int) -> tuple[list[Path], Path | None]:
+    """Files for ``count`` pictures, and for all in one: ``out.png``, or ``out-0.png``, ... and ``out-grid.png``."""
+    if count == 1:
+        return [output], None
+    digits = len(str(count - 1))
+    numbered = [output.with_name(f"{output.stem}-{number:0{digits}d}{output.suffix}") for number in range(count)]
+    return numbered, output.with_name(f"{output.stem}-grid{output.suffix}")

@@ -53,10 +53,10 @@ def write_atomically(path: Path | str, content: Content) -> None:
     Raises:
       InputError: the disk is full, or the place cannot be written. The old file is as it was.
     """
-    write_together({path: content})
+    write_together({Path(path): content})
 
 
-def write_together(contents: Mapping[Path | str, Content]) -> None:
+def write_together(contents: Mapping[Path, Content]) -> None:
     """As `write_atomically`, for files that belong together: none is replaced before all are on the disk.
 
     Between the first and the last rename a crash would still leave a mixture; readers of pairs have to notice that.

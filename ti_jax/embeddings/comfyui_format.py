@@ -1,0 +1,44 @@
+"""The ``.safetensors`` that ComfyUI, kohya, invoke and OneTrainer share: keyed by text encoder, not by word.
+
+Held to ComfyUI's ``load_embed``. SD1.x and SD2.x: ``emb_params`` (OneTrainer writes ``emp_params``); SDXL: ``clip_l``
+for the first text encoder and ``clip_g`` for the second. The word is the file's name; our files also have it in the
+header.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import InputError
+from .containers import Content, safetensors_bytes, word_metadata
+from .embedding import Embedding
+from .vectors import encoder_of, vectors_of
+
+SINGLE_KEYS = ("emb_params", "emp_params")
+KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+
+
+def read(content: Content, token: str | None) -> Embedding | None:
+    """The word in a file; None if it is not this format."""
+    keys = set(content.data)
+    if len(keys) == 1 and keys <= set(SINGLE_KEYS):
+        (key,) = keys
+        array = vectors_of(content.data[key], key)
+        vectors = {encoder_of(array): array}
+    elif keys and keys <= set(KEYS.values()):
+        vectors = {name: vectors_of(content.data[key], key) for name, key in KEYS.items() if key in keys}
+    else:
+        return None
+    word = token or content.metadata.get("token") or content.path.stem
+    return Embedding(word, vectors, word_metadata(content, word))
+
+
+def write(embedding: Embedding, path: Path) -> dict[Path, bytes]:
+    """The ``.safetensors`` file of a word."""
+    if path.suffix != ".safetensors":
+        raise InputError(f"{path}: a word in ComfyUI's format is a .safetensors file")
+    if list(embedding.vectors) == ["text_encoder"]:
+        tensors = {SINGLE_KEYS[0]: embedding.vectors["text_encoder"]}
+    else:
+        tensors = {KEYS[name]: vectors for name, vectors in embedding.vectors.items()}
+    return {path: safetensors_bytes(tensors, embedding.token, embedding.metadata)}

@@ -1,0 +1,187 @@
+"""The two kinds of file that words come in, safetensors and PyTorch pickles: from bytes to named arrays, and back."""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError, safe_open
+
+from ..errors import InputError
+from ..weights.files import DTYPES, is_zip, listed, one_line, refuse_git_lfs_pointer
+
+OURS = "ti_jax."  # how the names of header entries begin that are about a file of ours and not about its word
+
+PICKLE_SUFFIXES = (".bin", ".pt")
+
+# Words have one tensor or two (one flavour 16); a file with more is a model or a LoRA, and need not be read to say so.
+MAX_TENSORS = 64
+MAX_NUMBERS = 10_000_000
+
+# What `torch.load` raises on a file that is cut short or damaged.
+_BROKEN = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    AssertionError,
+    ArithmeticError,
+    struct.error,
+)
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a file holds.
+
+    Attributes:
+      data: usually a dict; tensors in it are NumPy arrays in the file's own precision (bfloat16 by ``ml_dtypes``).
+      metadata: text to text, of a safetensors header.
+    """
+
+    path: Path
+    data: Any
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def read_content(path: Path) -> Content:
+    """Read a file, whose first bytes tell its kind; its suffix does not matter.
+
+    Raises:
+      InputError: no such file, or it cannot be read; broken; neither safetensors nor PyTorch; a pickle with more in it
+        than tensors, text and numbers; many tensors, as a model has.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+        refuse_git_lfs_pointer(path)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; give the file of a learned word") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); give the file of a learned word") from error
+    if start[8:9] == b"{":
+        return _read_safetensors(path)
+    if start.startswith((b"PK\x03\x04", b"\x80")):
+        return Content(path, _read_pickle(path))
+    what = "an empty file" if not start else "neither a safetensors nor a PyTorch file, or broken at its start"
+    raise InputError(f"{path}: {what}; give the file of a learned word, or download it again")
+
+
+def _refuse_many(path: Path, names: list[str]) -> None:
+    if len(names) > MAX_TENSORS:
+        raise InputError(
+            f"{path}: {len(names)} entries ({listed(names, 4)}): a model or a LoRA, not a learned word; give the "
+            "file of a word"
+        )
+
+
+def _refuse_large(path: Path, shape: Sequence[int]) -> None:
+    if math.prod(shape) > MAX_NUMBERS:
+        raise InputError(f"{path}: a tensor {list(shape)}, far too large for a learned word; give the file of a word")
+
+
+def _read_safetensors(path: Path) -> Content:
+    try:
+        with safe_open(path, framework="np") as file:
+            names = list(file.keys())
+            _refuse_many(path, names)
+            for name in names:
+                part = file.get_slice(name)
+                _refuse_large(path, part.get_shape())
+                dtype = part.get_dtype()
+                if dtype not in DTYPES:
+                    raise InputError(f"{path}: {name!r} holds {dtype}; a word has numbers of {', '.join(DTYPES)}")
+            return Content(path, {name: file.get_tensor(name) for name in names}, file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a complete safetensors file ({one_line(error)}); download it again") from error
+
+
+def _import_torch(path: Path) -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(
+            f"{path}: {path.suffix} files need PyTorch (pip install 'ti_jax[torch]'); or use .safetensors"
+        ) from error
+    return torch
+
+
+def _read_pickle(path: Path) -> Any:
+    torch = _import_torch(path)
+    try:
+        # The paper's code saves a ParameterDict. One class more is harmless: only its dict of tensors is looked at.
+        with torch.serialization.safe_globals([torch.nn.ParameterDict]):
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it holds {found.group(1)}" if found else "it is broken, or holds more than tensors"
+        raise InputError(
+            f"{path}: refused: {what}, which could run code when loaded; get the word as .safetensors"
+        ) from error
+    except _BROKEN as error:
+        raise InputError(f"{path}: not a complete PyTorch file ({one_line(error)}); download it again") from error
+    if isinstance(data, dict):
+        _refuse_many(path, [str(key) for key in data])
+    return _with_arrays(path, data, torch, depth=2)
+
+
+def _with_arrays(path: Path, value: Any, torch: Any, depth: int) -> Any:
+    """``value`` with a NumPy array, of memory of its own, for each tensor in dicts down to ``depth`` below it."""
+    if isinstance(value, torch.nn.ParameterDict):
+        # Not by its methods: they want attributes that the releases of the paper's day did not write.
+        value = vars(value).get("_parameters", {})
+    if isinstance(value, dict) and depth > 0:
+        return {key: _with_arrays(path, item, torch, depth - 1) for key, item in value.items()}
+    if not isinstance(value, torch.Tensor):
+        return value
+    _refuse_large(path, value.shape)
+    tensor = value.detach()
+    try:
+        if tensor.dtype == torch.bfloat16:  # which PyTorch cannot hand to NumPy
+            return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16).copy()
+        return tensor.numpy().copy()
+    except (TypeError, RuntimeError) as error:
+        raise InputError(f"{path}: holds a tensor that is not plain numbers ({one_line(error)})") from error
+
+
+def word_metadata(content: Content, word: str) -> dict[str, str]:
+    """What a file says of its word, less what only concerns the file; ``token`` is the word that it is read under."""
+    metadata = {key: value for key, value in content.metadata.items() if key != "format" and not key.startswith(OURS)}
+    return {**metadata, "token": word} if "token" in metadata else metadata
+
+
+def safetensors_bytes(tensors: Mapping[str, np.ndarray], word: str, metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file. ``format: pt`` is what transformers and diffusers write."""
+    arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    return safetensors.numpy.save(arrays, {**metadata, "token": word, "format": "pt"})
+
+
+def pickle_bytes(path: Path, data: dict[str, Any]) -> bytes:
+    """A PyTorch file, with a tensor for each array in ``data``.
+
+    Raises:
+      InputError: PyTorch is not installed (``path`` is for this message).
+    """
+    torch = _import_torch(path)
+
+    def with_tensors(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: with_tensors(item) for key, item in value.items()}
+        return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
+
+    buffer = io.BytesIO()
+    torch.save(with_tensors(data), buffer)
+    return buffer.getvalue()

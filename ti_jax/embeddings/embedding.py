@@ -1,0 +1,129 @@
+"""A learned word in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import InputError
+from ..files import write_together
+
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+
+# Lengths of a token embedding, by text encoder, of the published model families.
+FAMILIES = {
+    "SD1.x": {"text_encoder": 768},
+    "SD2.x": {"text_encoder": 1024},
+    "SDXL": {"text_encoder": 768, "text_encoder_2": 1280},
+}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Embedding:
+    """A learned word: its rows of the token-embedding tables.
+
+    Attributes:
+      token: the word, e.g. "<cat-toy>".
+      vectors: float32 [n, D] by text encoder, "text_encoder" and for SDXL "text_encoder_2"; the same n for both.
+      metadata: where it comes from (base model, steps, initializer, ...), text to text. Kept where the format can.
+
+    Raises:
+      InputError: an empty word or one with spaces; vectors that are not [n, D], or not all finite; a number of vectors
+        that differs between the text encoders.
+    """
+
+    token: str
+    vectors: Mapping[str, np.ndarray]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.token or self.token.split() != [self.token]:
+            raise InputError(
+                f"the word {self.token!r} must not be empty or hold spaces; give it another with token=, like <cat-toy>"
+            )
+        if not self.vectors or not set(self.vectors) <= set(TEXT_ENCODERS):
+            raise InputError(f"a word has vectors for {' and '.join(TEXT_ENCODERS)}, not for {list(self.vectors)}")
+        # Copies: nobody else can change a learned word.
+        vectors = {name: np.array(self.vectors[name], np.float32) for name in TEXT_ENCODERS if name in self.vectors}
+        for name, value in vectors.items():
+            if value.ndim != 2 or 0 in value.shape:
+                raise InputError(f"the vectors for {name} have the shape {list(value.shape)}, expected [n, D]")
+            if not np.isfinite(value).all():
+                raise InputError(
+                    f"the vectors for {name} hold NaN or infinite numbers; the word is spoilt, train it again"
+                )
+            value.setflags(write=False)
+        if len({len(value) for value in vectors.values()}) != 1:
+            counts = " and ".join(f"{len(value)} for {name}" for name, value in vectors.items())
+            raise InputError(f"the number of vectors differs: {counts}")
+        object.__setattr__(self, "vectors", vectors)
+        object.__setattr__(self, "metadata", {str(key): str(value) for key, value in self.metadata.items()})
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in self.vectors.items())
+        return f"Embedding({self.token!r}, {shapes})"
+
+    @property
+    def num_vectors(self) -> int:
+        """Rows that the word takes in a prompt."""
+        return len(next(iter(self.vectors.values())))
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """Length of its vectors, by text encoder."""
+        return {name: value.shape[1] for name, value in self.vectors.items()}
+
+    @classmethod
+    def load(cls, path: str | Path, token: str | None = None) -> Embedding:
+        """Read a word from a file of any known format, which its content tells; see `ti_jax.embeddings.formats`.
+
+        Args:
+          path: the file, or a folder with a ``learned_embeds.safetensors`` or ``.bin``.
+          token: the word to read it under. None: what the file says, or its name without suffix if it says nothing.
+
+        Raises:
+          InputError: no such file, broken, of no known format, or not a word.
+        """
+        from .formats import read
+
+        return read(Path(path), token)
+
+    def save(self, path: str | Path, format: str = "diffusers") -> None:
+        """Write the word as "diffusers", "a1111" or "comfyui" read it; a file that is there already is replaced, whole.
+
+        In diffusers' format the two halves of an SDXL word are two files: beside ``learned_embeds.safetensors`` also
+        ``learned_embeds_2.safetensors``.
+
+        Raises:
+          InputError: an unknown format, a suffix that the format does not have, a word that it cannot hold, or a disk
+            that is full or cannot be written.
+        """
+        from .formats import find_format
+
+        write_together(find_format(format).write(self, Path(path)))
+
+
+def describe_dims(dims: Mapping[str, int]) -> str:
+    """The model family that has these embedding lengths, in words."""
+    numbers = " and ".join(str(dim) for dim in dims.values())
+    for name, family in FAMILIES.items():
+        if dict(dims) == family:
+            return f"{name} ({numbers} numbers a vector)"
+    return f"a model with {numbers} numbers a vector"
+
+
+def check_fits(embedding: Embedding, dims: Mapping[str, int], where: object) -> None:
+    """Raise `InputError` unless a word is for a model with these embedding lengths.
+
+    Args:
+      dims: length of a token embedding by text encoder (`StableDiffusion.embedding_dims`).
+      where: the word's file, for the message.
+    """
+    if embedding.dims != dict(dims):
+        raise InputError(
+            f"{where}: the word {embedding.token!r} is for {describe_dims(embedding.dims)}, but the model here is "
+            f"{describe_dims(dims)}; use a word that was learned on a model of the same family"
+        )

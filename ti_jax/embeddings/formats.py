@@ -1,0 +1,87 @@
+"""The formats that words are read from and written in. A new one is a module beside this and a line in `FORMATS`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError
+from . import a1111_format, comfyui_format, diffusers_format
+from .containers import Content, read_content
+from .embedding import Embedding
+
+
+@dataclass(frozen=True)
+class Format:
+    """One program's way to keep a word.
+
+    Attributes:
+      name: as `Embedding.save` takes it.
+      looks_like: what its files hold, in a few words.
+      read: content and the wanted word (or None) -> the word, or None if this is not the format.
+      write: the word and a path -> the files to write, by path; `InputError` if the format cannot hold it.
+    """
+
+    name: str
+    looks_like: str
+    read: Callable[[Content, str | None], Embedding | None]
+    write: Callable[[Embedding, Path], dict[Path, bytes]]
+
+
+# In the order in which they are tried: diffusers' is any single tensor, so the others go first.
+FORMATS = (
+    Format("a1111", "string_to_param", a1111_format.read, a1111_format.write),
+    Format("comfyui", "emb_params, or clip_l and clip_g", comfyui_format.read, comfyui_format.write),
+    Format("diffusers", "one tensor [n, D] under the word", diffusers_format.read, diffusers_format.write),
+)
+
+
+def find_format(name: str) -> Format:
+    """The format of that name; `InputError` if there is none."""
+    for form in FORMATS:
+        if form.name == name:
+            return form
+    raise InputError(
+        f"unknown format {name!r} for a learned word; known are {', '.join(form.name for form in FORMATS)}"
+    )
+
+
+def read(path: Path, token: str | None = None) -> Embedding:
+    """Read a word from a file of any known format; see `Embedding.load`."""
+    if path.is_dir():
+        names = [name for name in diffusers_format.FILE_NAMES if (path / name).is_file()]
+        if not names:
+            raise InputError(
+                f"{path}: a folder without {' or '.join(diffusers_format.FILE_NAMES)}; give the file itself"
+            )
+        path = path / names[0]
+    content = read_content(path)
+    if isinstance(content.data, dict):
+        for form in FORMATS:
+            try:
+                embedding = form.read(content, token)
+            except InputError as error:
+                raise InputError(f"{path}: {error}") from error
+            if embedding is not None:
+                return embedding
+    known = "; ".join(f"{form.name} ({form.looks_like})" for form in FORMATS)
+    raise InputError(
+        f"{path}: not a learned word in a known format: it holds {_found(content.data)}; known are {known}"
+    )
+
+
+def _found(data: Any, limit: int = 4) -> str:
+    """What a file holds, in words."""
+    if not isinstance(data, dict):
+        return f"an array {list(data.shape)}" if isinstance(data, np.ndarray) else f"a {type(data).__name__}"
+    if not data:
+        return "nothing"
+    parts = []
+    for key, value in list(data.items())[:limit]:
+        what = f"{list(value.shape)} {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
+        parts.append(f"{key!r} {what}")
+    return ", ".join(parts) + (f" and {len(data) - limit} more" if len(data) > limit else "")

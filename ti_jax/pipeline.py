@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
-from . import tokens
+from . import sampling, tokens
+from .diffusion.samplers import make_sampler
 from .diffusion.schedule import NoiseSchedule
+from .embeddings import Embedding, check_fits
 from .errors import InputError
 from .models.clip_text import CLIPTextConfig, CLIPTextModel
 from .models.unet import UNet2DConditionModel, UNetConfig
@@ -22,6 +24,7 @@ from .models.vae import AutoencoderKL, VAEConfig
 from .networks import Condition, Networks, Params, network_shapes
 from .weights.config_files import read_component_config
 from .weights.hub import resolve
+from .weights.identity import Identity
 from .weights.load import load_component
 from .weights.tokenizers import load_tokenizer
 
@@ -44,6 +47,7 @@ class StableDiffusion:
       tokenizers: one for each text encoder, by the encoder's name.
       schedule: betas and prediction type that the model was trained with.
       scheduler_config: the checkpoint's ``scheduler_config.json``.
+      zeros_for_empty_prompt: guidance without a negative prompt starts from zeros (SDXL) and not from the empty prompt.
       identity: a hash of the weights; two folders with the same weights have the same.
       path: the folder that it was read from.
       name: what the user called it: a path, a hub id, or "mini-sd" for the embedded default.
@@ -54,6 +58,7 @@ class StableDiffusion:
     tokenizers: Mapping[str, CLIPTokenizer]
     schedule: NoiseSchedule
     scheduler_config: Mapping[str, Any]
+    zeros_for_empty_prompt: bool
     dtype: Any
     identity: str
     path: Path
@@ -97,19 +102,20 @@ class StableDiffusion:
         scheduler_config = read_component_config(folder, "scheduler")
         schedule = NoiseSchedule.from_config(scheduler_config)
 
-        loaded = {
-            name: load_component(folder, name, shapes, dtype, variant)
+        identity = Identity()
+        params = {
+            name: load_component(folder, name, shapes, dtype, variant, identity)
             for name, shapes in network_shapes(text_encoders, unet, vae).items()
         }
-        digest = hashlib.sha256("".join(loaded[name].digest for name in sorted(loaded)).encode())
         return cls(
             networks=Networks(text_encoders, unet, vae, schedule.prediction_type),
-            params={name: component.params for name, component in loaded.items()},
+            params=params,
             tokenizers={name: load_tokenizer(folder, name.replace("text_encoder", "tokenizer")) for name in text_names},
             schedule=schedule,
             scheduler_config=scheduler_config,
+            zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", False)),
             dtype=dtype,
-            identity=digest.hexdigest(),
+            identity=identity.hexdigest(),
             path=folder,
             name="mini-sd" if path_or_hub_id is None else str(path_or_hub_id),
         )
@@ -186,3 +192,58 @@ class StableDiffusion:
     def decode_latents(self, latents: Any) -> jax.Array:
         """Scaled latents [B, h, w, c] -> pixels [B, H, W, 3] in [-1, 1]."""
         return _run(self.networks, "decode_latents", self.params, jnp.asarray(latents))
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        embeddings: Sequence[Embedding] = (),
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_inference_steps: int = 30,
+        guidance_scale: float = 7.5,
+        scheduler: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int = 0,
+        batch_size: int | None = None,
+    ) -> list[Image.Image]:
+        """Draw one picture for each prompt.
+
+        Args:
+          embeddings: learned words that the prompts may use.
+          negative_prompt: what the pictures should keep away from: one for all, or one for each prompt.
+          guidance_scale: strength of classifier-free guidance; 1 or below turns it off.
+          scheduler: "ddim", "euler", "euler_a" or "dpm++"; None: the checkpoint's own.
+          height, width: in pixels, multiples of 8; None: the size that the model was trained on.
+          seed: picture i is drawn from ``seed + i`` alone.
+          batch_size: pictures at a time; None: `sampling.DEFAULT_BATCH_SIZE`.
+
+        Raises:
+          InputError: a prompt that is too long, an embedding of another model family, or a setting out of its range.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts:
+            return []
+        for embedding in embeddings:
+            check_fits(embedding, self.embedding_dims, embedding.token)
+        words, rows = tokens.combine(embeddings)
+        negative_ids = None
+        if negative_prompt is not None or not self.zeros_for_empty_prompt:
+            negative = negative_prompt or ""
+            negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
+            if len(negatives) != len(prompts):
+                raise InputError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one for each")
+            negative_ids = self.tokenize(negatives, words)
+        pixels = sampling.draw(
+            self.networks,
+            self.params,
+            make_sampler(scheduler, self.scheduler_config, num_inference_steps),
+            self.tokenize(prompts, words),
+            negative_ids,
+            rows or None,
+            latent_shape=self.latent_shape(height or self.default_resolution, width or self.default_resolution),
+            guidance_scale=guidance_scale,
+            seed=seed,
+            batch_size=batch_size or sampling.DEFAULT_BATCH_SIZE,
+        )
+        return [Image.fromarray(picture) for picture in pixels]

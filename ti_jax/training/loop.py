@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..config import TrainConfig, dump_yaml, resolve
+from ..config import TrainConfig, resolve
+from ..config_yaml import dump_yaml
 from ..embeddings import Embedding
 from ..errors import InputError
 from ..files import write_atomically

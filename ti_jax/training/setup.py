@@ -15,8 +15,7 @@ from ..config import TrainConfig
 from ..data.images import Pictures, load_images
 from ..data.latents import encode_moments
 from ..data.prompts import load_templates
-from ..embeddings import Embedding
-from ..embeddings.embedding import check_fits
+from ..embeddings import Embedding, check_fits
 from ..errors import InputError
 from ..pipeline import StableDiffusion
 from .step import Dataset, Rows

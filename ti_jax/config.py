@@ -283,6 +283,6 @@ def _plain_paths(config: Any, *names: str) -> Any:
     def plain(value: Any) -> Any:
         if isinstance(value, (tuple, list)):
             return tuple(plain(item) for item in value)
-        return value if value is None else os.path.expanduser(os.fspath(value))
+        return os.path.expanduser(os.fspath(value)) if isinstance(value, (str, os.PathLike)) else value
 
     return dataclasses.replace(config, **{name: plain(getattr(config, name)) for name in names})

@@ -72,13 +72,13 @@ class _Flag:
     def read(self, words: list[str]) -> Any:
         """The value that ``words`` after the flag stand for; "None" is None where the field can be None."""
         base, optional = strip_optional(self.hint)
+        if optional and words == ["None"]:
+            return None
         if typing.get_origin(base) is tuple:
             return tuple(words)
         if len(words) != 1:
             told = f"it has {len(words)}: {' '.join(words)} (quote text that has spaces)" if words else "it has none"
             raise _Refused(f"--{self.name} takes one value, {expected(base)}; {told}")
-        if optional and words[0] == "None":
-            return None
         try:
             return self._convert(base, words[0])
         except ValueError:

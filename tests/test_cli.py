@@ -1,0 +1,295 @@
+"""The command line: every flag arrives, help tells all of them, and what is wrong is one line with status 2."""
+
+import dataclasses
+import json
+import re
+import shlex
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+
+from ti_jax import cli
+from ti_jax.config import InferConfig, TrainConfig
+from ti_jax.config_yaml import strip_optional
+from ti_jax.errors import InputError
+from ti_jax.flags import NO_COUNTERPART, field_docs, parse
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = {"train": TrainConfig, "infer": InferConfig, "verify FILE": cli.VerifyConfig}
+FIELDS = [
+    pytest.param(cls, field.name, id=f"{cls.__name__}-{field.name}")
+    for cls in COMMANDS.values()
+    for field in dataclasses.fields(cls)
+]
+
+
+def run(*command: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def flags(cls, *args, **kwargs):
+    return parse(cls, args, prog="test", examples="", **kwargs)
+
+
+def sample(cls, name):
+    """Words for a flag and the value that they stand for, another one than the default."""
+    base, _ = strip_optional(typing.get_type_hints(cls)[name])
+    default = {field.name: field.default for field in dataclasses.fields(cls)}[name]
+    if typing.get_origin(base) is typing.Literal:
+        choice = next(choice for choice in typing.get_args(base) if choice != default)
+        return [choice], choice
+    if typing.get_origin(base) is tuple:
+        return ["a {} b", "c"], ("a {} b", "c")
+    if base is bool:
+        return [], not default
+    return {str: (["some text"], "some text"), int: (["7"], 7), float: (["2.5e-1"], 0.25)}[base]
+
+
+# -- flags
+
+
+@pytest.mark.parametrize(("cls", "name"), FIELDS)
+def test_every_flag_reaches_the_config_and_nothing_else_moves(cls, name):
+    words, value = sample(cls, name)
+    assert value != getattr(cls(), name)
+    expected = dataclasses.replace(cls(), **{name: value})
+    assert flags(cls, f"--{name}", *words) == expected
+    assert flags(cls, f"--{name.replace('_', '-')}", *words) == expected
+    if len(words) == 1:
+        assert flags(cls, f"--{name}={words[0]}") == expected
+
+
+@pytest.mark.parametrize(("cls", "name"), FIELDS)
+def test_flags_go_before_the_file(tmp_path, cls, name):
+    _, value = sample(cls, name)
+    path = tmp_path / "x.yaml"
+    path.write_text(f"{name}: {json.dumps(value)}\n")
+    assert flags(cls, "--config", str(path)) == dataclasses.replace(cls(), **{name: value})
+    base, optional = strip_optional(typing.get_type_hints(cls)[name])
+    if base is bool:
+        override, default = [f"--no_{name}"], False
+    elif optional:
+        override, default = [f"--{name}", "None"], None
+    else:
+        default = cls.__dataclass_fields__[name].default
+        override = [f"--{name}", *(default if isinstance(default, tuple) else [str(default)])]
+    assert getattr(flags(cls, *override, "--config", str(path)), name) == default
+
+
+def test_switches_are_turned_off_in_either_spelling(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("center_crop: true\nscale_lr: true\n")
+    config = flags(TrainConfig, "--config", str(path), "--no-center_crop")
+    assert (config.center_crop, config.scale_lr) == (False, True)
+    assert not flags(TrainConfig, "--config", str(path), "--no-center-crop").center_crop
+
+
+def test_the_last_of_repeated_flags_counts():
+    assert flags(TrainConfig, "--seed", "1", "--seed", "2").seed == 2
+
+
+def test_negative_numbers_and_leading_hyphens_are_values():
+    assert flags(TrainConfig, "--learning_rate", "-1e-3").learning_rate == -1e-3
+    assert flags(InferConfig, "--negative_prompt=-blurry").negative_prompt == "-blurry"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--learning_rat", "1"], "unknown flag --learning_rat; did you mean --learning_rate?"),
+        (["--learning-rat=1"], "unknown flag --learning-rat; did you mean --learning_rate?"),
+        (["--zzz"], "unknown flag --zzz; see test --help"),
+        (["-x"], "unknown flag -x; see test --help"),
+        (["--seed"], "--seed takes one value, a whole number; it has none"),
+        (["--seed", "--scale_lr"], "--seed takes one value, a whole number; it has none"),
+        (["--seed", "1", "2"], "--seed takes one value, a whole number; it has 2: 1 2 (quote text that has spaces)"),
+        (["--seed", "x"], "--seed x: must be a whole number"),
+        (["--seed", "1.5"], "--seed 1.5: must be a whole number"),
+        (["--seed", "None"], "--seed None: must be a whole number"),
+        (["--learning-rate", "fast"], "--learning_rate fast: must be a number"),
+        (["--report_to", "wandb"], "--report_to wandb: must be tensorboard or none"),
+        (["--lr_scheduler=cosin"], "--lr_scheduler cosin: must be one of constant, constant_with_warmup, linear, "),
+        (["--scale_lr", "true"], "'true' belongs to no flag; a switch has no value: --name is on, --no_name is off"),
+        (["--scale_lr=False"], "'False' belongs to no flag; a switch has no value"),
+        (["cat/"], "'cat/' belongs to no flag; a flag is written --name value (quote text that has spaces)"),
+        (["--", "--seed"], "--seed"),
+        (["--no-seed", "3"], "--no-seed: --seed has a value and no --no_ form; "),
+        (["--config"], "--config takes one value, text; it has none"),
+        (["--config", "nope.yaml"], "nope.yaml: cannot read the config"),
+        (["--config", "nope.yaml", "--sed", "1"], "unknown flag --sed; did you mean --seed?"),
+    ],
+)
+def test_flags_that_cannot_be_are_named_with_the_remedy(args, message):
+    with pytest.raises(InputError) as error:
+        flags(TrainConfig, *args)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("name", sorted(NO_COUNTERPART))
+def test_flags_of_diffusers_without_a_counterpart_say_why(name):
+    assert name not in {field.name for field in dataclasses.fields(TrainConfig)}
+    for written in (f"--{name}", f"--{name.replace('_', '-')}", f"--{name}=1"):
+        with pytest.raises(InputError, match=rf"^--{name} has no counterpart here \(.+\); leave it out$"):
+            flags(TrainConfig, written, no_counterpart=NO_COUNTERPART)
+    with pytest.raises(InputError, match=f"^unknown flag --{name}"):
+        flags(InferConfig, f"--{name}")
+
+
+def test_the_flags_of_diffusers_script_are_all_known():
+    ours = {field.name for field in dataclasses.fields(TrainConfig)} | NO_COUNTERPART.keys()
+    theirs = """save_steps save_as_full_pipeline num_vectors pretrained_model_name_or_path revision variant
+        tokenizer_name train_data_dir placeholder_token initializer_token learnable_property repeats output_dir
+        seed resolution center_crop train_batch_size num_train_epochs max_train_steps gradient_accumulation_steps
+        gradient_checkpointing learning_rate scale_lr lr_scheduler lr_warmup_steps lr_num_cycles
+        dataloader_num_workers adam_beta1 adam_beta2 adam_weight_decay adam_epsilon push_to_hub hub_token
+        hub_model_id logging_dir mixed_precision allow_tf32 report_to validation_prompt num_validation_images
+        validation_steps validation_epochs local_rank checkpointing_steps checkpoints_total_limit
+        resume_from_checkpoint enable_xformers_memory_efficient_attention no_safe_serialization"""
+    assert set(theirs.split()) <= ours
+
+
+# -- help
+
+
+@pytest.mark.parametrize(("command", "cls"), COMMANDS.items())
+def test_help_tells_every_flag_with_its_doc_and_default(capsys, monkeypatch, command, cls):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command.split()[0], "--help"])
+    assert stop.value.code == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.startswith(f"usage: ti-jax {command} ")
+    assert "\x1b" not in out
+    box = out[out.index("options") : out.index("\nexample")]
+    assert max(map(len, box.splitlines())) <= 80
+    text = " ".join(re.sub(r"[│|]", " ", out).split())
+    for field in dataclasses.fields(cls):
+        flag = text.index(f" --{field.name}")
+        doc = text.index(field_docs(cls)[field.name], flag)
+        if field.default not in (None, (), False):
+            assert text[doc:].startswith(f"{field_docs(cls)[field.name]} (default: {field.default})")
+    assert re.search(rf" examples?: ti-jax {command.split()[0]} ", text[doc:])
+
+
+@pytest.mark.parametrize("cls", COMMANDS.values())
+def test_every_field_has_a_doc(cls):
+    docs = field_docs(cls)
+    assert list(docs) == [field.name for field in dataclasses.fields(cls)]
+    assert all(doc.endswith(".") for doc in docs.values())
+
+
+@pytest.mark.parametrize("script", ["train.py", "infer.py"])
+def test_examples_in_the_help_are_right(capsys, script):
+    command = script.removesuffix(".py")
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"], prog=script)
+    _, examples = capsys.readouterr().out.split("examples:\n")
+    lines = [line.strip() for line in examples.replace("\\\n", " ").splitlines() if f"python {script}" in line]
+    assert lines
+    for line in lines:
+        args = shlex.split(line)[2:]
+        config = flags(COMMANDS[command], *[arg.replace("configs/", f"{ROOT}/configs/") for arg in args])
+        (cli.resolve if command == "train" else cli.resolve_infer)(config)
+
+
+def test_help_lists_the_commands_and_version(capsys):
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {name} " in out for name in cli.COMMANDS)
+    assert cli.main(["--version"]) == 0
+    assert re.fullmatch(r"ti-jax \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
+
+
+def test_help_into_a_closed_pipe_is_quiet():
+    done = subprocess.run(
+        f"{sys.executable} train.py --help | head -n 1",
+        shell=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.stdout, done.stderr) == ("usage: train.py [-h] [OPTIONS]\n", "")
+
+
+# -- whole processes
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("-m ti_jax", "ti-jax: error: no command given; one of train, infer, verify, or ti-jax --help"),
+        ("-m ti_jax trian", "ti-jax: error: unknown command 'trian'; did you mean train?"),
+        ("-m ti_jax xyz --seed", "ti-jax: error: unknown command 'xyz'; known are train, infer, verify"),
+        ("-m ti_jax train --sed 1", "ti-jax: error: unknown flag --sed; did you mean --seed?"),
+        (
+            "-m ti_jax verify",
+            "ti-jax: error: the embedding file is missing: ti-jax verify FILE, with its flags behind it",
+        ),
+        (
+            "-m ti_jax verify x.safetensors --seed 1",
+            "ti-jax: error: unknown flag --seed; see ti-jax verify FILE --help",
+        ),
+        ("train.py --seed x", "train.py: error: --seed x: must be a whole number"),
+        ("train.py --num_vectors 0", "train.py: error: --num_vectors 0: must be 1 or more"),
+        ("train.py --local_rank 3", "train.py: error: --local_rank has no counterpart here (JAX finds the devices by "),
+        (
+            "train.py --pretrained_model_name_or_path a/b",
+            "train.py: error: --train_data_dir and --placeholder_token and ",
+        ),
+        (
+            "train.py --config nope.yaml",
+            "train.py: error: nope.yaml: cannot read the config (No such file or directory)",
+        ),
+        ("train.py --config a\nb.yaml", "train.py: error: a b.yaml: cannot read the config"),
+        ("infer.py", "infer.py: error: --prompt is missing: say what to draw"),
+        (
+            "infer.py --prompt a --height 63",
+            "infer.py: error: --height 63: must be 8 or more pixels and divisible by 8",
+        ),
+        ("infer.py --prompt a --output a.jpg", "infer.py: error: --output 'a.jpg': must be the path of a .png file"),
+        ("infer.py --prompt a --scheduler pndm", "infer.py: error: --scheduler pndm: must be one of ddim, euler, "),
+    ],
+)
+def test_bad_command_lines_end_in_one_line_and_status_2(command, message):
+    done = run(*command.split(" "))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(message)
+    assert done.stderr.endswith("\n")
+    assert done.stderr.count("\n") == 1
+
+
+def test_help_and_refusals_do_not_wait_for_jax():
+    code = "\n".join(
+        [
+            "import sys",
+            "from ti_jax.cli import main",
+            "assert main(['train', '--seed', 'x']) == 2",
+            "assert main(['infer', '--prompt', 'a', '--seed', '-1']) == 2",
+            "assert main(['--help']) == 0",
+            "slow = {'jax', 'flax', 'numpy', 'transformers', 'torch', 'PIL'} & sys.modules.keys()",
+            "assert not slow, slow",
+        ]
+    )
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_interruption_is_one_line_and_a_fault_of_ours_keeps_its_traceback(capsys, monkeypatch):
+    def interrupted(args, prog):
+        raise KeyboardInterrupt
+
+    def faulty(args, prog):
+        raise ZeroDivisionError
+
+    monkeypatch.setitem(cli.COMMANDS, "train", (interrupted, ""))
+    assert cli.main(["train"], prog="train.py") == 130
+    assert capsys.readouterr().err == "train.py: interrupted\n"
+    monkeypatch.setitem(cli.COMMANDS, "train", (faulty, ""))
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["train"])

@@ -1,0 +1,405 @@
+"""Configs: filled in for the model, checked value by value, read from and written to YAML without loss."""
+
+import dataclasses
+import json
+import math
+import re
+import typing
+from pathlib import Path
+
+import pytest
+
+from ti_jax import config_checks
+from ti_jax.config import (
+    ASSETS,
+    DEMO_CONFIG,
+    STABLE_DIFFUSION_DEFAULTS,
+    InferConfig,
+    TrainConfig,
+    dump_yaml,
+    load_yaml,
+    resolve,
+    resolve_infer,
+)
+from ti_jax.config_yaml import strip_optional
+from ti_jax.errors import InputError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+OTHER = {
+    "pretrained_model_name_or_path": "some/model",
+    "train_data_dir": "cat",
+    "placeholder_token": "<cat-toy>",
+    "initializer_token": "toy",
+}
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def train_config_of(path: Path) -> TrainConfig:
+    return TrainConfig(**load_yaml(path, TrainConfig))
+
+
+# -- what suits the model
+
+
+def test_embedded_model_takes_everything_from_demo_yaml():
+    config = resolve(TrainConfig())
+    assert Path(config.train_data_dir) == ASSETS / "concepts" / "cleo"
+    assert Path(config.templates).read_text().splitlines()[0] == "a portrait of {}"
+    for name, value in load_yaml(DEMO_CONFIG, TrainConfig).items():
+        assert getattr(config, name) == value
+    assert (config.resolution, config.mixed_precision) == (None, None)
+
+
+def test_demo_yaml_sets_only_what_no_arguments_leave_open():
+    """Otherwise ``train.py`` and ``train.py --config configs/demo.yaml`` were different runs."""
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    assert [name for name in load_yaml(DEMO_CONFIG, TrainConfig) if defaults[name] is not None] == []
+    assert resolve(train_config_of(CONFIGS / "demo.yaml")) == resolve(TrainConfig())
+
+
+def test_demo_prompts_are_words_that_the_embedded_model_knows():
+    vocabulary = json.loads((ASSETS / "mini-sd" / "tokenizer" / "vocab.json").read_text())
+    config = resolve(TrainConfig())
+    prompts = [*config.overview_prompts, *Path(config.templates).read_text().splitlines(), config.initializer_token]
+    for word in " ".join(prompts).replace("{}", "").split():
+        assert word + "</w>" in vocabulary
+
+
+def test_other_model_takes_the_values_of_diffusers_script():
+    config = resolve(TrainConfig(**OTHER))
+    for name, value in STABLE_DIFFUSION_DEFAULTS.items():
+        assert getattr(config, name) == value
+    assert config.templates is None
+
+
+@pytest.mark.parametrize("given", [OTHER, {}, {"num_train_epochs": 3}])
+def test_resolving_twice_changes_nothing(given):
+    config = resolve(TrainConfig(**given))
+    assert resolve(config) == config
+
+
+def test_what_is_given_stays():
+    given = TrainConfig(learning_rate=1e-2, train_batch_size=3, max_train_steps=7, overview_prompts=("a {}",))
+    config = resolve(given)
+    assert (config.learning_rate, config.train_batch_size, config.max_train_steps) == (1e-2, 3, 7)
+    assert config.overview_prompts == ("a {}",)
+
+
+def test_epochs_are_not_overridden_by_the_default_number_of_steps():
+    assert resolve(TrainConfig(num_train_epochs=2)).max_train_steps is None
+    assert resolve(TrainConfig(num_train_epochs=2, **OTHER)).max_train_steps is None
+    assert resolve(TrainConfig(num_train_epochs=2, max_train_steps=9)).max_train_steps == 9
+
+
+@pytest.mark.parametrize(
+    ("folder", "word"),
+    [("me", "<me>"), ("a/My Cat.2/", "<my-cat-2>"), ("a/--", "<concept>"), ("été", "<été>"), ("b/../me", "<me>")],
+)
+def test_own_pictures_of_the_embedded_model_are_named_after_their_folder(folder, word):
+    assert resolve(TrainConfig(train_data_dir=folder)).placeholder_token == word
+    assert resolve(TrainConfig(train_data_dir=folder, placeholder_token="<x>")).placeholder_token == "<x>"
+
+
+@pytest.mark.parametrize("missing", ["train_data_dir", "placeholder_token", "initializer_token"])
+def test_other_model_needs_pictures_word_and_initializer(missing):
+    with pytest.raises(InputError, match=f"^--{missing} must be given with --pretrained_model_name_or_path"):
+        resolve(TrainConfig(**{name: value for name, value in OTHER.items() if name != missing}))
+
+
+def test_paths_are_text_without_tilde(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = resolve(TrainConfig(train_data_dir=Path("~/cat"), output_dir="~/out", embeddings=["~/a", "b"]))
+    assert config.train_data_dir == f"{tmp_path}/cat"
+    assert config.output_dir == f"{tmp_path}/out"
+    assert config.embeddings == (f"{tmp_path}/a", "b")
+
+
+def test_infer_defaults_follow_the_model():
+    embedded = resolve_infer(InferConfig(prompt=("a",)))
+    assert (embedded.num_inference_steps, embedded.guidance_scale) == (25, 3.0)
+    other = resolve_infer(InferConfig(prompt=("a",), pretrained_model_name_or_path="some/model"))
+    assert (other.num_inference_steps, other.guidance_scale) == (30, 7.5)
+    given = resolve_infer(InferConfig(prompt=("a",), num_inference_steps=2, guidance_scale=0.0))
+    assert (given.num_inference_steps, given.guidance_scale) == (2, 0.0)
+
+
+# -- values that cannot be
+
+BAD_VALUES = {
+    config_checks.COUNT: [0, -1],
+    config_checks.WHOLE: [-1],
+    config_checks.SEED: [-1, 2**32],
+    config_checks.SIDE: [0, -8, 4, 60, 513],
+    config_checks.POSITIVE: [0.0, -1e-4, math.nan, math.inf],
+    config_checks.NOT_NEGATIVE: [-0.1, math.nan, math.inf],
+    config_checks.CHANCE: [-0.1, 1.1, math.nan],
+    config_checks.DECAY: [-0.1, 1.0, math.nan],
+    config_checks.TEXT: ["", " "],
+    config_checks.TEXTS: [("",), ("a", " ")],
+    config_checks.SOME_TEXTS: [("{}", " ")],
+    config_checks.WORD: ["", " ", "my cat", " cat", "cat\n"],
+    config_checks.PNG: ["", "out.jpg", "out", "folder/"],
+}
+GOOD_VALUES = {
+    config_checks.COUNT: [1],
+    config_checks.WHOLE: [0],
+    config_checks.SEED: [0, 2**32 - 1],
+    config_checks.SIDE: [8, 520],
+    config_checks.POSITIVE: [1e-12, 3.0],
+    config_checks.NOT_NEGATIVE: [0.0, 12.0],
+    config_checks.CHANCE: [0.0, 1.0],
+    config_checks.DECAY: [0.0, 0.9999],
+    config_checks.TEXT: ["a {}"],
+    config_checks.TEXTS: [(), ("a", "b")],
+    config_checks.SOME_TEXTS: [("a {}",)],
+    config_checks.WORD: ["<cat-toy>", "sks"],
+    config_checks.PNG: ["out.png", "a/b.PNG"],
+}
+RULES = [(TrainConfig, config_checks.TRAIN_RULES), (InferConfig, config_checks.INFER_RULES)]
+
+
+def resolved(cls, **values):
+    # With a model, because the embedded one has no revision or variant.
+    if cls is TrainConfig:
+        return resolve(TrainConfig(**{**OTHER, **values}))
+    return resolve_infer(InferConfig(**{"prompt": ("a",), "pretrained_model_name_or_path": "some/model", **values}))
+
+
+def cases(values):
+    return [
+        pytest.param(cls, name, value, id=f"{cls.__name__}-{name}-{value!r}")
+        for cls, rules in RULES
+        for name, rule in rules.items()
+        for value in values[rule]
+    ]
+
+
+@pytest.mark.parametrize(("cls", "name", "value"), cases(BAD_VALUES))
+def test_bad_value_is_named_with_its_flag(cls, name, value):
+    with pytest.raises(InputError) as error:
+        resolved(cls, **{name: value})
+    shown = " ".join(map(repr, value)) if isinstance(value, tuple) else repr(value)
+    assert str(error.value).startswith(f"--{name} {shown}: must be ")
+
+
+@pytest.mark.parametrize(("cls", "name", "value"), cases(GOOD_VALUES))
+def test_values_at_the_bounds_are_taken(cls, name, value):
+    assert getattr(resolved(cls, **{name: value}), name) == value
+
+
+@pytest.mark.parametrize(("cls", "rules"), RULES)
+def test_every_field_has_a_rule_or_a_closed_type(cls, rules):
+    hints = typing.get_type_hints(cls)
+    assert rules.keys() <= hints.keys()
+    for name in hints.keys() - rules.keys() - {"negative_prompt"}:  # which may well be empty
+        base, _ = strip_optional(hints[name])
+        assert base is bool or typing.get_origin(base) is typing.Literal, name
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_vectors": "3"}, "--num_vectors '3': must be a whole number"),
+        ({"num_vectors": True}, "--num_vectors True: must be a whole number"),
+        ({"seed": 1.5}, "--seed 1.5: must be a whole number"),
+        ({"learning_rate": "5e-4"}, "--learning_rate '5e-4': must be a number"),
+        ({"embeddings": (1,)}, "--embeddings 1: must be a list of texts"),
+        ({"center_crop": 1}, "--center_crop 1: must be true or false"),
+        ({"lr_scheduler": "cosin"}, "--lr_scheduler 'cosin': must be one of constant, "),
+        ({"mixed_precision": "fp16"}, "--mixed_precision 'fp16': must be no or bf16"),
+        ({"overview_prompts": ()}, "--overview_prompts : must be one text or more"),
+    ],
+)
+def test_configs_made_in_python_are_checked_too(values, message):
+    with pytest.raises(InputError) as error:
+        resolve(TrainConfig(**{**OTHER, **values}))
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("name", ["revision", "variant"])
+@pytest.mark.parametrize(
+    "make", [lambda **v: resolve(TrainConfig(**v)), lambda **v: resolve_infer(InferConfig(("a",), **v))]
+)
+def test_embedded_model_has_no_variants(make, name):
+    with pytest.raises(InputError, match=f"^--{name} fp16: the embedded model has only one"):
+        make(**{name: "fp16"})
+
+
+@pytest.mark.parametrize("values", [{"validation_prompt": "a photo of"}, {"overview_prompts": ("a {}", "a cat")}])
+def test_prompts_that_show_the_word_must_hold_it(values):
+    with pytest.raises(InputError, match=r"^--\w+ 'a (photo of|cat)': the new word <cat-toy> is not in it"):
+        resolve(TrainConfig(**OTHER, **values))
+
+
+@pytest.mark.parametrize("prompt", ["a {} here", "a <cat-toy> here", "a <CAT-TOY>"])
+def test_prompts_hold_the_word_or_braces(prompt):
+    assert resolve(TrainConfig(**OTHER, validation_prompt=prompt)).validation_prompt == prompt
+
+
+def test_infer_needs_a_prompt():
+    with pytest.raises(InputError, match=r"^--prompt is missing"):
+        resolve_infer(InferConfig())
+
+
+# -- YAML
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_configs_are_right_once_the_concept_is_given(path):
+    values = load_yaml(path, TrainConfig)
+    concept = {} if path.name == "demo.yaml" else {name: OTHER[name] for name in list(OTHER)[1:]}
+    assert resolve(TrainConfig(**values, **concept)).pretrained_model_name_or_path == values.get(
+        "pretrained_model_name_or_path"
+    )
+
+
+def test_a_dumped_config_loads_as_it_was(tmp_path):
+    config = resolve(TrainConfig(**OTHER, num_train_epochs=3, validation_prompt="a {}: b # c", embeddings=("x", "y")))
+    assert train_config_of(write(tmp_path / "config.yaml", dump_yaml(config))) == config
+
+
+AWKWARD = [
+    *["no", "null", "~", "true", "", "=", "<<"],
+    *["5e-4", "1e3", "12:30", "2024-01-01", "007", "0x1f", "1_000", ".inf", "-"],
+    *["a:b", "a: b", "- a", "#x", "a #b", "{}", "[x]", "'", '"', "%", "@x", "`x", "!x", "&x", "*x", "?", "|", ">"],
+    *[" x ", "a\nb\n", "\t", "\\n", "é☃🐈", "\x7f", "a" * 300, "a b " * 100],
+]
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_any_text_survives_the_yaml_file(tmp_path, text):
+    config = TrainConfig(revision=text, embeddings=(text, "b"))
+    assert train_config_of(write(tmp_path / "config.yaml", dump_yaml(config))) == config
+
+
+@pytest.mark.parametrize("number", [1e-8, 5e-4, 0.1 + 0.2, 1e22, 3.0, 1.7976931348623157e308])
+def test_any_number_survives_the_yaml_file(tmp_path, number):
+    config = TrainConfig(learning_rate=number)
+    assert train_config_of(write(tmp_path / "config.yaml", dump_yaml(config))) == config
+
+
+def test_secrets_stay_out_of_the_file_and_of_repr():
+    config = TrainConfig(hub_token="hf_secret")
+    assert "hf_secret" not in dump_yaml(config) + repr(config)
+
+
+@pytest.mark.parametrize("cls", [TrainConfig, InferConfig])
+def test_fields_that_a_dump_leaves_out_come_back_by_default(cls):
+    for field in dataclasses.fields(cls):
+        _, optional = strip_optional(typing.get_type_hints(cls)[field.name])
+        assert optional == (field.default is None), field.name
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("learning_rate: 5e-4", {"learning_rate": 5e-4}),
+        ("learning_rate: 1", {"learning_rate": 1.0}),
+        ("learning_rate: .5E+1", {"learning_rate": 5.0}),
+        ("mixed_precision: no", {"mixed_precision": "no"}),
+        ("revision: on\nvariant: 2024-01-01", {"revision": "on", "variant": "2024-01-01"}),
+        ("center_crop: true\nseed: -0", {"center_crop": True, "seed": 0}),
+        ("resolution: null\nvariant: ~\nrevision:", {"resolution": None, "variant": None, "revision": None}),
+        ("embeddings: [a, 'b c']", {"embeddings": ("a", "b c")}),
+        ("overview_prompts:\n  - a {}\n", {"overview_prompts": ("a {}",)}),
+        ("placeholder_token: <cat-toy>", {"placeholder_token": "<cat-toy>"}),
+        ("\ufeffseed: 3\r\n", {"seed": 3}),
+        ("", {}),
+        ("# nothing\n", {}),
+    ],
+)
+def test_yaml_is_read_as_people_mean_it(tmp_path, text, values):
+    loaded = load_yaml(write(tmp_path / "x.yaml", text), TrainConfig)
+    assert loaded == values
+    assert [type(value) for value in loaded.values()] == [type(value) for value in values.values()]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1", "unknown key 'learning_rat'; did you mean learning_rate?"),
+        ("learning-rate: 1", "unknown key 'learning-rate'; did you mean learning_rate?"),
+        ("zzz: 1", "unknown key 'zzz'; keys are the flags of --help without their hyphens"),
+        ("config: a.yaml", "unknown key 'config'"),
+        ("1: 2", "unknown key 1;"),
+        ("<<: {seed: 1}", "unknown key '<<'"),
+        ("seed: x", "seed: 'x' is not a whole number"),
+        ("seed: 1.0", "seed: 1.0 is not a whole number"),
+        ("seed: '1'", "seed: '1' is not a whole number"),
+        ("seed: true", "seed: True is not a whole number"),
+        ("seed: null", "seed: None is not a whole number"),
+        ("learning_rate: '5e-4'", "learning_rate: '5e-4' is not a number"),
+        ("learning_rate: 5e-4x", "learning_rate: '5e-4x' is not a number"),
+        ("learning_rate: [1]", "learning_rate: [1] is not a number"),
+        ("learning_rate: false", "learning_rate: False is not a number"),
+        ("center_crop: yes", "center_crop: 'yes' is not true or false"),
+        ("center_crop: 1", "center_crop: 1 is not true or false"),
+        ("revision: 1234567", "revision: 1234567 is not text; put quotes around it"),
+        ("revision: {a: b}", "revision: {'a': 'b'} is not text"),
+        ("embeddings: a", "embeddings: 'a' is not a list of texts, like [one, two]"),
+        ("embeddings: [1]", "embeddings: [1] is not a list of texts"),
+        ("embeddings: null", "embeddings: None is not a list of texts"),
+        ("lr_scheduler: cosin", "lr_scheduler: 'cosin' is not one of constant, "),
+        ("seed: 1\nseed: 2", ", line 2: not valid YAML: 'seed' is given twice, first on line 1"),
+        ("seed: 1\n  center_crop: x: y", ", line 2: not valid YAML: "),
+        ("seed: [1", ", line 1: not valid YAML: "),
+        ("a\n\tb: 1", ", line 2: not valid YAML: "),
+        ("seed: !!python/object/apply:os.system [id]", ", line 1: not valid YAML: could not determine a constructor"),
+        ("seed: *x", ", line 1: not valid YAML: found undefined alias 'x'"),
+        ("? [a]\n: 1", ", line 1: not valid YAML: "),
+        ("seed: 1\n---\nseed: 2", ", line 2: not valid YAML: "),
+        ("seed: 1\nvariant: a\x07b", ", line 2: a character that YAML does not allow (#x0007)"),
+        ("[" * 5000, ": nested too deeply"),
+        ("- a", "expected lines of  key: value , found ['a']"),
+        ("just text", "expected lines of  key: value , found 'just text'"),
+    ],
+)
+def test_yaml_faults_are_one_line_with_their_place(tmp_path, text, message):
+    path = write(tmp_path / "x.yaml", text)
+    with pytest.raises(InputError) as error:
+        load_yaml(path, TrainConfig)
+    assert str(error.value).startswith(str(path))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_yaml_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(InputError, match=r"nope\.yaml: cannot read the config \(No such file"):
+        load_yaml(tmp_path / "nope.yaml", TrainConfig)
+    with pytest.raises(InputError, match=r"cannot read the config \(Is a directory\)"):
+        load_yaml(tmp_path, TrainConfig)
+    (tmp_path / "latin.yaml").write_bytes(b"variant: caf\xe9\n")
+    with pytest.raises(InputError, match=r"latin\.yaml: not a text file in UTF-8 \(byte 12\)"):
+        load_yaml(tmp_path / "latin.yaml", TrainConfig)
+
+
+def test_input_files_are_looked_for_beside_the_yaml_file_first(tmp_path, monkeypatch):
+    job, here = tmp_path / "job", tmp_path / "here"
+    (job / "cat").mkdir(parents=True)
+    (here / "dog").mkdir(parents=True)
+    (job / "t.txt").write_text("a {}\n")
+    text = "train_data_dir: {}\ntemplates: t.txt\nembeddings: [t.txt, elsewhere.pt, /abs.pt]\noutput_dir: cat\n"
+    monkeypatch.chdir(here)
+    (tmp_path / "link.yaml").symlink_to(job / "x.yaml")
+
+    write(job / "x.yaml", text.format("cat"))
+    for path in (job / "x.yaml", tmp_path / "link.yaml"):
+        values = load_yaml(path, TrainConfig)
+        assert values["train_data_dir"] == str(job / "cat")
+        assert values["templates"] == str(job / "t.txt")
+        assert values["embeddings"] == (str(job / "t.txt"), "elsewhere.pt", "/abs.pt")
+        assert values["output_dir"] == "cat"
+
+    write(job / "x.yaml", text.format("dog"))
+    assert load_yaml(job / "x.yaml", TrainConfig)["train_data_dir"] == "dog"
+
+    (here / "cat").mkdir()
+    write(job / "x.yaml", text.format("cat"))
+    with pytest.raises(InputError, match=re.escape("train_data_dir: 'cat' is there both beside the file")):
+        load_yaml(job / "x.yaml", TrainConfig)
+    monkeypatch.chdir(job)
+    assert load_yaml("x.yaml", TrainConfig)["train_data_dir"] == str(job / "cat")

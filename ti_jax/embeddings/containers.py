@@ -18,7 +18,7 @@ import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError
-from ..weights.files import DTYPES, is_zip, listed, one_line, refuse_git_lfs_pointer
+from ..weights.files import DTYPES, listed, one_line, refuse_git_lfs_pointer
 
 OURS = "ti_jax."  # how the names of header entries begin that are about a file of ours and not about its word
 
@@ -27,6 +27,7 @@ PICKLE_SUFFIXES = (".bin", ".pt")
 # Words have one tensor or two (one flavour 16); a file with more is a model or a LoRA, and need not be read to say so.
 MAX_TENSORS = 64
 MAX_NUMBERS = 10_000_000
+MAX_PICKLE_BYTES = 100_000_000
 
 # What `torch.load` raises on a file that is cut short or damaged.
 _BROKEN = (
@@ -120,11 +121,14 @@ def _import_torch(path: Path) -> Any:
 
 
 def _read_pickle(path: Path) -> Any:
+    if path.stat().st_size > MAX_PICKLE_BYTES:
+        raise InputError(f"{path}: more than {MAX_PICKLE_BYTES:,} bytes, far too large for a learned word")
     torch = _import_torch(path)
     try:
         # The paper's code saves a ParameterDict. One class more is harmless: only its dict of tensors is looked at.
-        with torch.serialization.safe_globals([torch.nn.ParameterDict]):
-            data = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
+        # An open file, because of a path torch.load also looks at the suffix.
+        with torch.serialization.safe_globals([torch.nn.ParameterDict]), path.open("rb") as file:
+            data = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it holds {found.group(1)}" if found else "it is broken, or holds more than tensors"

@@ -44,14 +44,9 @@ def read(content: Content, token: str | None) -> Embedding | None:
     own = _single(content)
     if own is None:
         return None
-    word, vectors = own
-    halves = _find_pair(content)
-    if halves is None:
-        by_encoder = {content.metadata.get(_ENCODER, encoder_of(vectors)): vectors}
-    else:
-        by_encoder = dict(zip(TEXT_ENCODERS, halves, strict=True))
-    word = token or word
-    return Embedding(word, by_encoder, word_metadata(content, word))
+    halves = halves_of(content) or {content.metadata.get(_ENCODER, encoder_of(own[1])): (content.path, own[1])}
+    word = token or own[0]
+    return Embedding(word, {name: vectors for name, (_, vectors) in halves.items()}, word_metadata(content, word))
 
 
 def _single(content: Content) -> tuple[str, np.ndarray] | None:
@@ -62,8 +57,8 @@ def _single(content: Content) -> tuple[str, np.ndarray] | None:
     return (str(word), vectors_of(array, str(word))) if isinstance(array, np.ndarray) else None
 
 
-def _find_pair(content: Content) -> tuple[np.ndarray, np.ndarray] | None:
-    """Both halves, if the file at hand is one of two.
+def halves_of(content: Content) -> dict[str, tuple[Path, np.ndarray]] | None:
+    """Files and vectors of an SDXL word by text encoder, if the file at hand is one of its two.
 
     Raises:
       InputError: the file says that it is one of two, and its other half is not there or another word's.
@@ -90,15 +85,17 @@ def _is_half(content: Content, encoder: str) -> bool:
     return own is not None and own[1].shape[1] == FAMILIES["SDXL"][encoder]
 
 
-def _join(first: Content, second: Content) -> tuple[np.ndarray, np.ndarray] | None:
-    """The vectors of both files, if they are halves of one word."""
+def _join(first: Content, second: Content) -> dict[str, tuple[Path, np.ndarray]] | None:
+    """Files and vectors by text encoder, if the two files are halves of one word."""
     mine, other = _single(first), _single(second)
     if mine is None or other is None or mine[0] != other[0] or len(mine[1]) != len(other[1]):
         return None
     if not (_is_half(first, TEXT_ENCODERS[0]) and _is_half(second, TEXT_ENCODERS[1])):
         return None
     pairs = {half.metadata[_PAIR] for half in (first, second) if _PAIR in half.metadata}
-    return (mine[1], other[1]) if pairs <= {_pair_hash(mine[1], other[1])} else None
+    if not pairs <= {_pair_hash(mine[1], other[1])}:
+        return None
+    return {TEXT_ENCODERS[0]: (first.path, mine[1]), TEXT_ENCODERS[1]: (second.path, other[1])}
 
 
 def _pair_hash(first: np.ndarray, second: np.ndarray) -> str:

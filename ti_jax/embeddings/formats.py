@@ -50,15 +50,23 @@ def find_format(name: str) -> Format:
     )
 
 
+def word_file(path: Path) -> Path:
+    """``path``, or in a folder the file that diffusers' scripts, and our runs, leave the word in.
+
+    Raises:
+      InputError: a folder without such a file.
+    """
+    if not path.is_dir():
+        return path
+    for name in diffusers_format.FILE_NAMES:
+        if (path / name).is_file():
+            return path / name
+    raise InputError(f"{path}: a folder without {' or '.join(diffusers_format.FILE_NAMES)}; give the file itself")
+
+
 def read(path: Path, token: str | None = None) -> Embedding:
     """Read a word from a file of any known format; see `Embedding.load`."""
-    if path.is_dir():
-        names = [name for name in diffusers_format.FILE_NAMES if (path / name).is_file()]
-        if not names:
-            raise InputError(
-                f"{path}: a folder without {' or '.join(diffusers_format.FILE_NAMES)}; give the file itself"
-            )
-        path = path / names[0]
+    path = word_file(path)
     content = read_content(path)
     if isinstance(content.data, dict):
         for form in FORMATS:

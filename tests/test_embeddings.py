@@ -1,0 +1,597 @@
+import os
+import pickle
+import sys
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from permissions import shared_folder, without_rights  # noqa: F401 (a fixture)
+
+from ti_jax.embeddings import Embedding, check_fits
+from ti_jax.embeddings.diffusers_format import first_path, second_path
+from ti_jax.embeddings.formats import FORMATS
+from ti_jax.errors import InputError
+
+SUFFIXES = [("diffusers", ".safetensors"), ("diffusers", ".bin"), ("a1111", ".pt"), ("comfyui", ".safetensors")]
+
+
+def numbers(n, dim, seed=0):
+    """Float32 numbers of many magnitudes, of which no bit may get lost: [n, dim]."""
+    rng = np.random.default_rng(seed)
+    return (rng.standard_normal((n, dim)) * 10.0 ** rng.integers(-6, 3, (n, dim))).astype(np.float32)
+
+
+def word(n=1, dim=768, token="<cat-toy>", metadata=None):
+    return Embedding(token, {"text_encoder": numbers(n, dim)}, metadata or {})
+
+
+def sdxl_word(n=1, dims=(768, 1280), token="<cat-toy>", metadata=None):
+    vectors = {"text_encoder": numbers(n, dims[0]), "text_encoder_2": numbers(n, dims[1], seed=1)}
+    return Embedding(token, vectors, metadata or {})
+
+
+def assert_same(a, b):
+    assert a.token == b.token and list(a.vectors) == list(b.vectors)
+    for name in a.vectors:
+        assert a.vectors[name].dtype == b.vectors[name].dtype == np.float32
+        assert a.vectors[name].tobytes() == b.vectors[name].tobytes() and a.vectors[name].shape == b.vectors[name].shape
+
+
+def refusal(path, **kwargs):
+    with pytest.raises(InputError) as error:
+        Embedding.load(path, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# -- in memory
+
+
+def test_a_word_in_memory():
+    vectors = np.ones((2, 768), np.float64)
+    embedding = Embedding("<x>", {"text_encoder": vectors}, {"steps": 3})
+    vectors[:] = 5
+    assert embedding.vectors["text_encoder"].dtype == np.float32 and (embedding.vectors["text_encoder"] == 1).all()
+    with pytest.raises(ValueError, match="read-only"):
+        embedding.vectors["text_encoder"][0] = 2
+    assert (
+        embedding.num_vectors == 2 and embedding.dims == {"text_encoder": 768} and embedding.metadata == {"steps": "3"}
+    )
+    assert repr(embedding) == "Embedding('<x>', text_encoder [2, 768])"
+    # In the order of the text encoders, whatever order they came in.
+    both = Embedding("<x>", {"text_encoder_2": np.ones((1, 4)), "text_encoder": np.ones((1, 3))})
+    assert list(both.dims.items()) == [("text_encoder", 3), ("text_encoder_2", 4)]
+
+
+@pytest.mark.parametrize(
+    ("token", "vectors", "why"),
+    [
+        ("", {"text_encoder": np.ones((1, 4))}, "must not be empty or hold spaces"),
+        ("my cat", {"text_encoder": np.ones((1, 4))}, "must not be empty or hold spaces"),
+        ("<x>", {}, "a word has vectors for text_encoder and text_encoder_2"),
+        ("<x>", {"unet": np.ones((1, 4))}, "not for .'unet'."),
+        ("<x>", {"text_encoder": np.ones(4)}, r"the shape \[4\], expected \[n, D\]"),
+        ("<x>", {"text_encoder": np.ones((0, 4))}, r"the shape \[0, 4\]"),
+        ("<x>", {"text_encoder": np.array([[1, np.nan]])}, "NaN or infinite"),
+        ("<x>", {"text_encoder": np.array([[1, np.inf]])}, "NaN or infinite"),
+        (
+            "<x>",
+            {"text_encoder": np.ones((1, 4)), "text_encoder_2": np.ones((2, 4))},
+            "differs: 1 .* and 2 for text_enc",
+        ),
+    ],
+)
+def test_what_is_no_word(token, vectors, why):
+    with pytest.raises(InputError, match=why):
+        Embedding(token, vectors)
+
+
+# -- there and back
+
+
+@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("dim", [768, 1024, 192])
+@pytest.mark.parametrize(("form", "suffix"), SUFFIXES)
+def test_round_trip(tmp_path, form, suffix, dim, n):
+    embedding = word(n, dim)
+    embedding.save(tmp_path / f"a{suffix}", format=form)
+    assert os.listdir(tmp_path) == [f"a{suffix}"]
+    assert_same(Embedding.load(tmp_path / f"a{suffix}"), embedding)
+    renamed = Embedding.load(str(tmp_path / f"a{suffix}"), token="sks")
+    assert_same(renamed, Embedding("sks", embedding.vectors))
+
+
+@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("dims", [(768, 1280), (32, 64)])
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_round_trip_of_an_sdxl_word_in_diffusers_two_files(tmp_path, suffix, dims, n):
+    if suffix == ".bin" and dims != (768, 1280):
+        dims = (768, 1280)  # only safetensors have room for a note of what belongs together
+    embedding = sdxl_word(n, dims)
+    embedding.save(tmp_path / f"learned_embeds{suffix}")
+    assert sorted(os.listdir(tmp_path)) == [f"learned_embeds{suffix}", f"learned_embeds_2{suffix}"]
+    for name in os.listdir(tmp_path):
+        assert_same(Embedding.load(tmp_path / name), embedding)
+        assert Embedding.load(tmp_path / name, token="sks").token == "sks"
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_round_trip_of_an_sdxl_word_in_one_file(tmp_path, n):
+    embedding = sdxl_word(n)
+    embedding.save(tmp_path / "a.safetensors", format="comfyui")
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+    assert_same(Embedding.load(tmp_path / "a.safetensors"), embedding)
+
+
+@pytest.mark.parametrize("form", ["diffusers", "comfyui"])
+@pytest.mark.parametrize("dim", [1280, 64])
+def test_the_second_half_alone(tmp_path, form, dim):
+    half = Embedding("<x>", {"text_encoder_2": numbers(2, dim)})
+    half.save(tmp_path / "a.safetensors", format=form)
+    assert_same(Embedding.load(tmp_path / "a.safetensors"), half)
+
+
+def test_metadata_goes_along(tmp_path):
+    metadata = {
+        "base_model": "sd-v1-5",
+        "steps": "500",
+        "token": "<cat-toy>",
+        "initializer_token": "toy",
+        "note": "ünï",
+    }
+    for form in ("diffusers", "comfyui"):
+        word(metadata=metadata).save(tmp_path / "a.safetensors", format=form)
+        assert Embedding.load(tmp_path / "a.safetensors").metadata == metadata
+        renamed = Embedding.load(tmp_path / "a.safetensors", token="sks")
+        assert renamed.metadata == {**metadata, "token": "sks"}
+        renamed.save(tmp_path / "b.safetensors", format=form)
+        assert_same(Embedding.load(tmp_path / "b.safetensors"), renamed)
+    sdxl_word(metadata=metadata).save(tmp_path / "c.safetensors")
+    assert Embedding.load(tmp_path / "c.safetensors").metadata == metadata
+    word(metadata=metadata).save(tmp_path / "a.pt", format="a1111")
+    assert Embedding.load(tmp_path / "a.pt").metadata == {"base_model": "sd-v1-5", "steps": "500"}
+
+
+@pytest.mark.parametrize("token", ["*", "emb_params", "clip_l", "string_to_param", "<ünï>", "sks"])
+@pytest.mark.parametrize(("form", "suffix"), [entry for entry in SUFFIXES if entry[1] != ".bin"])
+def test_words_that_look_like_a_format(tmp_path, form, suffix, token):
+    embedding = word(token=token)
+    embedding.save(tmp_path / f"a{suffix}", format=form)
+    assert_same(Embedding.load(tmp_path / f"a{suffix}"), embedding)
+
+
+# -- what others write
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(768,), (1, 768), (4, 768)])
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".pt"])
+def test_diffusers_files(tmp_path, suffix, shape, dtype):
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    path = tmp_path / f"learned_embeds{suffix}"
+    if suffix == ".safetensors":
+        safetensors.torch.save_file({"<cat-toy>": tensor}, path, metadata={"format": "pt"})
+    else:
+        torch.save({"<cat-toy>": tensor}, path)
+    embedding = Embedding.load(path)
+    assert embedding.token == "<cat-toy>" and embedding.metadata == {}
+    np.testing.assert_array_equal(embedding.vectors["text_encoder"], tensor.float().reshape(-1, 768).numpy())
+    if suffix != ".pt":
+        assert_same(Embedding.load(tmp_path), embedding)
+
+
+def test_old_pickles_that_are_no_zip(tmp_path):
+    tensor = torch.nn.Parameter(torch.randn(2, 768))
+    torch.save({"<x>": tensor}, tmp_path / "a.bin", _use_new_zipfile_serialization=False)
+    np.testing.assert_array_equal(Embedding.load(tmp_path / "a.bin").vectors["text_encoder"], tensor.detach().numpy())
+
+
+def test_the_content_tells_the_format_not_the_suffix(tmp_path):
+    word().save(tmp_path / "a.safetensors")
+    os.rename(tmp_path / "a.safetensors", tmp_path / "a.bin")
+    word().save(tmp_path / "a.pt", format="a1111")
+    os.rename(tmp_path / "a.pt", tmp_path / "b.safetensors")
+    assert_same(Embedding.load(tmp_path / "a.bin"), word())
+    assert_same(Embedding.load(tmp_path / "b.safetensors"), word())
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+@pytest.mark.parametrize("steps", ["", "-steps-500"])
+def test_two_files_of_diffusers_sdxl_script(tmp_path, suffix, steps):
+    tensors = [torch.randn(2, 768).half(), torch.randn(2, 1280).half()]
+    paths = [tmp_path / f"learned_embeds{steps}{suffix}", tmp_path / f"learned_embeds_2{steps}{suffix}"]
+    for path, tensor in zip(paths, tensors, strict=True):
+        if suffix == ".bin":
+            torch.save({"<x>": tensor}, path)
+        else:
+            safetensors.torch.save_file({"<x>": tensor}, path, metadata={"format": "pt"})
+    for path in paths:
+        embedding = Embedding.load(path)
+        assert embedding.dims == {"text_encoder": 768, "text_encoder_2": 1280}
+        for vectors, tensor in zip(embedding.vectors.values(), tensors, strict=True):
+            np.testing.assert_array_equal(vectors, tensor.float().numpy())
+
+
+def test_files_side_by_side_that_are_no_pair(tmp_path):
+    save = safetensors.torch.save_file
+    # Two versions of a word for SD1.x; a word for another model; another word; another number of vectors.
+    for second in (
+        {"<x>": torch.ones(1, 768)},
+        {"<x>": torch.ones(1, 1024)},
+        {"<y>": torch.ones(1, 1280)},
+        {"<x>": torch.ones(2, 1280)},
+    ):
+        save({"<x>": torch.zeros(1, 768)}, tmp_path / "cat.safetensors")
+        save(second, tmp_path / "cat_2.safetensors")
+        assert Embedding.load(tmp_path / "cat.safetensors").dims == {"text_encoder": 768}
+        assert len(Embedding.load(tmp_path / "cat_2.safetensors").dims) == 1
+    # A word of ours for SD1.x, where an SDXL word lay before.
+    sdxl_word().save(tmp_path / "a.safetensors")
+    word().save(tmp_path / "a.safetensors")
+    assert_same(Embedding.load(tmp_path / "a.safetensors"), word())
+    assert f"{tmp_path / 'a.safetensors'} is not its other half" in refusal(tmp_path / "a_2.safetensors")
+
+
+def test_halves_of_different_saves_are_not_joined(tmp_path):
+    sdxl_word().save(tmp_path / "a.safetensors")
+    later = Embedding("<cat-toy>", {name: value + 1 for name, value in sdxl_word().vectors.items()})
+    later.save(tmp_path / "b.safetensors")
+    os.replace(tmp_path / "b_2.safetensors", tmp_path / "a_2.safetensors")
+    for name, other in (("a", "a_2"), ("a_2", "a")):
+        said = refusal(tmp_path / f"{name}.safetensors")
+        assert f"one half of an SDXL word, and {tmp_path / other}.safetensors is not its other half" in said
+    os.remove(tmp_path / "a_2.safetensors")
+    assert "a_2.safetensors with the other half is missing" in refusal(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("name", ["learned_embeds.safetensors", "learned_embeds-steps-7.bin", "cat.safetensors"])
+def test_names_of_the_second_half(tmp_path, name):
+    second = second_path(tmp_path / name)
+    assert second.name == {"l": name.replace("embeds", "embeds_2"), "c": "cat_2.safetensors"}[name[0]]
+    assert first_path(second) == tmp_path / name and first_path(tmp_path / name) is None
+
+
+def a1111_file(tensor, **fields):
+    """As AUTOMATIC1111's Embedding.save writes it."""
+    return {
+        "string_to_token": {"*": 265},
+        "string_to_param": {"*": tensor},
+        "name": "mein-stil",
+        "step": 1999,
+        "sd_checkpoint": "6ce0161689",
+        "sd_checkpoint_name": "v1-5-pruned-emaonly",
+        **fields,
+    }
+
+
+def test_automatic1111_files(tmp_path):
+    tensor = torch.randn(3, 768)
+    torch.save(a1111_file(tensor), tmp_path / "a.pt")
+    embedding = Embedding.load(tmp_path / "a.pt")
+    assert_same(embedding, Embedding("mein-stil", {"text_encoder": tensor.numpy()}))
+    assert embedding.metadata == {"steps": "1999", "sd_checkpoint": "6ce0161689", "base_model": "v1-5-pruned-emaonly"}
+    assert Embedding.load(tmp_path / "a.pt", token="<s>").token == "<s>"
+    # An unnamed one, and one that was saved while it was a parameter.
+    parameter = torch.nn.Parameter(tensor.half())
+    torch.save(a1111_file(parameter, name=None, step=None, sd_checkpoint=None), tmp_path / "stil.pt")
+    embedding = Embedding.load(tmp_path / "stil.pt")
+    assert embedding.token == "stil" and embedding.metadata == {"base_model": "v1-5-pruned-emaonly"}
+    np.testing.assert_array_equal(embedding.vectors["text_encoder"], tensor.half().float().numpy())
+
+
+def test_files_of_the_papers_code(tmp_path):
+    """`EmbeddingManager.save`: an nn.ParameterDict, token ids as tensors, no name."""
+    tensor = torch.randn(2, 768)
+    torch.save(
+        {
+            "string_to_token": {"*": torch.tensor(265)},
+            "string_to_param": torch.nn.ParameterDict({"*": torch.nn.Parameter(tensor)}),
+        },
+        tmp_path / "cat.pt",
+    )
+    assert_same(Embedding.load(tmp_path / "cat.pt"), Embedding("cat", {"text_encoder": tensor.numpy()}))
+
+
+def test_files_of_the_papers_code_with_several_words(tmp_path):
+    tensors = {"<a>": torch.randn(2, 768), "<b>": torch.randn(1, 768)}
+    for parameters in (dict(tensors), torch.nn.ParameterDict({k: torch.nn.Parameter(v) for k, v in tensors.items()})):
+        torch.save({"string_to_token": {"<a>": 5, "<b>": 6}, "string_to_param": parameters}, tmp_path / "x.pt")
+        for token, tensor in tensors.items():
+            expected = Embedding(token, {"text_encoder": tensor.numpy()})
+            assert_same(Embedding.load(tmp_path / "x.pt", token=token), expected)
+        for kwargs in ({}, {"token": "<c>"}):
+            said = refusal(tmp_path / "x.pt", **kwargs)
+            assert said == f"{tmp_path / 'x.pt'}: it holds 2 words, '<a>', '<b>'; say which with token="
+    torch.save({"string_to_param": {"<a>": tensors["<a>"]}}, tmp_path / "x.pt")
+    assert Embedding.load(tmp_path / "x.pt").token == "<a>"
+
+
+@pytest.mark.parametrize("key", ["emb_params", "emp_params"])
+@pytest.mark.parametrize(("dim", "encoder"), [(768, "text_encoder"), (1024, "text_encoder"), (1280, "text_encoder_2")])
+def test_files_of_kohya_and_onetrainer(tmp_path, key, dim, encoder):
+    tensor = torch.randn(4, dim).bfloat16()
+    safetensors.torch.save_file({key: tensor}, tmp_path / "cat-toy.safetensors", metadata={"ss_steps": "100"})
+    embedding = Embedding.load(tmp_path / "cat-toy.safetensors")
+    assert_same(embedding, Embedding("cat-toy", {encoder: tensor.float().numpy()}))
+    assert embedding.metadata == {"ss_steps": "100"}
+    assert Embedding.load(tmp_path / "cat-toy.safetensors", token="<cat-toy>").token == "<cat-toy>"
+
+
+@pytest.mark.parametrize("keys", [("clip_l", "clip_g"), ("clip_g", "clip_l"), ("clip_l",), ("clip_g",)])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_sdxl_files_of_the_model_sites(tmp_path, keys, suffix):
+    tensors = {"clip_l": torch.randn(2, 768).half(), "clip_g": torch.randn(2, 1280).half()}
+    data = {key: tensors[key] for key in keys}
+    path = tmp_path / f"cat{suffix}"
+    torch.save(data, path) if suffix == ".pt" else safetensors.torch.save_file(data, path)
+    names = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
+    expected = {names[key]: tensor.float().numpy() for key, tensor in data.items()}
+    assert_same(Embedding.load(path), Embedding("cat", expected))
+
+
+# -- what others read
+
+
+def comfyui_reads(path, key):
+    """ComfyUI's load_embed, from its description in the order of its attempts."""
+    embed = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    if "string_to_param" in embed:
+        return next(iter(embed["string_to_param"].values()))
+    return embed[key] if key in embed else next(iter(embed.values()))
+
+
+def automatic1111_reads(path):
+    """AUTOMATIC1111's create_embedding_from_data, from its description: tensor, or tensors of an SDXL word."""
+    data = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    if "string_to_param" in data:
+        parameters = data["string_to_param"]
+        assert len(parameters) == 1
+        return next(iter(parameters.values()))
+    if "clip_g" in data and "clip_l" in data:
+        return data
+    assert type(data) is dict and len(data) == 1
+    return next(iter(data.values()))
+
+
+@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize(("form", "suffix"), SUFFIXES)
+def test_other_programs_read_what_we_save(tmp_path, form, suffix, n):
+    embedding = word(n, metadata={"steps": "500", "base_model": "sd-v1-5"})
+    path = tmp_path / f"a{suffix}"
+    embedding.save(path, format=form)
+    for tensor in (comfyui_reads(path, "clip_l"), automatic1111_reads(path)):
+        assert tensor.dtype == torch.float32 and tensor.shape == (n, 768)
+        assert tensor.numpy().tobytes() == embedding.vectors["text_encoder"].tobytes()
+    if form == "a1111":
+        data = torch.load(path, weights_only=True)
+        tensor = data["string_to_param"].pop("*")
+        assert isinstance(tensor, torch.Tensor)
+        assert data == {
+            "string_to_token": {"*": 265},
+            "string_to_param": {},
+            "name": "<cat-toy>",
+            "step": 500,
+            "sd_checkpoint": None,
+            "sd_checkpoint_name": "sd-v1-5",
+        }
+    if suffix == ".safetensors":
+        with safetensors.safe_open(path, framework="pt") as file:
+            assert file.metadata()["format"] == "pt" and file.metadata()["token"] == "<cat-toy>"
+            assert list(file.keys()) == [{"diffusers": "<cat-toy>", "comfyui": "emb_params"}[form]]
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_other_programs_read_our_sdxl_file(tmp_path, n):
+    embedding = sdxl_word(n)
+    embedding.save(tmp_path / "a.safetensors", format="comfyui")
+    read = automatic1111_reads(tmp_path / "a.safetensors")
+    assert set(read) == {"clip_l", "clip_g"}
+    for key, name in (("clip_l", "text_encoder"), ("clip_g", "text_encoder_2")):
+        for tensor in (read[key], comfyui_reads(tmp_path / "a.safetensors", key)):
+            assert tensor.numpy().tobytes() == embedding.vectors[name].tobytes()
+
+
+# -- what is refused
+
+
+def test_files_that_are_not_there_or_not_readable(tmp_path, shared_folder):  # noqa: F811
+    assert refusal(tmp_path / "a.bin") == f"{tmp_path / 'a.bin'}: no such file; give the file of a learned word"
+    assert refusal(tmp_path).startswith(
+        f"{tmp_path}: a folder without learned_embeds.safetensors or learned_embeds.bin"
+    )
+    (tmp_path / "f").write_bytes(b"")
+    assert "cannot be read (Not a directory)" in refusal(tmp_path / "f" / "a.bin")
+    word().save(shared_folder / "a.safetensors")
+    (shared_folder / "a.safetensors").chmod(0o000)
+    with without_rights():
+        assert "cannot be read (Permission denied)" in refusal(shared_folder / "a.safetensors")
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.bin", "a.pt"])
+def test_broken_files(tmp_path, name):
+    path = tmp_path / name
+    word().save(path, format="a1111" if name == "a.pt" else "diffusers")
+    whole = path.read_bytes()
+    for cut in (1, 9, 20, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        said = refusal(path)
+        assert said.startswith(f"{path}: ") and ("download it again" in said or "get the word as" in said), said
+    for content in (
+        b"",
+        b"hello, this is a text file",
+        b"<!DOCTYPE html><html>",
+        b"version https://git-lfs.github.com/spec/v1\n",
+    ):
+        path.write_bytes(content)
+        assert refusal(path).startswith(f"{path}: ")
+    path.write_bytes(b"\xff" * 8 + b"{" + b"x" * 100)
+    assert "not a complete safetensors file" in refusal(path)
+    path.write_bytes((20).to_bytes(8, "little") + b'{"a":{"dtype":"F32" ')
+    assert "not a complete safetensors file" in refusal(path)
+
+
+class Harm:
+    def __reduce__(self):
+        return os.system, ("touch harmed",)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickle_with_code_in_it_is_refused_and_not_run(tmp_path, monkeypatch, legacy):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"<x>": Harm()}, tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy)
+    said = refusal(tmp_path / "a.pt")
+    assert "refused: it holds" in said and "system, which could run code when loaded" in said
+    (tmp_path / "b.pt").write_bytes(pickle.dumps({"<x>": Harm()}, protocol=2))
+    assert refusal(tmp_path / "b.pt").startswith(f"{tmp_path / 'b.pt'}: ")
+    assert sorted(os.listdir(tmp_path)) == ["a.pt", "b.pt"]
+
+
+def test_files_of_no_known_format_say_what_they_hold(tmp_path):
+    path = tmp_path / "a.safetensors"
+    safetensors.torch.save_file({"IN01": torch.ones(1, 768), "IN02": torch.ones(1, 768).half()}, path)
+    said = refusal(path)
+    assert "it holds 'IN01' [1, 768] float32, 'IN02' [1, 768] float16; known are a1111" in said
+    assert all(form.name in said and form.looks_like in said for form in FORMATS)
+    safetensors.torch.save_file({}, path)
+    assert "it holds nothing" in refusal(path)
+    safetensors.torch.save_file({f"k{i}": torch.ones(1) for i in range(9)}, path)
+    assert "'k3' [1] float32 and 5 more" in refusal(path)
+    for value, what in [
+        ([torch.ones(1, 768)], "a list"),
+        (torch.ones(1, 768), "an array [1, 768]"),
+        ({"<x>": 3}, "'<x>' int"),
+        ({"string_to_param": 3}, "'string_to_param' int"),
+    ]:
+        torch.save(value, path)
+        assert f"it holds {what}; known are" in refusal(path)
+
+
+def test_models_are_told_from_words(tmp_path):
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file({f"layers.{i}.weight": torch.ones(2, 2) for i in range(65)}, path)
+    assert "65 entries (layers.0.weight" in refusal(path) and "a model or a LoRA" in refusal(path)
+    torch.save({f"layers.{i}.weight": torch.ones(2, 2) for i in range(65)}, path)
+    assert "65 entries" in refusal(path)
+    # Without the memory that the numbers would take.
+    torch.save({"<x>": torch.ones(1).expand(1 << 30, 768)}, path)
+    assert "far too large for a learned word" in refusal(path)
+    safetensors.torch.save_file({"<x>": torch.ones(11_000, 1000)}, path)
+    assert "far too large for a learned word" in refusal(path)
+    with path.open("wb") as file:
+        file.write(b"PK\x03\x04")
+        file.truncate(3 << 30)
+    assert "more than 100,000,000 bytes, far too large for a learned word" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "why"),
+    [
+        (torch.ones(1, 2, 768), r"has the shape [1, 2, 768]"),
+        (torch.ones(()), "has the shape []"),
+        (torch.ones(0, 768), "has the shape [0, 768]"),
+        (torch.ones(1, 768, dtype=torch.int64), "holds int64 numbers"),
+        (torch.tensor([[1.0, float("nan")]]), "holds NaN or infinite numbers"),
+        (torch.tensor([[1.0, float("inf")]]), "holds NaN or infinite numbers"),
+        (torch.tensor([[1.0, 1e300]], dtype=torch.float64), "holds NaN or infinite numbers"),
+        (torch.ones(1, 768, dtype=torch.complex64), "holds complex64 numbers"),
+        (torch.ones(1, 768, dtype=torch.float8_e4m3fn), "not plain numbers"),
+        (torch.ones(1, 768).to_sparse(), "not plain numbers"),
+    ],
+)
+@pytest.mark.parametrize(
+    "wrap", [lambda t: {"<x>": t}, a1111_file, lambda t: {"emb_params": t}, lambda t: {"clip_g": t}]
+)
+def test_tensors_that_are_no_vectors(tmp_path, tensor, why, wrap):
+    path = tmp_path / "a.pt"
+    torch.save(wrap(tensor), path)
+    assert refusal(path).startswith(f"{path}: ") and why in refusal(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float8_e4m3fn])
+def test_safetensors_of_other_numbers(tmp_path, dtype):
+    safetensors.torch.save_file({"<x>": torch.ones(1, 8).to(dtype)}, tmp_path / "a.safetensors")
+    said = refusal(tmp_path / "a.safetensors")
+    assert "'<x>' holds" in said and "a word has numbers of F64, F32, F16, BF16" in said
+
+
+def test_words_that_cannot_be(tmp_path):
+    safetensors.torch.save_file({"emb_params": torch.ones(1, 768)}, tmp_path / "my cat.safetensors")
+    assert "'my cat' must not be empty or hold spaces; give it another with token=" in refusal(
+        tmp_path / "my cat.safetensors"
+    )
+    assert Embedding.load(tmp_path / "my cat.safetensors", token="<cat>").token == "<cat>"
+    safetensors.torch.save_file(
+        {"clip_l": torch.ones(1, 768), "clip_g": torch.ones(2, 1280)}, tmp_path / "a.safetensors"
+    )
+    assert "number of vectors differs" in refusal(tmp_path / "a.safetensors")
+    torch.save({"string_to_param": {}}, tmp_path / "a.pt")
+    assert "there is no word in it" in refusal(tmp_path / "a.pt")
+
+
+def test_saves_that_are_refused(tmp_path):
+    def said(embedding, name, **kwargs):
+        with pytest.raises(InputError) as error:
+            embedding.save(tmp_path / name, **kwargs)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert said(word(), "a.pt", format="webui") == (
+        "unknown format 'webui' for a learned word; known are a1111, comfyui, diffusers"
+    )
+    assert "a .safetensors or a .bin file" in said(word(), "a.png")
+    assert "is a .pt file" in said(word(), "a.safetensors", format="a1111")
+    assert "is a .safetensors file" in said(word(), "a.pt", format="comfyui")
+    assert "format 'comfyui', which AUTOMATIC1111 reads too" in said(sdxl_word(), "a.pt", format="a1111")
+    assert "there is no such folder" in said(word(), "missing/a.safetensors")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_save_that_fails_leaves_the_old_word(shared_folder):  # noqa: F811
+    word().save(shared_folder / "a.safetensors")
+    shared_folder.chmod(0o555)
+    with without_rights(), pytest.raises(InputError, match="no permission"):
+        word(4).save(shared_folder / "a.safetensors")
+    assert_same(Embedding.load(shared_folder / "a.safetensors"), word())
+
+
+def test_without_pytorch_only_pickles_are_refused(tmp_path, monkeypatch):
+    word().save(tmp_path / "a.pt", format="a1111")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    word().save(tmp_path / "a.safetensors")
+    assert_same(Embedding.load(tmp_path / "a.safetensors"), word())
+    for attempt in (lambda: Embedding.load(tmp_path / "a.pt"), lambda: word().save(tmp_path / "b.bin")):
+        with pytest.raises(InputError, match=r"need PyTorch \(pip install 'ti_jax\[torch\]'\)"):
+            attempt()
+
+
+# -- whether it fits
+
+
+def test_whether_a_word_fits_the_model():
+    check_fits(word(dim=768), {"text_encoder": 768}, "a.pt")
+    check_fits(sdxl_word(), {"text_encoder": 768, "text_encoder_2": 1280}, "a.pt")
+    for embedding, dims, said in [
+        (
+            word(dim=768),
+            {"text_encoder": 1024},
+            "SD1.x (768 numbers a vector), but the model here is SD2.x (1024 numbers",
+        ),
+        (
+            word(dim=1024),
+            {"text_encoder": 768},
+            "SD2.x (1024 numbers a vector), but the model here is SD1.x (768 numbers",
+        ),
+        (sdxl_word(), {"text_encoder": 768}, "SDXL (768 and 1280 numbers a vector), but the model here is SD1.x"),
+        (
+            word(),
+            {"text_encoder": 768, "text_encoder_2": 1280},
+            "SD1.x (768 numbers a vector), but the model here is SDXL",
+        ),
+        (word(dim=192), {"text_encoder": 768}, "for a model with 192 numbers a vector, but the model here is SD1.x"),
+        (word(), {"text_encoder": 192}, "but the model here is a model with 192 numbers a vector"),
+    ]:
+        with pytest.raises(InputError) as error:
+            check_fits(embedding, dims, "a.pt")
+        assert str(error.value).startswith("a.pt: the word '<cat-toy>' is for ") and said in str(error.value)
+        assert "\n" not in str(error.value)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import mmap
 import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -20,6 +22,8 @@ from ti_jax.errors import InputError
 BASE_NAMES = {"safetensors": ("diffusion_pytorch_model", "model"), "bin": ("diffusion_pytorch_model", "pytorch_model")}
 
 GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+LARGE = 1 << 16  # bytes
 
 # safetensors' names of the dtypes that are read.
 DTYPES = {
@@ -135,18 +139,28 @@ class Tensors:
 
 
 class SafetensorsFile(Tensors):
-    """A safetensors file."""
+    """A safetensors file that `safe_open` has found to be whole.
 
-    def __init__(self, file: Any) -> None:
-        self._file = file
-        names = file.keys()  # of a safe_open, which is no dict
-        slices = {name: file.get_slice(name) for name in names}
-        self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-        self.dtypes = {name: DTYPES.get(part.get_dtype(), part.get_dtype()) for name, part in slices.items()}
+    The numbers are read past that library: what it reads through its memory map stays resident until the file is
+    closed, and its other way of reading keeps the last tensor.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self._path, self._file = path, file
+        length = int.from_bytes(file.read(8), "little")
+        self._entries = json.loads(file.read(length))
+        self._entries.pop("__metadata__", None)
+        self._start = 8 + length
+        self.shapes = {name: tuple(entry["shape"]) for name, entry in self._entries.items()}
+        self.dtypes = {name: DTYPES.get(entry["dtype"], entry["dtype"]) for name, entry in self._entries.items()}
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, in memory of its own."""
-        return self._file.get_tensor(name)
+        tensor = page_aligned(self.shapes[name], self.dtypes[name])
+        self._file.seek(self._start + self._entries[name]["data_offsets"][0])
+        if self._file.readinto(tensor.reshape(-1).view(np.uint8)) != tensor.nbytes:
+            raise InputError(f"{self._path}: became shorter while it was read; download it again")
+        return tensor
 
 
 class PickleFile(Tensors):
@@ -162,13 +176,30 @@ class PickleFile(Tensors):
             self.dtypes[name] = DTYPES[names[dtype]] if dtype in names else dtype
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor; it is dropped from the state dict, so that it can be read once."""
+        """One tensor, in memory of its own."""
         import torch
 
-        tensor = self._state_dict.pop(name).detach().contiguous()
-        if tensor.dtype == torch.bfloat16:  # which PyTorch cannot hand to NumPy
-            return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return tensor.numpy()
+        # Dropped from the state dict: where the file could not be mapped, it holds the tensors in memory.
+        stored = self._state_dict.pop(name).detach()
+        if stored.dtype == torch.bfloat16:  # which PyTorch cannot hand to NumPy
+            stored = stored.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        else:
+            stored = stored.numpy()
+        tensor = page_aligned(self.shapes[name], self.dtypes[name])
+        tensor[...] = stored
+        return tensor
+
+
+def page_aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Array like `np.empty`'s, in pages of its own where it is large.
+
+    The C library would keep freed memory of large tensors for later, tens of megabytes here and there; pages go back to
+    the system. And JAX on the CPU takes an aligned array as it is, where it would copy another.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if size < LARGE:
+        return np.empty(shape, dtype)
+    return np.frombuffer(mmap.mmap(-1, size), dtype).reshape(shape)
 
 
 @contextlib.contextmanager
@@ -181,16 +212,15 @@ def open_tensors(path: Path) -> Iterator[Tensors]:
     """
     refuse_git_lfs_pointer(path)
     if path.suffix == ".safetensors":
-        with contextlib.ExitStack() as stack:
-            try:
-                # pread: what has been read through a memory map stays resident until the file is closed.
-                file = stack.enter_context(safe_open(path, framework="np", backend="pread"))
-                tensors = SafetensorsFile(file)
-            except (SafetensorError, OSError) as error:
-                raise InputError(
-                    f"{path}: not a complete safetensors file ({one_line(error)}); download it again"
-                ) from error
-            yield tensors
+        try:
+            with safe_open(path, framework="np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise InputError(
+                f"{path}: not a complete safetensors file ({one_line(error)}); download it again"
+            ) from error
+        with path.open("rb", buffering=0) as file:
+            yield SafetensorsFile(path, file)
     else:
         yield PickleFile(load_pickle(path))
 

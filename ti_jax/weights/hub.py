@@ -44,7 +44,7 @@ def resolve(
     if folder.is_dir():
         if not (folder / MODEL_INDEX).is_file():
             raise InputError(
-                f"{path_or_hub_id}: a folder without {MODEL_INDEX}, so not a diffusers model; give the folder that has it"
+                f"{path_or_hub_id}: a folder without {MODEL_INDEX}, so not a diffusers model; give the one that has it"
             )
         pipeline_components(read_component_config(folder, None), folder)
         return folder

@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ti_jax.errors import InputError
-from ti_jax.weights.files import Tensors, listed, open_tensors, weight_files
+from ti_jax.weights.files import Tensors, listed, open_tensors, page_aligned, weight_files
 from ti_jax.weights.identity import Identity
 from ti_jax.weights.names import TreePath, shape_in_tree, to_tree_layout, tree_path
 
@@ -42,7 +42,7 @@ def load_component(
     rule for names and layouts.
 
     Names, shapes and dtypes are checked before the first number is read. Host memory peaks at the tree (where that is
-    on the host) and one tensor.
+    on the host) and one tensor; of a ``.bin`` also pages of the file, which the system takes back when it needs them.
 
     Args:
       folder: a diffusers model.
@@ -67,12 +67,20 @@ def load_component(
             tensor = file.read(name)
             if identity is not None:
                 identity.add(component, path, targets[path].shape, tensor)
-            leaf = to_tree_layout(tensor, path, len(targets[path].shape))
-            tensor = np.asarray(leaf, dtype=np.dtype(dtype), order="C")  # drops the tensor as it was in the file
-            del leaf
+            tensor = in_tree_layout(tensor, path, len(targets[path].shape), dtype)
             # Blocking, so that no queue of host buffers builds up behind a slow transfer.
             leaves[path] = jax.device_put(tensor).block_until_ready()
     return unflatten_dict(leaves)
+
+
+def in_tree_layout(tensor: np.ndarray, path: TreePath, target_ndim: int, dtype: Any) -> np.ndarray:
+    """`tensor` as it stands in the file -> the leaf at `path`, contiguous and in `dtype`; itself if it is so already."""
+    leaf = to_tree_layout(tensor, path, target_ndim)
+    if leaf.flags.c_contiguous and leaf.dtype == np.dtype(dtype):
+        return leaf
+    converted = page_aligned(leaf.shape, dtype)
+    converted[...] = leaf
+    return converted
 
 
 def plan(

@@ -74,7 +74,7 @@ def load_component(
 
 
 def in_tree_layout(tensor: np.ndarray, path: TreePath, target_ndim: int, dtype: Any) -> np.ndarray:
-    """`tensor` as it stands in the file -> the leaf at `path`, contiguous and in `dtype`; itself if it is so already."""
+    """`tensor` as it stands in the file -> the leaf at `path`, contiguous and in `dtype`; itself if it is that."""
     leaf = to_tree_layout(tensor, path, target_ndim)
     if leaf.flags.c_contiguous and leaf.dtype == np.dtype(dtype):
         return leaf

@@ -35,6 +35,8 @@ def resolve(
     """
     if path_or_hub_id is None:
         return EMBEDDED_DEFAULT
+    if not path_or_hub_id.strip():
+        raise InputError("the model's name is empty; give a diffusers folder or a hub id (owner/name)")
     folder = Path(path_or_hub_id).expanduser()
     if folder.is_file():
         raise InputError(
@@ -116,15 +118,15 @@ def wanted(names: list[str], components: tuple[str, ...], variant: str | None, w
         weights, is_index = choose_file(inside, variant, f"{where}: {component}")
         files.append(f"{component}/{weights}")
         if is_index:
-            files += [f"{component}/{name}" for name in inside if is_shard(name, weights)]
+            files += [f"{component}/{name}" for name in inside if is_shard(name, weights, variant)]
     return files
 
 
-def is_shard(name: str, index: str) -> bool:
-    """Whether a file can be one of the shards of `index`, to judge by its name (variants stand before or after)."""
+def is_shard(name: str, index: str, variant: str | None) -> bool:
+    """Whether a file can be one of the shards of `index`, to judge by its name (the variant stands before or after)."""
     extension = "safetensors" if ".safetensors" in index else "bin"
-    base = index.split(".")[0]
-    return re.fullmatch(rf"{base}(\.[^.]+)?-\d+-of-\d+(\.[^.]+)?\.{extension}", name) is not None
+    base, word = index.split(".")[0], "" if variant is None else re.escape(f".{variant}")
+    return re.fullmatch(rf"{base}({word}-\d+-of-\d+|-\d+-of-\d+{word})\.{extension}", name) is not None
 
 
 def cached(repo_id: str, revision: str | None, variant: str | None, unreachable: Exception) -> Path:

@@ -21,7 +21,7 @@ def load_tokenizer(folder: Path, name: str) -> CLIPTokenizer:
     """Tokenizer in ``<folder>/<name>/``, from ``vocab.json`` and ``merges.txt`` or from ``tokenizer.json``.
 
     Raises:
-      InputError: files that are missing or broken, or a tokenizer that does not wrap a prompt in start and end tokens.
+      InputError: files that are missing or broken, or a tokenizer without start and end tokens, so not CLIP's.
     """
     where = Path(folder) / name
     there = [file for file in TOKENIZER_FILES if (where / file).is_file()]
@@ -38,6 +38,9 @@ def load_tokenizer(folder: Path, name: str) -> CLIPTokenizer:
         tokenizer = CLIPTokenizer.from_pretrained(where, local_files_only=True)
     except Exception as error:  # the library below transformers raises nothing more specific
         raise InputError(f"{where}: not a CLIP tokenizer ({one_line(error)}); download it again") from error
-    if tokenizer("").input_ids != [tokenizer.bos_token_id, tokenizer.eos_token_id]:
-        raise InputError(f"{where}: not a CLIP tokenizer, it does not put a start and an end token around a prompt")
+    # transformers would give the missing tokens ids of its own, behind the text encoder's table.
+    vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+    missing = [token for token in (tokenizer.bos_token, tokenizer.eos_token) if token not in vocabulary]
+    if missing:
+        raise InputError(f"{where}: not CLIP's tokenizer, {' and '.join(missing)} are not in its vocabulary")
     return tokenizer

@@ -157,10 +157,8 @@ def read_picture(path: Path) -> Image.Image:
     """
     try:
         # What Pillow warns of is large pictures (see below) and parts of the file that the pixels do not depend on.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                return _to_rgb(ImageOps.exif_transpose(image))
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+            return _to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:
         # Twice the number is where Pillow refuses; at once the number it only warns, and a phone's 108 megapixels are
         # above that.

@@ -7,6 +7,7 @@ import math
 import pickle
 import re
 import struct
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,7 @@ _BROKEN = (
     TypeError,
     AssertionError,
     ArithmeticError,
+    MemoryError,
     struct.error,
 )
 
@@ -126,8 +128,13 @@ def _read_pickle(path: Path) -> Any:
     torch = _import_torch(path)
     try:
         # The paper's code saves a ParameterDict. One class more is harmless: only its dict of tensors is looked at.
-        # An open file, because of a path torch.load also looks at the suffix.
-        with torch.serialization.safe_globals([torch.nn.ParameterDict]), path.open("rb") as file:
+        # An open file, because of a path torch.load also looks at the suffix. Before it refuses a pickle, it may warn
+        # that it might.
+        with (
+            torch.serialization.safe_globals([torch.nn.ParameterDict]),
+            warnings.catch_warnings(action="ignore"),
+            path.open("rb") as file,
+        ):
             data = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))

@@ -196,7 +196,7 @@ def _load(pipeline: Any, path: Path, embedding: Embedding) -> None:
                 text_encoder=getattr(pipeline, name),
                 tokenizer=getattr(pipeline, name.replace("text_encoder", "tokenizer")),
             )
-        except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        except (OSError, ValueError, LookupError, AttributeError, RuntimeError, pickle.UnpicklingError) as error:
             raise InputError(
                 f"{path}: diffusers does not load it ({one_line(error)}); save it in diffusers' format first"
             ) from error

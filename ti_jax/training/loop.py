@@ -8,7 +8,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,8 +102,11 @@ def next_stop(config: TrainConfig, step: int, total: int) -> int:
     return min(total, *((step // interval + 1) * interval for interval in intervals))
 
 
-def train(config: TrainConfig) -> TrainResult:
+def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> TrainResult:
     """Learn a new word as the config says, and write it to ``config.output_dir``.
+
+    Args:
+      devices: those to share the batches; None: all that JAX has.
 
     Raises:
       InputError: something in the config, the pictures or the model is wrong, a disk is full, or the loss became
@@ -124,7 +127,7 @@ def train(config: TrainConfig) -> TrainResult:
     config = dataclasses.replace(config, resolution=concept.pictures.pixels.shape[1])
     write_atomically(folder / "config.yaml", dump_yaml(config).encode())
 
-    mesh = make_mesh()
+    mesh = make_mesh(devices)
     with clock.phase("encode"):
         dataset = make_dataset(config, sd, concept)
     assert config.train_batch_size is not None, "the config is resolved"

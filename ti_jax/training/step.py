@@ -146,7 +146,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.rows, row_mask=frozen.row_mask)
         updated = TrainState(optax.apply_updates(state.rows, updates), opt_state, state.step + 1, state.ok)
         # A NaN must not reach the rows: they are what the user keeps.
-        finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(grads))
+        finite = jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((loss, grads))]))
         stopped = state._replace(ok=jnp.bool_(False))
         return jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, stopped), loss
 

@@ -1,0 +1,235 @@
+"""The training step against a PyTorch loop on the same draws, and on eight devices against one."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from jax import lax
+from transformers import CLIPTextModel
+
+from ti_jax.config import TrainConfig
+from ti_jax.pipeline import StableDiffusion
+from ti_jax.training import parallel
+from ti_jax.training.optimizer import make_optimizer
+from ti_jax.training.setup import make_dataset, prepare_concept
+from ti_jax.training.step import Frozen, TrainState, diffusion_loss, draw_batch, make_train_step
+
+STEPS = 20
+
+
+class Problem:
+    """A tiny model and a concept, ready to train."""
+
+    def __init__(self, model, pictures, tmp_path, **changes):
+        templates = tmp_path / "templates.txt"
+        templates.write_text("a portrait of {}\na {} with red hair\n{}\n")
+        settings = {
+            "pretrained_model_name_or_path": str(model), "train_data_dir": str(pictures), "placeholder_token": "<new>",
+            "initializer_token": "person", "templates": str(templates), "num_vectors": 2, "train_batch_size": 2,
+            "learning_rate": 1e-2, "gradient_accumulation_steps": 1,
+        }  # fmt: skip
+        self.config = TrainConfig(**{**settings, **changes})
+        self.sd = StableDiffusion.from_pretrained(model)
+        self.concept = prepare_concept(self.config, self.sd, print)
+        self.dataset = make_dataset(self.config, self.sd, self.concept)
+        self.row_mask = {name: jnp.asarray(mask) for name, mask in self.concept.row_mask.items()}
+        self.accumulation = self.config.gradient_accumulation_steps
+        self.optimizer, _ = make_optimizer(self.config, STEPS, 1)
+
+    def frozen(self):
+        params = {name: tree for name, tree in self.sd.params.items() if name != "vae"}
+        return Frozen(params, self.sd.schedule, self.dataset, self.row_mask, jax.random.key(7))
+
+    def state(self):
+        rows = {name: jnp.asarray(value) for name, value in self.concept.rows.items()}
+        return TrainState(rows, self.optimizer.init(rows), jnp.int32(0), jnp.bool_(True))
+
+    def step(self, batch_size, num_devices):
+        return make_train_step(
+            self.sd.networks, self.optimizer, batch_size=batch_size, accumulation=self.accumulation,
+            num_devices=num_devices, axis_name=parallel.AXIS,
+        )  # fmt: skip
+
+    def run(self, num_devices, batch_size, steps=STEPS):
+        mesh = parallel.make_mesh(jax.devices()[:num_devices])
+        run_steps = parallel.make_run_steps(self.step(batch_size, num_devices), mesh, steps)
+        frozen, state = parallel.replicate((self.frozen(), self.state()), mesh)
+        return run_steps(frozen, state, jnp.int32(steps))
+
+
+def relative(ours, theirs):
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    return np.abs(ours - theirs).max() / np.abs(theirs).max()
+
+
+def torch_rows(problem, model, prediction_type):
+    """The rows after each step of what diffusers' script does, on the draws of our loop."""
+    text_encoder = CLIPTextModel.from_pretrained(model / "text_encoder")
+    unet = UNet2DConditionModel.from_pretrained(model / "unet").requires_grad_(False)
+    scheduler = DDPMScheduler.from_pretrained(model / "scheduler")
+    text_encoder.requires_grad_(False)
+    vocab_size = problem.sd.vocab_sizes["text_encoder"]
+    rows = torch.tensor(problem.concept.rows["text_encoder"])
+    text_encoder.resize_token_embeddings(vocab_size + len(rows), mean_resizing=False)
+    weight = text_encoder.get_input_embeddings().weight.requires_grad_(True)
+    with torch.no_grad():
+        weight[vocab_size:] = rows
+    original = weight[:vocab_size].detach().clone()
+    config = problem.config
+    optimizer = torch.optim.AdamW(
+        [weight], lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon,
+        weight_decay=config.adam_weight_decay,
+    )  # fmt: skip
+    history, losses = [], []
+    size = config.train_batch_size
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        total = 0.0
+        for micro in range(problem.accumulation):
+            positions = jnp.arange(micro * size, (micro + 1) * size)
+            batch = draw_batch(problem.frozen(), jnp.int32(step), positions, size * problem.accumulation)
+            latents, noise = (
+                torch.tensor(np.asarray(value)).permute(0, 3, 1, 2) for value in (batch.latents, batch.noise)
+            )
+            timesteps = torch.tensor(np.asarray(batch.timesteps)).long()
+            noisy = scheduler.add_noise(latents, noise, timesteps)
+            context = text_encoder(torch.tensor(np.asarray(batch.ids["text_encoder"])).long())[0]
+            target = {
+                "epsilon": noise,
+                "sample": latents,
+                "v_prediction": scheduler.get_velocity(latents, noise, timesteps),
+            }[prediction_type]
+            loss = torch.nn.functional.mse_loss(unet(noisy, timesteps, context).sample, target)
+            (loss / problem.accumulation).backward()
+            total += loss.item() / problem.accumulation
+        optimizer.step()
+        with torch.no_grad():
+            weight[:vocab_size] = original
+        history.append(weight[vocab_size:].detach().numpy().copy())
+        losses.append(total)
+    return history, losses
+
+
+@pytest.mark.parametrize(
+    ("prediction_type", "changes"),
+    [
+        ("epsilon", {}),
+        ("v_prediction", {"adam_weight_decay": 1e-2}),
+        ("sample", {}),
+        ("epsilon", {"gradient_accumulation_steps": 3, "flip_probability": 0.0}),
+    ],
+)
+def test_twenty_steps_equal_a_pytorch_loop(make_tiny_sd, pictures, tmp_path, prediction_type, changes):
+    model = make_tiny_sd(prediction_type)
+    problem = Problem(model, pictures, tmp_path, **changes)
+    before = jax.tree.map(np.array, problem.frozen().params)
+    state, losses = problem.run(num_devices=1, batch_size=2)
+    history, their_losses = torch_rows(problem, model, prediction_type)
+    assert relative(losses, their_losses) < 1e-5
+    assert relative(state.rows["text_encoder"], history[-1]) < 1e-5
+    assert relative(state.rows["text_encoder"], problem.concept.rows["text_encoder"]) > 0.01, "nothing was learned"
+
+    after = jax.tree.map(np.array, problem.frozen().params)
+    assert jax.tree.all(jax.tree.map(np.array_equal, before, after))
+    row_count = problem.concept.rows["text_encoder"].size
+    moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
+    assert moments == 2 * row_count and all(leaf.size <= row_count for leaf in jax.tree.leaves(state.opt_state))
+
+
+def test_gradient_checkpointing_changes_nothing(tiny_sd, pictures, tmp_path):
+    problem = Problem(tiny_sd, pictures, tmp_path)
+    plain, _ = problem.run(1, 2)
+    problem.sd = StableDiffusion.from_pretrained(tiny_sd, gradient_checkpointing=True)
+    again, _ = problem.run(1, 2)
+    assert relative(again.rows["text_encoder"], plain.rows["text_encoder"]) < 1e-6
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_eight_devices_end_with_the_rows_of_one(tiny_sd, pictures, tmp_path, accumulation):
+    problem = Problem(tiny_sd, pictures, tmp_path, gradient_accumulation_steps=accumulation)
+    one, losses_of_one = problem.run(num_devices=1, batch_size=8)
+    eight, losses_of_eight = problem.run(num_devices=8, batch_size=1)
+    assert relative(eight.rows["text_encoder"], one.rows["text_encoder"]) < 1e-6
+    assert relative(losses_of_eight, losses_of_one) < 1e-6
+
+
+def test_our_mapping_equals_pmap(tiny_sd, pictures, tmp_path):
+    """The textbook form: a local gradient on each device, averaged by hand, under jax.pmap."""
+    problem = Problem(tiny_sd, pictures, tmp_path)
+    ours, losses = problem.run(num_devices=8, batch_size=1, steps=5)
+
+    def step(frozen, state):
+        batch = draw_batch(frozen, state.step, lax.axis_index("batch")[None], 8)
+        loss, grads = jax.value_and_grad(lambda rows: diffusion_loss(problem.sd.networks, frozen, rows, batch))(
+            state.rows
+        )
+        loss, grads = lax.pmean((loss, grads), "batch")
+        updates, opt_state = problem.optimizer.update(grads, state.opt_state, state.rows, row_mask=frozen.row_mask)
+        return TrainState(optax.apply_updates(state.rows, updates), opt_state, state.step + 1, state.ok), loss
+
+    mapped = jax.pmap(step, axis_name="batch", in_axes=(None, 0))
+    state = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (8, *leaf.shape)), problem.state())
+    for index in range(5):
+        state, loss = mapped(problem.frozen(), state)
+        assert relative(losses[index], loss[0]) < 1e-6
+    for device in range(8):
+        assert relative(ours.rows["text_encoder"], state.rows["text_encoder"][device]) < 1e-6
+
+
+def test_only_rows_and_scalars_cross_between_devices(tiny_sd, pictures, tmp_path):
+    problem = Problem(tiny_sd, pictures, tmp_path)
+    mesh = parallel.make_mesh()
+    assert mesh.size == 8
+    run_steps = parallel.make_run_steps(problem.step(1, 8), mesh, 4)
+    frozen, state = parallel.replicate((problem.frozen(), problem.state()), mesh)
+    program = run_steps.lower(frozen, state, jnp.int32(4)).compile().as_text()
+    names = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all|collective-broadcast"
+    crossing = re.findall(rf"= (.*?) (?:{names})(?:-start)?\(", program)
+    assert crossing, "eight devices that share a batch must talk"
+    rows = problem.concept.rows["text_encoder"].size
+    for result in crossing:
+        sizes = [np.prod([int(n) for n in shape.split(",") if n], dtype=int) for shape in re.findall(r"\w\[([\d,]*)\]", result)]
+        assert sizes and max(sizes) <= rows, result
+
+
+def test_a_non_finite_loss_stops_before_it_reaches_the_rows(tiny_sd, pictures, tmp_path):
+    problem = Problem(tiny_sd, pictures, tmp_path)
+    mesh = parallel.make_mesh(jax.devices()[:1])
+    run_steps = parallel.make_run_steps(problem.step(2, 1), mesh, STEPS)
+    state = problem.state()
+    good, _ = run_steps(problem.frozen(), state, jnp.int32(3))
+    kept = np.asarray(good.rows["text_encoder"])
+    frozen = problem.frozen()
+    spoilt = frozen._replace(dataset=frozen.dataset._replace(moments=frozen.dataset.moments * jnp.nan))
+    stopped, losses = run_steps(spoilt, good, jnp.int32(10))
+    assert not stopped.ok and stopped.step == 3
+    assert np.array_equal(stopped.rows["text_encoder"], kept)
+    assert np.isnan(losses[0])
+
+
+def test_draws_do_not_depend_on_the_batch(tiny_sd, pictures, tmp_path):
+    frozen = Problem(tiny_sd, pictures, tmp_path).frozen()
+    together = draw_batch(frozen, jnp.int32(5), jnp.arange(8), 8)
+    alone = draw_batch(frozen, jnp.int32(5), jnp.array([6]), 8)
+    for whole, part in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+        assert np.array_equal(whole[6:7], part)
+    later = draw_batch(frozen, jnp.int32(6), jnp.arange(8), 8)
+    noises = np.concatenate([together.noise, later.noise]).reshape(16, -1)
+    assert np.abs(np.corrcoef(noises) - np.eye(16)).max() < 0.4, "samples share their noise"
+
+
+def test_pictures_come_in_shuffled_rounds(tiny_sd, pictures, tmp_path):
+    """Every three draws in a row show each of the three pictures once, in an order that changes."""
+    frozen = Problem(tiny_sd, pictures, tmp_path, flip_probability=0.0).frozen()
+    marked = jnp.arange(3.0)[:, None, None, None, None] * jnp.ones_like(frozen.dataset.moments)
+    marked = marked.at[..., 4:].set(-60.0)  # no variance
+    frozen = frozen._replace(dataset=frozen.dataset._replace(moments=marked, latent_scale=jnp.float32(1)))
+    drawn = [draw_batch(frozen, jnp.int32(step), jnp.arange(2), 2).latents[:, 0, 0, 0] for step in range(30)]
+    rounds = np.round(np.concatenate(drawn)).astype(int).reshape(20, 3)
+    assert all(sorted(one) == [0, 1, 2] for one in rounds.tolist())
+    assert len({tuple(one) for one in rounds.tolist()}) > 3

@@ -42,13 +42,13 @@ example:
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """Load a learned word into diffusers on PyTorch, and compare what both make of a prompt."""
+    """Load a learned word into diffusers on PyTorch, and compare how the two encode a prompt with it."""
 
     pretrained_model_name_or_path: str | None = None
     """The model that the word was learned for: a diffusers folder or a Hugging Face Hub id. Left out: the small model
     that comes with ti_jax."""
     prompt: str | None = None
-    """Prompt with the word in it. Left out: the word alone."""
+    """Prompt with the word in it, or {} in its place. Left out: the word alone."""
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "ti-jax") -> int:
@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "ti-jax") -> int:
       prog: what the program is called. A script's name, such as ``train.py``, stands for the command too.
 
     Returns:
-      0; 2 after an error of the user's, told on one line of stderr; 130 when interrupted.
+      0; 1 when ``verify`` finds a difference; 2 after an error of the user's, told on one line of stderr; 130 when
+      interrupted.
 
     Raises:
       SystemExit: with status 0 after a command's ``--help``, with 141 when the reader of stdout has left.
@@ -154,7 +155,7 @@ def _verify(args: Sequence[str], prog: str) -> int:
     report = verify(file, config.pretrained_model_name_or_path, config.prompt)
     with _output():
         print(report)
-    return 0
+    return 0 if report.ok else 1
 
 
 @contextlib.contextmanager
@@ -172,5 +173,5 @@ def _output() -> Iterator[None]:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str], str], int], str]] = {
     "train": (_train, "Learn a new word from a few pictures (train.py)."),
     "infer": (_infer, "Draw pictures of prompts, with learned words in them (infer.py)."),
-    "verify": (_verify, "Check that diffusers on PyTorch loads a learned word and draws the same with it."),
+    "verify": (_verify, "Check that diffusers on PyTorch loads a learned word and makes of it the same as ti_jax."),
 }

@@ -203,7 +203,7 @@ class InferConfig:
     width: int | None = None
     """Width in pixels, divisible by 8. Left out: the model's own."""
     seed: int = 0
-    """Seed of the first noise; the same seed draws the same pictures."""
+    """Seed of the noise that the first picture starts from; the next has seed + 1, and so on."""
     batch_size: int = 4
     """Pictures drawn at once: more is faster, less needs less memory."""
     output: str = "out.png"

@@ -121,6 +121,11 @@ def check_infer(config: InferConfig) -> None:
         raise InputError("--prompt is missing: say what to draw, e.g. --prompt 'a portrait of a person'")
     _check_fields(config, INFER_RULES)
     _check_model(config)
+    if config.negative_prompt is not None and config.guidance_scale is not None and config.guidance_scale <= 1:
+        raise InputError(
+            f"--negative_prompt: does nothing with --guidance_scale {config.guidance_scale:g}; give one above 1, or "
+            f"leave the negative prompt out"
+        )
 
 
 def _check_fields(config: Any, rules: dict[str, Rule]) -> None:

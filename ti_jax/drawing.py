@@ -8,8 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from .config import InferConfig
-from .embeddings import Embedding
-from .embeddings.embedding import check_fits
+from .embeddings import Embedding, check_fits
 from .errors import InputError
 from .files import ensure_writable_folder
 from .pictures import grid, save_png
@@ -60,21 +59,20 @@ def draw(config: InferConfig) -> list[Path]:
     )
 
     settings = {
-        "model": sd.name,
-        "seed": config.seed,
+        "negative_prompt": config.negative_prompt,
         "num_inference_steps": config.num_inference_steps,
+        "scheduler": config.scheduler or sd.scheduler_config["_class_name"],
         "guidance_scale": config.guidance_scale,
+        "model": sd.name,
     }
-    for name in ("negative_prompt", "scheduler"):
-        if getattr(config, name) is not None:
-            settings[name] = getattr(config, name)
     paths, grid_path = output_paths(output, len(images))
     for number, (path, prompt, image) in enumerate(zip(paths, prompts, images, strict=True)):
-        save_png(path, image, {"prompt": prompt, "picture": number, **settings})
+        # With this seed the picture can be drawn again by itself.
+        save_png(path, image, {"prompt": prompt, "seed": (config.seed + number) % 2**32, **settings})
     if grid_path is None:
         return paths
     columns = config.num_images if config.num_images > 1 else min(len(images), GRID_COLUMNS)
-    save_png(grid_path, grid(images, columns=columns), {"prompt": "; ".join(config.prompt), **settings})
+    save_png(grid_path, grid(images, columns), {"prompt": "\n".join(config.prompt), "seed": config.seed, **settings})
     return [*paths, grid_path]
 
 

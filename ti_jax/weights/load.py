@@ -18,6 +18,8 @@ from ti_jax.weights.names import TreePath, shape_in_tree, to_tree_layout, tree_p
 
 Tree = dict[str, Any]
 
+BLOCK = 32  # output channels
+
 
 def param_shapes(module: nn.Module, *inputs: Any, **keywords: Any) -> Tree:
     """Parameter tree of `module` as ShapeDtypeStructs; nothing is computed and no memory taken.
@@ -79,7 +81,14 @@ def in_tree_layout(tensor: np.ndarray, path: TreePath, target_ndim: int, dtype: 
     if leaf.flags.c_contiguous and leaf.dtype == np.dtype(dtype):
         return leaf
     converted = page_aligned(leaf.shape, dtype)
-    converted[...] = leaf
+    if path[-1] != "kernel":
+        converted[...] = leaf
+        return converted
+    # A few output channels at a time, first cast in the file's order and then turned: blocks that fit the cache. In one
+    # go a Stable Diffusion takes three times as long.
+    for start in range(0, leaf.shape[-1], BLOCK):
+        block = leaf[..., start : start + BLOCK].astype(dtype, order="K")
+        converted[..., start : start + BLOCK] = block
     return converted
 
 

@@ -295,6 +295,22 @@ def test_from_the_cache_once_downloaded(hub, run):
     assert "and its copy in the cache is not complete:" in said and "no weights of variant fp16" in said
 
 
+def test_taken_down_since_it_was_downloaded(hub, run):
+    hub.repositories["owner/sd"] = [*READ, *SAFETENSORS]
+    online = run("owner/sd")
+    hub.repositories.clear()
+    assert run("owner/sd") == online
+    assert "no weights of variant fp16" in run("owner/sd", variant="fp16")
+    assert "no such repository on the hub" in run("owner/sd", revision="old")
+
+
+def test_cache_that_cannot_be_written(hub, run, tmp_path):
+    hub.repositories["owner/sd"] = [*READ, *SAFETENSORS]
+    (tmp_path / "file").touch()
+    said = run("owner/sd", HF_HUB_CACHE=str(tmp_path / "file" / "cache"))
+    assert said.startswith("InputError: owner/sd: cannot be stored in the hub's cache (")
+
+
 def test_nothing_in_the_cache(hub, run):
     hub.repositories["owner/sd"] = [*READ, *SAFETENSORS]
     for environment in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:1"}):

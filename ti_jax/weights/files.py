@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import mmap
@@ -10,7 +11,7 @@ import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -145,7 +146,7 @@ class SafetensorsFile(Tensors):
     closed, and its other way of reading keeps the last tensor.
     """
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: io.BufferedReader) -> None:
         self._path, self._file = path, file
         length = int.from_bytes(file.read(8), "little")
         self._entries = json.loads(file.read(length))
@@ -158,7 +159,7 @@ class SafetensorsFile(Tensors):
         """One tensor, in memory of its own."""
         tensor = page_aligned(self.shapes[name], self.dtypes[name])
         self._file.seek(self._start + self._entries[name]["data_offsets"][0])
-        if self._file.readinto(tensor.reshape(-1).view(np.uint8)) != tensor.nbytes:
+        if self._file.readinto(tensor.reshape(-1).view(np.uint8).data) != tensor.nbytes:
             raise InputError(f"{self._path}: became shorter while it was read; download it again")
         return tensor
 
@@ -219,7 +220,7 @@ def open_tensors(path: Path) -> Iterator[Tensors]:
             raise InputError(
                 f"{path}: not a complete safetensors file ({one_line(error)}); download it again"
             ) from error
-        with path.open("rb", buffering=0) as file:
+        with path.open("rb") as file:
             yield SafetensorsFile(path, file)
     else:
         yield PickleFile(load_pickle(path))

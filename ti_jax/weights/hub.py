@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from ti_jax.errors import InputError
 from ti_jax.weights.config_files import MODEL_INDEX, config_name, pipeline_components, read_component_config, read_json
 from ti_jax.weights.files import choose_file, one_line, weight_files
 from ti_jax.weights.tokenizers import TOKENIZER_FILES
+
+logger = logging.getLogger(__name__)
 
 EMBEDDED_DEFAULT = ASSETS / "mini-sd"
 
@@ -68,21 +71,28 @@ def download(repo_id: str, revision: str | None, variant: str | None, token: str
     )
 
     where = repo_id if revision is None else f"{repo_id} at revision {revision}"
-    repository = {"repo_id": repo_id, "revision": revision, "token": token}
+
+    def snapshot(patterns: list[str]) -> Path:
+        return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=patterns))
+
     try:
         try:
             # Not list_repo_files: without network that one tries for half a minute.
-            names = [file.rfilename for file in HfApi().model_info(**repository).siblings or ()]
+            info = HfApi().model_info(repo_id, revision=revision, token=token)
         except (OfflineModeIsEnabled, HTTPError) as error:
-            if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
+            if not isinstance(error, HfHubHTTPError) or error.response.status_code >= 500:
+                return cached(repo_id, revision, variant, f"the hub cannot be reached ({one_line(error)})")
+            if isinstance(error, RevisionNotFoundError) or not is_cached(repo_id, revision):
                 raise
-            return cached(repo_id, revision, variant, error)
+            # Taken down or made private since it was downloaded, as has happened to much used models.
+            logger.warning("%s: the hub has it no more, or not for you; going on with the copy in the cache", where)
+            return cached(repo_id, revision, variant, "the hub has it no more")
+        names = [file.rfilename for file in info.siblings or ()]
         if MODEL_INDEX not in names:
             raise InputError(f"{where}: no {MODEL_INDEX} on the hub, so not a diffusers model; give the id of one")
         # Alone at first, because it says whether the gigabytes behind it are of any use.
-        index = Path(snapshot_download(**repository, allow_patterns=[MODEL_INDEX])) / MODEL_INDEX
-        components = pipeline_components(read_json(index), where)
-        return Path(snapshot_download(**repository, allow_patterns=wanted(names, components, variant, where)))
+        components = pipeline_components(read_json(snapshot([MODEL_INDEX]) / MODEL_INDEX), where)
+        return snapshot(wanted(names, components, variant, where))
     except HFValidationError as error:
         raise InputError(f"{repo_id}: no such folder, and not a hub id either (owner/name); check the path") from error
     except GatedRepoError as error:
@@ -98,6 +108,8 @@ def download(repo_id: str, revision: str | None, variant: str | None, token: str
         raise InputError(f"{where}: the hub repository has no such branch, tag or commit") from error
     except (LocalEntryNotFoundError, HTTPError) as error:
         raise InputError(f"{where}: the download failed ({one_line(error)}); try again") from error
+    except OSError as error:  # of the disk; the hub's own are above
+        raise InputError(f"{where}: cannot be stored in the hub's cache ({one_line(error)}); see HF_HOME") from error
 
 
 def wanted(names: list[str], components: tuple[str, ...], variant: str | None, where: str) -> list[str]:
@@ -129,12 +141,18 @@ def is_shard(name: str, index: str, variant: str | None) -> bool:
     return re.fullmatch(rf"{base}({word}-\d+-of-\d+|-\d+-of-\d+{word})\.{extension}", name) is not None
 
 
-def cached(repo_id: str, revision: str | None, variant: str | None, unreachable: Exception) -> Path:
-    """Complete snapshot of a repository from the hub's cache, the hub being `unreachable`."""
+def is_cached(repo_id: str, revision: str | None) -> bool:
+    """Whether the hub's cache has anything of a repository at this revision."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(repo_id, MODEL_INDEX, revision=revision), str)
+
+
+def cached(repo_id: str, revision: str | None, variant: str | None, reason: str) -> Path:
+    """Complete snapshot of a repository from the hub's cache, the hub being out of reach for the `reason`."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    reason = f"the hub cannot be reached ({one_line(unreachable)})"
     try:
         folder = Path(
             snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=[MODEL_INDEX])

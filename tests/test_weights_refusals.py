@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch_file
 
 from ti_jax.errors import InputError
+from ti_jax.weights.files import variants_in
 from ti_jax.weights.load import load_component
 
 TENSORS = {
@@ -165,6 +166,27 @@ def test_variants_are_listed(unet):
     (unet / "diffusion_pytorch_model.non_ema.bin").touch()
     assert "no weights without a variant; there are: fp16, non_ema; choose one with --variant" in refusal(unet)
     assert "no weights of variant bf16; there are: fp16, non_ema; choose" in refusal(unet, "bf16")
+
+
+def test_variants_in():
+    names = [
+        "config.json",
+        "model.safetensors.index.json",
+        "model-00001-of-00002.safetensors",
+        "diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
+        "diffusion_pytorch_model-00001-of-00002.ema.safetensors",
+    ]
+    assert variants_in(names) == [None]
+    for form in (
+        "diffusion_pytorch_model.fp16.safetensors",
+        "diffusion_pytorch_model.safetensors.index.fp16.json",
+        "model.fp16.safetensors.index.json",
+        "model.safetensors.fp16.index.json",
+        "pytorch_model.fp16.bin",
+        "pytorch_model.bin.index.fp16.json",
+    ):
+        assert variants_in([form]) == ["fp16"]
+    assert variants_in(["diffusion_flax_model.msgpack", "openvino_model.bin", "model.onnx"]) == []
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ BASE_NAMES = {"safetensors": ("diffusion_pytorch_model", "model"), "bin": ("diff
 
 GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
+VARIANT = r"(?:\.((?!index\.)[^.]+?(?<!-of-\d{5})))?"  # shards are not variants
+
 LARGE = 1 << 16  # bytes
 
 # safetensors' names of the dtypes that are read.
@@ -55,9 +57,8 @@ def variants_in(names: list[str]) -> list[str | None]:
     found: set[str | None] = set()
     for extension, bases in BASE_NAMES.items():
         for base in bases:
-            word = r"(?:\.(?P<{}>[^.]+))?"
-            single = rf"{base}{word.format('a')}\.{extension}"
-            index = rf"{base}{word.format('b')}\.{extension}{word.format('c')}\.index{word.format('d')}\.json"
+            single = rf"{base}{VARIANT}\.{extension}"
+            index = rf"{base}{VARIANT}\.{extension}{VARIANT}\.index{VARIANT}\.json"
             for name in names:
                 if match := re.fullmatch(f"{single}|{index}", name):
                     found.add(next((word for word in match.groups() if word), None))

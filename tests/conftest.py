@@ -5,6 +5,13 @@ import os
 # Before JAX starts. A program for one device runs as it does without this.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
+import tempfile
+
+# Tests compile the same step many times; programs of this session are compiled once. Children of a test share it.
+_CACHE = tempfile.TemporaryDirectory(prefix="ti_jax-tests-")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
 import functools
 import shutil
 

@@ -87,12 +87,14 @@ def torch_rows(problem, model, prediction_type):
     )  # fmt: skip
     history, losses = [], []
     size = config.train_batch_size
+    draw = jax.jit(draw_batch, static_argnums=3)
+    frozen = problem.frozen()
     for step in range(STEPS):
         optimizer.zero_grad()
         total = 0.0
         for micro in range(problem.accumulation):
             positions = jnp.arange(micro * size, (micro + 1) * size)
-            batch = draw_batch(problem.frozen(), jnp.int32(step), positions, size * problem.accumulation)
+            batch = draw(frozen, jnp.int32(step), positions, size * problem.accumulation)
             latents, noise = (
                 torch.tensor(np.asarray(value)).permute(0, 3, 1, 2) for value in (batch.latents, batch.noise)
             )
@@ -229,7 +231,8 @@ def test_pictures_come_in_shuffled_rounds(tiny_sd, pictures, tmp_path):
     marked = jnp.arange(3.0)[:, None, None, None, None] * jnp.ones_like(frozen.dataset.moments)
     marked = marked.at[..., 4:].set(-60.0)  # no variance
     frozen = frozen._replace(dataset=frozen.dataset._replace(moments=marked, latent_scale=jnp.float32(1)))
-    drawn = [draw_batch(frozen, jnp.int32(step), jnp.arange(2), 2).latents[:, 0, 0, 0] for step in range(30)]
+    draw = jax.jit(draw_batch, static_argnums=3)
+    drawn = [draw(frozen, jnp.int32(step), jnp.arange(2), 2).latents[:, 0, 0, 0] for step in range(30)]
     rounds = np.round(np.concatenate(drawn)).astype(int).reshape(20, 3)
     assert all(sorted(one) == [0, 1, 2] for one in rounds.tolist())
     assert len({tuple(one) for one in rounds.tolist()}) > 3

@@ -48,17 +48,33 @@ def save_validation(
 def save_overview(
     config: TrainConfig, sd: StableDiffusion, concept: Concept, embedding: Embedding, folder: Path
 ) -> Path:
-    """The picture that shows what was learned: the concept, what the initializer draws, what the new word draws."""
+    """The picture that shows what was learned: the concept, what the initializer draws, what the new word draws.
+
+    What is drawn for it is also kept picture by picture, ``samples/overview-NN.png``.
+    """
     assert config.overview_prompts is not None
     columns = OVERVIEW_COLUMNS
     prompts = [prompt.replace("{}", concept.word) for prompt in config.overview_prompts]
     plain = concept.prompts[0].replace(concept.word, concept.initializer)
-    drawn = _draw(config, sd, concept, [plain] * columns + [p for p in prompts for _ in range(columns)], embedding)
+    drawn_prompts = [prompt for prompt in (plain, *prompts) for _ in range(columns)]
+    drawn = _draw(config, sd, concept, drawn_prompts, embedding)
     shown = [
         Image.fromarray(np.uint8(np.round((pixels + 1.0) * 127.5))) for pixels in concept.pictures.pixels[:columns]
     ]
     rows = [(f"the pictures of {concept.word}", shown), (plain, drawn[:columns])]
     rows += [(prompt, drawn[columns * (i + 1) : columns * (i + 2)]) for i, prompt in enumerate(prompts)]
+    for index, (prompt, image) in enumerate(zip(drawn_prompts, drawn, strict=True)):
+        save_png(
+            folder / "samples" / f"overview-{index:02d}.png",
+            image,
+            {
+                "prompt": prompt,
+                "seed": config.seed + index,
+                "num_inference_steps": config.validation_inference_steps,
+                "guidance_scale": config.validation_guidance_scale,
+                "model": sd.name,
+            },
+        )
     path = folder / OVERVIEW_FILE
     save_png(path, overview(rows), {"token": concept.word, "seed": config.seed})
     return path

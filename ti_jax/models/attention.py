@@ -1,0 +1,161 @@
+"""Attention and the transformer blocks of the UNet.
+
+Held to diffusers' ``attention_processor.py``, ``attention.py`` and ``transformers/transformer_2d.py`` on PyTorch;
+attribute names are theirs.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ti_jax.models.layers import NO_PADDING, Conv2d, GroupNorm
+
+# XLA on CPU makes whole score matrices, which leave the cache from about twice this many queries and keys.
+CPU_QUERY_CHUNK = 128
+
+
+def dot_product_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """``softmax(query key^T / sqrt(D)) value`` for every head (Vaswani et al. 2017, equation 1).
+
+    Scores and softmax are float32 whatever the dtype, so that ``upcast_attention`` of a UNet's config is met always.
+
+    Args:
+      query: [B, L, H, D].
+      key, value: [B, S, H, D].
+
+    Returns:
+      [B, L, H, D], of the dtype of `value`.
+    """
+    if min(query.shape[1], key.shape[1]) <= 2 * CPU_QUERY_CHUNK:
+        return _attention(query, key, value)
+    return jax.lax.platform_dependent(query, key, value, cpu=_attention_in_chunks, default=_attention)
+
+
+def _attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    scores = jnp.einsum("BLHD,BSHD->BHLS", query, key, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(scores * query.shape[-1] ** -0.5, axis=-1)
+    return jnp.einsum("BHLS,BSHD->BLHD", weights.astype(value.dtype), value)
+
+
+def _attention_in_chunks(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """`_attention` a few queries at a time; the gradient makes each block of weights again rather than keep it."""
+    batch, length, heads, dim = query.shape
+    chunks = -(-length // CPU_QUERY_CHUNK)
+    padded = jnp.pad(query, ((0, 0), (0, chunks * CPU_QUERY_CHUNK - length), (0, 0), (0, 0)))
+    blocks = padded.reshape(batch, chunks, CPU_QUERY_CHUNK, heads, dim).swapaxes(0, 1)
+    attend = jax.checkpoint(partial(_attention, key=key, value=value))
+    attended = jax.lax.map(attend, blocks)
+    return attended.swapaxes(0, 1).reshape(batch, -1, heads, dim)[:, :length]
+
+
+class Attention(nn.Module):
+    """Multi-head attention, C a multiple of `heads`: [B, L, C] -> [B, L, C]."""
+
+    heads: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array, context: jax.Array | None = None) -> jax.Array:
+        """Attend to `context` [B, S, D], or to `hidden` itself if that is None."""
+        width = hidden.shape[-1]
+        context = hidden if context is None else context
+
+        def projected(x: jax.Array, name: str) -> jax.Array:
+            projection = nn.Dense(width, use_bias=False, dtype=self.dtype, name=name)
+            return projection(x).reshape(*x.shape[:2], self.heads, width // self.heads)
+
+        attended = dot_product_attention(
+            projected(hidden, "to_q"), projected(context, "to_k"), projected(context, "to_v")
+        )
+        return nn.Dense(width, dtype=self.dtype, name="to_out_0")(attended.reshape(hidden.shape))
+
+
+class GEGLU(nn.Module):
+    """``a gelu(b)`` of two projections a and b (Shazeer 2020): [B, L, C] -> [B, L, features]."""
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """Project and gate."""
+        projected, gate = jnp.split(nn.Dense(2 * self.features, dtype=self.dtype, name="proj")(hidden), 2, axis=-1)
+        return projected * nn.gelu(gate, approximate=False)
+
+
+class FeedForward(nn.Module):
+    """Four times as wide, gated, and back: [B, L, C] -> [B, L, C]."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """Widen and narrow."""
+        width = hidden.shape[-1]
+        hidden = GEGLU(4 * width, self.dtype, name="net_0")(hidden)
+        return nn.Dense(width, dtype=self.dtype, name="net_2")(hidden)
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention, attention to the text, feed-forward, each behind a layer norm: [B, L, C] -> [B, L, C].
+
+    With `only_cross_attention` the first attention, too, is to the text.
+    """
+
+    heads: int
+    only_cross_attention: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array, context: jax.Array) -> jax.Array:
+        """`context` is the text, [B, S, D]."""
+        first_context = context if self.only_cross_attention else None
+        hidden = hidden + Attention(self.heads, dtype=self.dtype, name="attn1")(
+            self._norm("norm1")(hidden), first_context
+        )
+        hidden = hidden + Attention(self.heads, dtype=self.dtype, name="attn2")(self._norm("norm2")(hidden), context)
+        return hidden + FeedForward(self.dtype, name="ff")(self._norm("norm3")(hidden))
+
+    def _norm(self, name: str) -> nn.LayerNorm:
+        return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, use_fast_variance=False, name=name)
+
+
+class Transformer2DModel(nn.Module):
+    """Transformer blocks over a picture's pixels, beside a shortcut: [B, H, W, C] -> [B, H, W, C].
+
+    Attributes:
+      num_layers: number of transformer blocks.
+      use_linear_projection: project by dense layers (SD2, SDXL) rather than 1x1 convolutions (SD1).
+      gradient_checkpointing: each transformer block is computed again in the backward pass.
+    """
+
+    heads: int
+    num_layers: int
+    num_groups: int
+    use_linear_projection: bool = False
+    only_cross_attention: bool = False
+    gradient_checkpointing: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+        """`context` is the text, [B, S, D]."""
+        channels = x.shape[-1]
+
+        def projection(name: str) -> nn.Module:
+            if self.use_linear_projection:
+                return nn.Dense(channels, dtype=self.dtype, name=name)
+            return Conv2d(channels, 1, padding=NO_PADDING, dtype=self.dtype, name=name)
+
+        block = nn.remat(BasicTransformerBlock) if self.gradient_checkpointing else BasicTransformerBlock
+        hidden = projection("proj_in")(GroupNorm(self.num_groups, 1e-6, self.dtype, name="norm")(x))
+        hidden = hidden.reshape(x.shape[0], -1, channels)
+        for index in range(self.num_layers):
+            name = f"transformer_blocks_{index}"
+            hidden = block(self.heads, self.only_cross_attention, self.dtype, name=name)(hidden, context)
+        return x + projection("proj_out")(hidden.reshape(x.shape))

@@ -1,0 +1,174 @@
+"""Layers that the UNet and the VAE share: convolution, group norm, time embedding, residual block, up and down.
+
+Pictures are [B, H, W, C]. Held to diffusers' ``models/resnet.py``, ``upsampling.py``, ``downsampling.py`` and
+``embeddings.py`` on PyTorch; attribute names are theirs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ti_jax.models.convolution import Padding, conv2d
+
+SAME_3X3: Padding = ((1, 1), (1, 1))
+NO_PADDING: Padding = ((0, 0), (0, 0))
+
+
+class Conv2d(nn.Module):
+    """2-D convolution with bias: [B, H, W, C] -> [B, H', W', features]."""
+
+    features: int
+    kernel_size: int = 3
+    stride: int = 1
+    padding: Padding = SAME_3X3
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Convolve."""
+        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
+        return conv2d(x, kernel, self.stride, self.padding) + bias
+
+
+class GroupNorm(nn.Module):
+    """Normalise groups of channels over the picture, then scale and shift each channel (Wu & He 2018).
+
+    Sums are taken for each channel and only then for each group, and the norm is one multiply-add over the picture:
+    fewer and simpler passes than over a [B, H, W, G, C / G] view. Statistics are float32 whatever the dtype.
+    """
+
+    num_groups: int
+    epsilon: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, ..., C] -> [B, ..., C], of `dtype`."""
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,)).astype(jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (channels,)).astype(jnp.float32)
+        picture = x.reshape(x.shape[0], -1, channels).astype(jnp.float32)
+
+        # E[d^2] - E[d]^2 cancels where the mean is far from 0. The first pixel's mean over a group is about as near to
+        # the group's mean as one standard deviation; the result does not depend on it, so neither does the gradient.
+        origin = self._of_each_channel(self._group_mean(picture[:, 0]))
+        deviation = picture - jax.lax.stop_gradient(origin)[:, None]
+        mean = self._group_mean(jnp.mean(deviation, axis=1))
+        variance = self._group_mean(jnp.mean(jnp.square(deviation), axis=1)) - jnp.square(mean)
+        # Rounding can take the variance of a constant group below 0.
+        inverse = jax.lax.rsqrt(jnp.maximum(variance, 0.0) + self.epsilon)
+
+        factor = self._of_each_channel(inverse) * scale
+        offset = bias - self._of_each_channel(mean) * factor
+        return (deviation * factor[:, None] + offset[:, None]).astype(self.dtype).reshape(x.shape)
+
+    def _group_mean(self, of_channels: jax.Array) -> jax.Array:
+        return of_channels.reshape(of_channels.shape[0], self.num_groups, -1).mean(axis=-1)
+
+    def _of_each_channel(self, of_groups: jax.Array) -> jax.Array:
+        channels = self.variables["params"]["scale"].shape[0]
+        return jnp.repeat(of_groups, channels // self.num_groups, axis=-1, total_repeat_length=channels)
+
+
+def timestep_embedding(
+    timesteps: jax.Array, dimension: int, flip_sin_to_cos: bool = True, freq_shift: float = 0.0
+) -> jax.Array:
+    """Sines and cosines of timesteps [N] at `dimension // 2` frequencies from 1 to 1/10000 (Ho et al. 2020).
+
+    Returns:
+      float32 [N, dimension]: sines then cosines, or cosines then sines with `flip_sin_to_cos`; an odd dimension ends
+      with a zero.
+    """
+    half = dimension // 2
+    exponents = -math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift)
+    angles = timesteps.astype(jnp.float32)[:, None] * jnp.exp(exponents)
+    waves = [jnp.sin(angles), jnp.cos(angles)]
+    if flip_sin_to_cos:
+        waves.reverse()
+    embedding = jnp.concatenate(waves, axis=-1)
+    return jnp.pad(embedding, ((0, 0), (0, dimension - 2 * half)))
+
+
+class TimestepEmbedding(nn.Module):
+    """Two dense layers with SiLU between: [B, C] -> [B, features]."""
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, embedding: jax.Array) -> jax.Array:
+        """Embed."""
+        hidden = nn.silu(nn.Dense(self.features, dtype=self.dtype, name="linear_1")(embedding))
+        return nn.Dense(self.features, dtype=self.dtype, name="linear_2")(hidden)
+
+
+class ResnetBlock2D(nn.Module):
+    """Norm, SiLU, convolution, twice, beside a shortcut; the time embedding is added in the middle.
+
+    The shortcut is a 1x1 convolution where the number of channels changes.
+    """
+
+    features: int
+    num_groups: int
+    epsilon: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, time: jax.Array | None = None) -> jax.Array:
+        """[B, H, W, C] and time embedding [B, T] (None in the VAE, which has none) -> [B, H, W, features]."""
+        hidden = nn.silu(GroupNorm(self.num_groups, self.epsilon, self.dtype, name="norm1")(x))
+        hidden = Conv2d(self.features, dtype=self.dtype, name="conv1")(hidden)
+        if time is not None:
+            shift = nn.Dense(self.features, dtype=self.dtype, name="time_emb_proj")(nn.silu(time))
+            hidden = hidden + shift[:, None, None, :]
+        hidden = nn.silu(GroupNorm(self.num_groups, self.epsilon, self.dtype, name="norm2")(hidden))
+        hidden = Conv2d(self.features, dtype=self.dtype, name="conv2")(hidden)
+        if x.shape[-1] != self.features:
+            x = Conv2d(self.features, 1, padding=NO_PADDING, dtype=self.dtype, name="conv_shortcut")(x)
+        return x.astype(self.dtype) + hidden
+
+
+class Downsample2D(nn.Module):
+    """3x3 convolution of stride 2: [B, H, W, C] -> about [B, H / 2, W / 2, C].
+
+    `padding` 0 means one row and column of zeros at the bottom and right alone, as in diffusers.
+    """
+
+    padding: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Halve the picture."""
+        side = (0, 1) if self.padding == 0 else (self.padding, self.padding)
+        return Conv2d(x.shape[-1], stride=2, padding=(side, side), dtype=self.dtype, name="conv")(x)
+
+
+class Upsample2D(nn.Module):
+    """Nearest-neighbour upsampling, then a 3x3 convolution: [B, H, W, C] -> [B, height, width, C]."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, height: int, width: int) -> jax.Array:
+        """Bring the picture to `height` x `width`."""
+        x = upsample_nearest(upsample_nearest(x, height, axis=1), width, axis=2)
+        return Conv2d(x.shape[-1], dtype=self.dtype, name="conv")(x)
+
+
+def upsample_nearest(x: jax.Array, size: int, axis: int) -> jax.Array:
+    """Stretch one axis to `size`: element ``i * old_size // size`` at place i, as PyTorch's ``nearest``."""
+    old_size = x.shape[axis]
+    if size == 2 * old_size:
+        # A broadcast, which compiles to something far cheaper than a gather and its scatter in the gradient.
+        doubled = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), (*x.shape[: axis + 1], 2, *x.shape[axis + 1 :]))
+        return doubled.reshape(*x.shape[:axis], size, *x.shape[axis + 1 :])
+    return jnp.take(x, jnp.arange(size) * old_size // size, axis=axis)

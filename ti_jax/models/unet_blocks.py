@@ -1,0 +1,110 @@
+"""Down, mid and up blocks of the UNet: residual blocks, each perhaps with a transformer behind it.
+
+Held to diffusers' ``models/unets/unet_2d_blocks.py`` on PyTorch; attribute names are theirs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ti_jax.models.attention import Transformer2DModel
+from ti_jax.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
+from ti_jax.models.unet_config import Level, UNetConfig
+
+
+class UNetBlock(nn.Module):
+    """The parts that down, mid and up blocks are made of.
+
+    Attributes:
+      config: of the whole UNet.
+      level: what this block is built of.
+      gradient_checkpointing: residual and transformer blocks are computed again in the backward pass.
+    """
+
+    config: UNetConfig
+    level: Level
+    gradient_checkpointing: bool = False
+    dtype: Any = jnp.float32
+
+    def resnet(self, index: int) -> ResnetBlock2D:
+        """Residual block number `index`."""
+        block = nn.remat(ResnetBlock2D) if self.gradient_checkpointing else ResnetBlock2D
+        config = self.config
+        return block(self.level.channels, config.norm_num_groups, config.norm_eps, self.dtype, name=f"resnets_{index}")
+
+    def attention(self, index: int) -> Transformer2DModel:
+        """The transformer behind residual block number `index`."""
+        return Transformer2DModel(
+            heads=self.level.heads,
+            num_layers=self.level.depths[index],
+            num_groups=self.config.norm_num_groups,
+            use_linear_projection=self.config.use_linear_projection,
+            only_cross_attention=self.level.only_cross_attention,
+            gradient_checkpointing=self.gradient_checkpointing,
+            dtype=self.dtype,
+            name=f"attentions_{index}",
+        )
+
+
+class DownBlock2D(UNetBlock):
+    """``DownBlock2D`` and ``CrossAttnDownBlock2D``."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, time: jax.Array, context: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """[B, H, W, C], time embedding [B, T], text [B, S, D] -> the block's output, and all that up blocks see."""
+        skips = []
+        for index in range(self.level.num_resnets):
+            x = self.resnet(index)(x, time)
+            if self.level.depths:
+                x = self.attention(index)(x, context)
+            skips.append(x)
+        if self.level.resample:
+            x = Downsample2D(self.config.downsample_padding, self.dtype, name="downsamplers_0")(x)
+            skips.append(x)
+        return x, tuple(skips)
+
+
+class MidBlock2D(UNetBlock):
+    """``UNetMidBlock2DCrossAttn`` and, with no attention, ``UNetMidBlock2D``."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, time: jax.Array, context: jax.Array) -> jax.Array:
+        """[B, H, W, C], time embedding [B, T], text [B, S, D] -> [B, H, W, C]."""
+        x = self.resnet(0)(x, time)
+        if self.level.depths:
+            x = self.resnet(1)(self.attention(0)(x, context), time)
+        return x
+
+
+class UpBlock2D(UNetBlock):
+    """``UpBlock2D`` and ``CrossAttnUpBlock2D``."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        skips: tuple[jax.Array, ...],
+        time: jax.Array,
+        context: jax.Array,
+        size: tuple[int, int] | None,
+    ) -> jax.Array:
+        """Join the skips, last first, and bring the picture to the size that the next block's skips have.
+
+        Args:
+          x: [B, H, W, C].
+          skips: [B, H, W, C'] for each residual block.
+          time: embedding, [B, T].
+          context: text, [B, S, D].
+          size: height and width after the upsampler; None for the last block, which has none.
+        """
+        for index, skip in enumerate(reversed(skips)):
+            x = self.resnet(index)(jnp.concatenate([x, skip], axis=-1), time)
+            if self.level.depths:
+                x = self.attention(index)(x, context)
+        if size is not None:
+            x = Upsample2D(self.dtype, name="upsamplers_0")(x, *size)
+        return x

@@ -27,14 +27,15 @@ def draw(config: InferConfig) -> list[Path]:
       InputError: the place cannot be written, or something is wrong with an embedding, the model or a prompt. What can
         be checked without the model is checked before it is loaded.
     """
+    assert config.num_inference_steps is not None and config.guidance_scale is not None, "the config is resolved"
     output = Path(config.output)
     if output.is_dir():
         raise InputError(f"--output {output}: a folder; give the name of a .png file in it")
     ensure_writable_folder(output.parent)
     embeddings = [Embedding.load(path) for path in config.embedding]
-    for path, embedding in zip(config.embedding, embeddings, strict=True):
+    for file, embedding in zip(config.embedding, embeddings, strict=True):
         if not any(embedding.token.lower() in prompt.lower() for prompt in config.prompt):
-            print(f"warning: no prompt has the word {embedding.token} of {path} in it", file=sys.stderr)
+            print(f"warning: no prompt has the word {embedding.token} of {file} in it", file=sys.stderr)
 
     sd = StableDiffusion.from_pretrained(
         config.pretrained_model_name_or_path,
@@ -42,8 +43,8 @@ def draw(config: InferConfig) -> list[Path]:
         revision=config.revision,
         variant=config.variant,
     )
-    for path, embedding in zip(config.embedding, embeddings, strict=True):
-        check_fits(embedding, sd.embedding_dims, path)
+    for file, embedding in zip(config.embedding, embeddings, strict=True):
+        check_fits(embedding, sd.embedding_dims, file)
     prompts = [prompt for prompt in config.prompt for _ in range(config.num_images)]
     images = sd.generate(
         prompts,

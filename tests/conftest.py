@@ -1,25 +1,23 @@
 """Eight CPU devices for every test, and tiny Stable Diffusions in the layout that diffusers writes."""
 
-import os
-
-# Before JAX starts. A program for one device runs as it does without this.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
-
-import tempfile
-
-# Tests compile the same step many times; programs of this session are compiled once. Children of a test share it.
-_CACHE = tempfile.TemporaryDirectory(prefix="ti_jax-tests-")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-
 import functools
+import os
 import shutil
+import tempfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from ti_jax.config import ASSETS
+
+# Before JAX starts. A program for one device runs as it does without this.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+# Tests compile the same step many times; programs of this session are compiled once. Children of a test share it.
+_CACHE = tempfile.TemporaryDirectory(prefix="ti_jax-tests-")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 SCHEDULER = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
 
@@ -56,7 +54,8 @@ def make_tiny_sd(tmp_path_factory):
         unet = UNet2DConditionModel(
             sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32,
             attention_head_dim=4, norm_num_groups=8,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         )  # fmt: skip
         vae = AutoencoderKL(
             block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, latent_channels=4, sample_size=16,

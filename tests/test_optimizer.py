@@ -55,9 +55,7 @@ def test_a_masked_row_does_not_move_to_the_bit():
     rows = {"text_encoder": jax.random.normal(jax.random.key(0), (3, 4))}
     state = optimizer.init(rows)
     grads = {"text_encoder": jnp.ones((3, 4))}
-    everything, without_1 = (
-        {"text_encoder": jnp.array(mask)} for mask in ([True, True, True], [True, False, True])
-    )
+    everything, without_1 = ({"text_encoder": jnp.array(mask)} for mask in ([True, True, True], [True, False, True]))
 
     updates, state = optimizer.update(grads, state, rows, row_mask=everything)
     rows = optax.apply_updates(rows, updates)

@@ -195,7 +195,10 @@ def test_only_rows_and_scalars_cross_between_devices(tiny_sd, pictures, tmp_path
     assert crossing, "eight devices that share a batch must talk"
     rows = problem.concept.rows["text_encoder"].size
     for result in crossing:
-        sizes = [np.prod([int(n) for n in shape.split(",") if n], dtype=int) for shape in re.findall(r"\w\[([\d,]*)\]", result)]
+        sizes = [
+            np.prod([int(n) for n in shape.split(",") if n], dtype=int)
+            for shape in re.findall(r"\w\[([\d,]*)\]", result)
+        ]
         assert sizes and max(sizes) <= rows, result
 
 

@@ -108,7 +108,7 @@ def test_initializer_words(tokenizer):
     assert tokenizer.convert_ids_to_tokens([red, hair]) == ["red</w>", "hair</w>"]
     with pytest.raises(InputError, match=r"'zebra' is not one token.*z\|e\|b\|r\|a"):
         tokens.initializer_ids(tokenizer, "zebra")
-    with pytest.raises(InputError, match="known words near it: .*person"):
+    with pytest.raises(InputError, match=r"known words near it: .*person"):
         tokens.initializer_ids(tokenizer, "persons")
     with pytest.raises(InputError, match="empty"):
         tokens.initializer_ids(tokenizer, "  ")

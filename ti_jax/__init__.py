@@ -1,6 +1,6 @@
 """Textual Inversion for Stable Diffusion in JAX/Flax.
 
-The names here are the public interface. They are imported on first use, so that ``ti-jax --help`` does not wait for JAX.
+The names here are the public interface. They are imported on first use: ``ti-jax --help`` does not wait for JAX.
 """
 
 from importlib import import_module

@@ -122,8 +122,10 @@ def _train(args: Sequence[str], prog: str) -> int:
         examples = TRAIN_EXAMPLES.format(prog=_as_typed(prog))
         config = parse(TrainConfig, args, prog=prog, examples=examples, no_counterpart=NO_COUNTERPART)
     config = resolve(config)
+    from .compilation_cache import enable_compilation_cache
     from .training.loop import train
 
+    enable_compilation_cache()
     # A run that was asked to stop is not done: whoever started it should be told so.
     return 130 if train(config).interrupted else 0
 
@@ -134,8 +136,10 @@ def _infer(args: Sequence[str], prog: str) -> int:
     with _output():
         config = parse(InferConfig, args, prog=prog, examples=INFER_EXAMPLES.format(prog=_as_typed(prog)))
     config = resolve_infer(config)
+    from .compilation_cache import enable_compilation_cache
     from .drawing import draw
 
+    enable_compilation_cache()
     paths = draw(config)
     with _output():
         print(*paths, sep="\n")

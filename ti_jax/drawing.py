@@ -37,6 +37,7 @@ def draw(config: InferConfig) -> list[Path]:
         if not any(embedding.token.lower() in prompt.lower() for prompt in config.prompt):
             print(f"warning: no prompt has the word {embedding.token} of {file} in it", file=sys.stderr)
 
+    assert config.num_inference_steps is not None and config.guidance_scale is not None, "the config is resolved"
     sd = StableDiffusion.from_pretrained(
         config.pretrained_model_name_or_path,
         {None: None, "no": jnp.float32, "bf16": jnp.bfloat16}[config.mixed_precision],

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from .models.clip_text import CLIPTextModel
 from .models.unet import UNet2DConditionModel
@@ -15,6 +16,11 @@ from .models.vae import AutoencoderKL
 from .weights.load import param_shapes
 
 Params = Mapping[str, Any]
+
+
+def _apply(module: nn.Module, params: Any, *args: Any, **keywords: Any) -> Any:
+    """The module as a function; Flax types its result as a tuple that only mutable collections would make it."""
+    return module.apply({"params": params}, *args, **keywords)
 
 
 class Condition(NamedTuple):
@@ -47,11 +53,11 @@ class Networks:
     ) -> Condition:
         """Token ids int32 [B, L] by encoder -> `Condition`, with trained rows spliced in behind the frozen table.
 
-        One encoder (SD1, SD2): its last hidden state, as diffusers' ``encode_prompt`` without clip_skip. Two (SDXL): the
-        penultimate states of both side by side, and the pooled projection of the second.
+        One encoder (SD1, SD2): its last hidden state, as diffusers' ``encode_prompt`` without clip_skip. Two (SDXL):
+        the penultimate states of both side by side, and the pooled projection of the second.
         """
         outputs = [
-            module.apply({"params": params[name]}, ids[name], None if rows is None else rows[name])
+            _apply(module, params[name], ids[name], None if rows is None else rows[name])
             for name, module in self.text_encoders
         ]
         if len(outputs) == 1:
@@ -72,17 +78,17 @@ class Networks:
                     jnp.array([height, width, 0, 0, height, width], jnp.float32), (latents.shape[0], 6)
                 )
             added_cond = {"text_embeds": condition.pooled, "time_ids": time_ids}
-        return self.unet.apply({"params": params["unet"]}, latents, timesteps, condition.context, added_cond)
+        return _apply(self.unet, params["unet"], latents, timesteps, condition.context, added_cond)
 
     def encode_image(self, params: Params, pixels: jax.Array) -> jax.Array:
         """Pixels [B, H, W, 3] in [-1, 1] -> mean and log-variance of the latents, float32 [B, h, w, 2c], unscaled."""
-        return self.vae.apply({"params": params["vae"]}, pixels, method="encode").astype(jnp.float32)
+        return _apply(self.vae, params["vae"], pixels, method="encode").astype(jnp.float32)
 
     def decode_latents(self, params: Params, latents: jax.Array) -> jax.Array:
         """Scaled latents [B, h, w, c] -> pixels, float32 [B, H, W, 3], about [-1, 1]."""
         config = self.vae.config
         unscaled = latents / config.scaling_factor + (config.shift_factor or 0.0)
-        return self.vae.apply({"params": params["vae"]}, unscaled, method="decode").astype(jnp.float32)
+        return _apply(self.vae, params["vae"], unscaled, method="decode").astype(jnp.float32)
 
 
 def network_shapes(
@@ -96,7 +102,9 @@ def network_shapes(
     context = jax.ShapeDtypeStruct((1, 4, unet.config.cross_attention_dim), jnp.float32)
     added_cond = None
     if unet.config.addition_embed_type == "text_time":
-        pooled_width = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+        width, per_number = unet.config.projection_class_embeddings_input_dim, unet.config.addition_time_embed_dim
+        assert width is not None and per_number is not None, "text_time has both: UNetConfig checks it"
+        pooled_width = width - 6 * per_number
         added_cond = {
             "text_embeds": jax.ShapeDtypeStruct((1, pooled_width), jnp.float32),
             "time_ids": jax.ShapeDtypeStruct((1, 6), jnp.float32),

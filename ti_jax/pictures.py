@@ -168,9 +168,9 @@ def grid(images: Sequence[Image.Image], columns: int, labels: Sequence[str] | No
     if len(labels) != len(images):
         raise ValueError(f"{len(labels)} labels for {len(images)} pictures")
     page = _Page(images, columns)
-    for row in _chunks(list(zip(images, labels, strict=True)), columns):
-        page.add_pictures([image for image, _ in row])
-        page.add_captions([label for _, label in row])
+    for pairs in _chunks(list(zip(images, labels, strict=True)), columns):
+        page.add_pictures([image for image, _ in pairs])
+        page.add_captions([label for _, label in pairs])
     return page.drawn()
 
 
@@ -200,8 +200,9 @@ class _Page:
         scale = min(max(1.0, -(-MIN_CELL // min(width, height))), MAX_CELL / max(width, height))
         self.cell = max(1, round(width * scale)), max(1, round(height * scale))
         self.gap = max(6, self.cell[0] // 24)
-        self.font = ImageFont.load_default(max(14, self.cell[0] // 16))
-        self.line = round(1.35 * self.font.size)
+        font_size = max(14, self.cell[0] // 16)
+        self.font = ImageFont.load_default(font_size)
+        self.line = round(1.35 * font_size)
         self.width = columns * (self.cell[0] + self.gap) + self.gap
         self.top = self.gap
         self.pictures: list[tuple[Image.Image, tuple[int, int]]] = []

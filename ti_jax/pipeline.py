@@ -82,8 +82,8 @@ class StableDiffusion:
           gradient_checkpointing: the UNet recomputes its activations in a backward pass.
 
         Raises:
-          InputError: no such model, a file that cannot be read, an option that is not implemented, or weights that do not
-            match the configuration.
+          InputError: no such model, a file that cannot be read, an option that is not implemented, or weights that do
+            not match the configuration.
         """
         if dtype is None:
             dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
@@ -107,10 +107,18 @@ class StableDiffusion:
             name: load_component(folder, name, shapes, dtype, variant, identity)
             for name, shapes in network_shapes(text_encoders, unet, vae).items()
         }
+        tokenizers = {name: load_tokenizer(folder, name.replace("text_encoder", "tokenizer")) for name in text_names}
+        for name, module in text_encoders:
+            # Ids past the table are those of learned rows; a word of the tokenizer's own there would be taken for one.
+            if len(tokenizers[name]) > module.config.vocab_size:
+                raise InputError(
+                    f"{folder}: the tokenizer has {len(tokenizers[name])} tokens where {name} has "
+                    f"{module.config.vocab_size} rows; words were added to one of them only, use the original model"
+                )
         return cls(
             networks=Networks(text_encoders, unet, vae, schedule.prediction_type),
             params=params,
-            tokenizers={name: load_tokenizer(folder, name.replace("text_encoder", "tokenizer")) for name in text_names},
+            tokenizers=tokenizers,
             schedule=schedule,
             scheduler_config=scheduler_config,
             zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", False)),
@@ -170,9 +178,7 @@ class StableDiffusion:
             for name, module in self.networks.text_encoders
         }
 
-    def encode_text(
-        self, ids: Mapping[str, Any], rows: Mapping[str, Any] | None = None
-    ) -> Condition:
+    def encode_text(self, ids: Mapping[str, Any], rows: Mapping[str, Any] | None = None) -> Condition:
         """Token ids (from `tokenize`) and trained rows float32 [n, D] by text encoder -> `Condition`."""
         arrays = {name: jnp.asarray(value) for name, value in ids.items()}
         if rows is None:
@@ -232,7 +238,9 @@ class StableDiffusion:
             negative = negative_prompt or ""
             negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
             if len(negatives) != len(prompts):
-                raise InputError(f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one for each")
+                raise InputError(
+                    f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one for each"
+                )
             negative_ids = self.tokenize(negatives, words)
         pixels = sampling.draw(
             self.networks,

@@ -1,9 +1,9 @@
 """Placeholder words: from prompts to token ids, and the rows that stand behind the new ids.
 
 A new word takes ids past the end of the frozen token table: id ``vocab_size + r`` is row ``r`` of the trained rows. The
-tokenizer itself is never changed. A prompt is cut at its placeholder words *before* it is tokenized, and each word becomes
-its ids, so that no string of an expanded word ever passes through byte-pair encoding, and words that contain each
-other cannot be confused.
+tokenizer itself is never changed. A prompt is cut at its placeholder words *before* it is tokenized, and each word
+becomes its ids, so that no string of an expanded word ever passes through byte-pair encoding, and words that contain
+each other cannot be confused.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def initializer_ids(tokenizer: CLIPTokenizer, initializer: str) -> list[int]:
     """
     ids: list[int] = []
     for word in initializer.split():
-        pieces = tokenizer(word, add_special_tokens=False).input_ids
+        pieces = tokenizer(word, add_special_tokens=False, verbose=False).input_ids
         if len(pieces) != 1 or pieces[0] in (tokenizer.unk_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id):
             known = [token.removesuffix("</w>") for token in tokenizer.get_vocab() if token.endswith("</w>")]
             near = difflib.get_close_matches(word.lower(), [w for w in known if len(w) > 1], n=3, cutoff=0.4)
@@ -62,8 +62,8 @@ def initializer_ids(tokenizer: CLIPTokenizer, initializer: str) -> list[int]:
 def initial_rows(table: np.ndarray, ids: Sequence[int], num_vectors: int) -> np.ndarray:
     """Start values of ``num_vectors`` rows from the initializer's tokens: float32 [num_vectors, D].
 
-    With as many tokens as vectors each row takes one; more vectors than tokens take them in turn; fewer vectors take the
-    means of contiguous groups of tokens, so that no word of the initializer is lost.
+    With as many tokens as vectors each row takes one; more vectors than tokens take them in turn; fewer vectors take
+    the means of contiguous groups of tokens, so that no word of the initializer is lost.
     """
     rows = np.asarray(table[np.asarray(ids)], np.float32)
     if num_vectors >= len(ids):
@@ -91,10 +91,11 @@ def combine(embeddings: Sequence[Embedding]) -> tuple[dict[str, int], dict[str, 
 
 
 def _word_pattern(words: Mapping[str, int]) -> re.Pattern[str]:
-    """Matches each word, longest first; groups: 0 the text, `word`/`index` by position.
+    """Matches each word, longest first.
 
-    A word that begins or ends with a letter or digit must stand alone ("sks" is not in "asks"). A word of several vectors
-    may come already expanded, as diffusers writes it: `<cat> <cat>_1 <cat>_2` is the whole word, `<cat>_1` its second row.
+    A word that begins or ends with a letter or digit must stand alone ("sks" is not in "asks"). A word of several
+    vectors may come already expanded, as diffusers writes it: `<cat> <cat>_1 <cat>_2` is the whole word, `<cat>_1` its
+    second row.
     """
     alternatives = []
     for word in sorted(words, key=lambda w: (-len(w), w)):
@@ -121,7 +122,7 @@ def prompt_ids(tokenizer: CLIPTokenizer, prompt: str, words: Mapping[str, int], 
     ids: list[int] = []
     end = 0
     for match in _word_pattern(words).finditer(prompt):
-        ids += tokenizer(prompt[end : match.start()], add_special_tokens=False).input_ids
+        ids += tokenizer(prompt[end : match.start()], add_special_tokens=False, verbose=False).input_ids
         found = match.group().lower()
         head = found.split()[0]
         if head in first_row:
@@ -131,7 +132,7 @@ def prompt_ids(tokenizer: CLIPTokenizer, prompt: str, words: Mapping[str, int], 
             word, _, index = head.rpartition("_")
             ids.append(vocab_size + first_row[word][0] + int(index))
         end = match.end()
-    return ids + tokenizer(prompt[end:], add_special_tokens=False).input_ids
+    return ids + tokenizer(prompt[end:], add_special_tokens=False, verbose=False).input_ids
 
 
 def tokenize(

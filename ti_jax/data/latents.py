@@ -27,5 +27,7 @@ def encode_moments(sd: StableDiffusion, pixels: np.ndarray, with_mirrored: bool)
     batch = min(ENCODE_BATCH, len(flat))
     # The last batch is filled up, so that one compiled program serves all.
     padded = np.concatenate([flat, np.repeat(flat[-1:], -len(flat) % batch, axis=0)])
-    encoded = jnp.concatenate([sd.encode_image(padded[i : i + batch]) for i in range(0, len(padded), batch)])[: len(flat)]
+    encoded = jnp.concatenate([sd.encode_image(padded[i : i + batch]) for i in range(0, len(padded), batch)])[
+        : len(flat)
+    ]
     return jnp.stack(jnp.split(encoded, len(views)), axis=1)

@@ -175,6 +175,8 @@ class UNetConfig:
         return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
 
     def _check(self) -> None:
+        if not isinstance(self.block_out_channels, tuple) or not self.block_out_channels:
+            self._refuse("block_out_channels", "expected a list of positive integers")
         self._check_choices()
         self._check_numbers()
         self._check_levels()
@@ -224,8 +226,6 @@ class UNetConfig:
             self._refuse("freq_shift", "expected less than half of the first of block_out_channels")
 
     def _check_levels(self) -> None:
-        if not isinstance(self.block_out_channels, tuple):
-            self._refuse("block_out_channels", "expected a list")
         levels = len(self.block_out_channels)
         for option in (
             "down_block_types",

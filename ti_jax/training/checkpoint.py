@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 from ..config import TrainConfig
 from ..errors import InputError
 from ..files import disk_errors
+from ..weights.files import one_line
 from .step import TrainState
 
 Fingerprint = dict[str, Any]
@@ -116,7 +117,7 @@ class Checkpoints:
         try:
             found = manager.restore(step, args=ocp.args.Composite(identity=ocp.args.JsonRestore()))["identity"]
         except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{where} cannot be read ({_first_line(error)}); resume from another one") from error
+            raise InputError(f"{where} cannot be read ({one_line(error)}); resume from another one") from error
         wanted = json.loads(json.dumps(self.identity))
         different = [name for name in wanted if found.get(name) != wanted[name]]
         if different:
@@ -129,7 +130,7 @@ class Checkpoints:
         try:
             state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
         except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{where} cannot be read ({_first_line(error)}); resume from another one") from error
+            raise InputError(f"{where} cannot be read ({one_line(error)}); resume from another one") from error
         return TrainState(**state)
 
     def close(self) -> None:
@@ -141,7 +142,3 @@ def _difference(name: str, found: Any, wanted: Any) -> str:
     if name in ("base model", "pictures", "prompts"):
         return f"other {name}"
     return f"{name} {found} there, {wanted} here"
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__

@@ -9,6 +9,7 @@ from ..config import TrainConfig
 from ..embeddings import Embedding
 from ..errors import InputError
 from ..files import write_atomically
+from ..weights.files import one_line
 
 _UPLOADED = ["learned_embeds*.safetensors", "overview.png", "samples/*.png", "config.yaml", "README.md"]
 
@@ -22,18 +23,22 @@ def open_repository(config: TrainConfig) -> Callable[[Path, Embedding], None]:
     Raises:
       InputError: no token, no right to the repository, or no network.
     """
-    from httpx import HTTPError
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HFValidationError,
+        HTTPError,  # of the HTTP library that huggingface_hub uses
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
-    refusals = (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, HTTPError, OSError)
+    refusals = (HFValidationError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError)
     api = HfApi(token=config.hub_token)
     name = config.hub_model_id or Path(config.output_dir).absolute().name
     try:
         repository = api.create_repo(name, exist_ok=True).repo_id
     except refusals as error:
         raise InputError(
-            f"--push_to_hub: cannot open the repository {name!r} ({str(error).strip().splitlines()[0]}); check "
+            f"--push_to_hub: cannot open the repository {name!r} ({one_line(error)}); check "
             f"--hub_token (or `hf auth login`), --hub_model_id and the network"
         ) from error
 
@@ -48,7 +53,7 @@ def open_repository(config: TrainConfig) -> Callable[[Path, Embedding], None]:
             )
         except refusals as error:
             raise InputError(
-                f"--push_to_hub: the upload to {repository} failed ({str(error).strip().splitlines()[0]}); the result is "
+                f"--push_to_hub: the upload to {repository} failed ({one_line(error)}); the result is "
                 f"whole in {folder}, upload it with `hf upload {repository} {folder}`"
             ) from error
 

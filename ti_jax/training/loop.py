@@ -20,7 +20,7 @@ from ..config import TrainConfig, resolve
 from ..config_yaml import dump_yaml
 from ..embeddings import Embedding
 from ..errors import InputError
-from ..files import write_atomically
+from ..files import ensure_writable_folder, write_atomically
 from ..pipeline import StableDiffusion
 from . import run_folder, showing
 from .checkpoint import Checkpoints, fingerprint
@@ -87,7 +87,7 @@ class _Clock:
 
 
 def total_updates(config: TrainConfig, num_pictures: int, global_batch: int) -> int:
-    """Updates in the run: ``max_train_steps``, or as many as ``num_train_epochs`` passes of the repeated pictures take."""
+    """Updates in the run: ``max_train_steps``, or what ``num_train_epochs`` passes of the repeated pictures take."""
     if config.max_train_steps is not None:
         return config.max_train_steps
     assert config.num_train_epochs is not None, "the config is resolved"
@@ -114,7 +114,7 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> T
     """
     config = resolve(config)
     clock = _Clock()
-    folder = run_folder.prepare(Path(config.output_dir), resume=config.resume_from_checkpoint is not None)
+    folder = ensure_writable_folder(config.output_dir)
     push = None
     if config.push_to_hub:
         from . import hub
@@ -125,6 +125,8 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> T
         sd = load_model(config)
         concept = prepare_concept(config, sd, lambda text: print(text, file=sys.stderr))
     config = dataclasses.replace(config, resolution=concept.pictures.pixels.shape[1])
+    # Only now, when nothing about the input can be wrong any more: a mistyped command displaces no results.
+    run_folder.prepare(folder, resume=config.resume_from_checkpoint is not None)
     write_atomically(folder / "config.yaml", dump_yaml(config).encode())
 
     mesh = make_mesh(devices)
@@ -188,8 +190,8 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> T
             run_steps = make_run_steps(train_step, mesh, longest_chunk).lower(frozen, state, jnp.int32(1)).compile()
         print(
             f"{sd.name}, {mesh.size} x {mesh.devices.flat[0].device_kind}, {np.dtype(sd.dtype).name}: "
-            f"{len(concept.pictures.pixels)} pictures, {len(concept.prompts)} prompts, {samples_per_step} samples a step; "
-            f"the training step took {clock.seconds['compile']:.1f} s to compile",
+            f"{len(concept.pictures.pixels)} pictures, {len(concept.prompts)} prompts, {samples_per_step} samples a "
+            f"step; the training step took {clock.seconds['compile']:.1f} s to compile",
             file=sys.stderr,
         )
         run = _Run(config, sd, concept, folder, checkpoints, schedule, clock, total, samples_per_step)
@@ -205,7 +207,9 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> T
         if push is not None:
             push(folder, embedding)
     phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in clock.seconds.items())
-    print(f"{folder / run_folder.EMBEDDING_FILE}: {embedding.token} after {final_step} steps ({phases})", file=sys.stderr)
+    print(
+        f"{folder / run_folder.EMBEDDING_FILE}: {embedding.token} after {final_step} steps ({phases})", file=sys.stderr
+    )
     return TrainResult(embedding, np.asarray(losses, np.float32), folder, clock.seconds, interrupted)
 
 

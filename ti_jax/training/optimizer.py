@@ -15,8 +15,8 @@ from ..config import TrainConfig
 def learning_rate_schedule(config: TrainConfig, peak: float, total_steps: int) -> optax.Schedule:
     """Learning rate of each update, counted from 0.
 
-    Held to ``diffusers.optimization.get_scheduler``: warm-up is linear from 0 over ``lr_warmup_steps`` for every schedule
-    but ``constant``, which has none.
+    Held to ``diffusers.optimization.get_scheduler``: warm-up is linear from 0 over ``lr_warmup_steps`` for every
+    schedule but ``constant``, which has none.
     """
     kind, warmup, cycles = config.lr_scheduler, config.lr_warmup_steps, config.lr_num_cycles
     if kind == "constant":
@@ -75,7 +75,9 @@ def mask_rows(inner: optax.GradientTransformation) -> optax.GradientTransformati
 def _select(masks, chosen, other):
     """Rows of ``chosen`` where the mask is true, of ``other`` elsewhere; a mask of one entry decides for a scalar."""
     return jax.tree.map(
-        lambda mask, a, b: jnp.where(mask.reshape(mask.shape + (1,) * (jnp.ndim(a) - 1)) if jnp.ndim(a) else mask[0], a, b),
+        lambda mask, a, b: jnp.where(
+            mask.reshape(mask.shape + (1,) * (jnp.ndim(a) - 1)) if jnp.ndim(a) else mask[0], a, b
+        ),
         masks,
         chosen,
         other,

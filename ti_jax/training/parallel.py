@@ -29,11 +29,11 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 def make_run_steps(
     train_step: Callable[[Frozen, TrainState], tuple[TrainState, jax.Array]], mesh: Mesh, max_steps: int
-) -> Callable[[Frozen, TrainState, jax.Array], tuple[TrainState, jax.Array]]:
+) -> jax.stages.Wrapped:
     """``run_steps(frozen, state, count) -> (state, losses)``: up to ``count`` updates in one dispatch, jitted.
 
-    ``count`` (at most ``max_steps``) is traced: one program serves every chunk. The loop ends early at a non-finite loss.
-    ``losses`` is float32 [max_steps]; entries from ``count`` on are NaN. The state is donated.
+    ``count`` (at most ``max_steps``) is traced: one program serves every chunk. The loop ends early at a non-finite
+    loss. ``losses`` is float32 [max_steps]; entries from ``count`` on are NaN. The state is donated.
 
     This is ``jax.jit(jax.shard_map(...))``, which is what ``jax.pmap`` has been since JAX 0.8; everything in and out is
     replicated, and the devices differ only in the samples that they draw.

@@ -6,20 +6,28 @@ import sys
 from pathlib import Path
 
 from ..embeddings import Embedding
-from ..files import disk_errors, ensure_writable_folder
+from ..files import disk_errors
 
 EMBEDDING_FILE = "learned_embeds.safetensors"
 OVERVIEW_FILE = "overview.png"
-_RESULTS = ("learned_embeds*", "checkpoints", "samples", "logs", "metrics.jsonl", "config.yaml", OVERVIEW_FILE, "README.md")
+_RESULTS = (
+    "learned_embeds*",
+    "checkpoints",
+    "samples",
+    "logs",
+    "metrics.jsonl",
+    "config.yaml",
+    OVERVIEW_FILE,
+    "README.md",
+)
 
 
-def prepare(folder: Path, resume: bool) -> Path:
-    """Make sure that the folder can be written. A run that does not resume moves an earlier one's results aside.
+def prepare(folder: Path, resume: bool) -> None:
+    """Make room for a run: one that does not resume moves an earlier one's results aside.
 
     Raises:
-      InputError: the folder cannot be made or written.
+      InputError: the folder cannot be written.
     """
-    ensure_writable_folder(folder)
     earlier = [path for pattern in _RESULTS for path in sorted(folder.glob(pattern))]
     if earlier and not resume:
         number = 1
@@ -32,7 +40,6 @@ def prepare(folder: Path, resume: bool) -> Path:
         print(f"the results of an earlier run are moved to {aside}", file=sys.stderr)
     with disk_errors(folder):
         (folder / "samples").mkdir(exist_ok=True)
-    return folder
 
 
 def save_embedding(embedding: Embedding, folder: Path, step: int | None = None) -> None:

@@ -97,6 +97,8 @@ def prepare_concept(config: TrainConfig, sd: StableDiffusion, say: Callable[[str
     templates = load_templates(config.learnable_property, config.templates)
     prompts = [template.replace("{}", word) for template in templates]
     _check_prompts(sd, prompts, words, word)
+    # Also what is drawn later must fit: not after hours of training.
+    sd.tokenize(prompts_to_draw(config, word), words)
     pictures = load_images(
         config.train_data_dir,
         config.resolution or sd.default_resolution,
@@ -113,6 +115,13 @@ def prepare_concept(config: TrainConfig, sd: StableDiffusion, say: Callable[[str
         "learnable_property": config.learnable_property,
     }
     return Concept(word, words, rows, row_mask, others, prompts, pictures, config.initializer_token, metadata)
+
+
+def prompts_to_draw(config: TrainConfig, word: str) -> list[str]:
+    """The overview prompts, and the validation prompt if there is one, with the word in them."""
+    assert config.overview_prompts is not None, "the config is resolved"
+    drawn = [*config.overview_prompts, *([config.validation_prompt] if config.validation_prompt is not None else [])]
+    return [prompt.replace("{}", word) for prompt in drawn]
 
 
 def _check_prompts(sd: StableDiffusion, prompts: list[str], words: dict[str, int], word: str) -> None:
@@ -143,8 +152,8 @@ def row_figures(sd: StableDiffusion, concept: Concept, rows: Rows) -> list[dict[
     """How far each row of the word has moved, for each text encoder, against the vocabulary's usual length.
 
     Returns:
-      ``encoder``, ``row``, ``distance`` from its start (Euclidean), ``cosine`` to its start, ``norm``, and ``usual_norm``,
-      the median norm of the frozen table.
+      ``encoder``, ``row``, ``distance`` from its start (Euclidean), ``cosine`` to its start, ``norm``, and
+      ``usual_norm``, the median norm of the frozen table.
     """
     figures = []
     for name, value in rows.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from ..embeddings import Embedding
 from ..pictures import grid, overview, save_png
 from ..pipeline import StableDiffusion
 from .run_folder import OVERVIEW_FILE
-from .setup import Concept
+from .setup import Concept, prompts_to_draw
 
 OVERVIEW_COLUMNS = 4
 
@@ -20,6 +21,7 @@ OVERVIEW_COLUMNS = 4
 def _draw(
     config: TrainConfig, sd: StableDiffusion, concept: Concept, prompts: list[str], embedding: Embedding
 ) -> list[Image.Image]:
+    assert config.validation_inference_steps is not None and config.validation_guidance_scale is not None
     return sd.generate(
         prompts,
         embeddings=[embedding, *concept.others],
@@ -34,9 +36,10 @@ def _draw(
 def save_validation(
     config: TrainConfig, sd: StableDiffusion, concept: Concept, embedding: Embedding, folder: Path, step: int
 ) -> Image.Image:
-    """Draw the validation prompt with the word as it is, into ``samples/step-N.png``; the seeds are the same each time."""
-    assert config.validation_prompt is not None
-    prompt = config.validation_prompt.replace("{}", concept.word)
+    """Draw the validation prompt with the word as it is, into ``samples/step-N.png``; with the same seeds
+    each time.
+    """
+    prompt = prompts_to_draw(config, concept.word)[-1]
     images = _draw(config, sd, concept, [prompt] * config.num_validation_images, embedding)
     picture = grid(images, columns=min(len(images), OVERVIEW_COLUMNS))
     save_png(
@@ -52,9 +55,8 @@ def save_overview(
 
     What is drawn for it is also kept picture by picture, ``samples/overview-NN.png``.
     """
-    assert config.overview_prompts is not None
     columns = OVERVIEW_COLUMNS
-    prompts = [prompt.replace("{}", concept.word) for prompt in config.overview_prompts]
+    prompts = prompts_to_draw(replace(config, validation_prompt=None), concept.word)
     plain = concept.prompts[0].replace(concept.word, concept.initializer)
     drawn_prompts = [prompt for prompt in (plain, *prompts) for _ in range(columns)]
     drawn = _draw(config, sd, concept, drawn_prompts, embedding)

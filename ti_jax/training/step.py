@@ -94,7 +94,7 @@ def draw_batch(frozen: Frozen, step: jax.Array, positions: jax.Array, global_bat
 
 
 def diffusion_loss(networks: Networks, frozen: Frozen, rows: Rows, batch: Batch) -> jax.Array:
-    """Mean squared error of the UNet's prediction, float32 scalar: the only loss of Textual Inversion (2208.01618, eq. 2)."""
+    """Mean squared error of the UNet's prediction, float32 scalar: Textual Inversion's loss (2208.01618, eq. 2)."""
     noisy = add_noise(frozen.schedule, batch.latents, batch.noise, batch.timesteps)
     target = training_target(frozen.schedule, batch.latents, batch.noise, batch.timesteps)
     condition: Condition = networks.encode_text(frozen.params, batch.ids, rows)
@@ -146,8 +146,11 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.rows, row_mask=frozen.row_mask)
         updated = TrainState(optax.apply_updates(state.rows, updates), opt_state, state.step + 1, state.ok)
         # A NaN must not reach the rows: they are what the user keeps.
-        finite = jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((loss, grads))]))
+        # Nor an overflow: a row whose length is infinite is lost even where its numbers are not.
+        lengths = jax.tree.map(lambda rows: jnp.linalg.norm(rows, axis=-1), updated.rows)
+        finite = jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((loss, grads, lengths))]))
         stopped = state._replace(ok=jnp.bool_(False))
-        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, stopped), loss
+        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, stopped)
+        return state, jnp.where(finite, loss, jnp.nan)
 
     return train_step

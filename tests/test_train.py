@@ -1,0 +1,274 @@
+"""Whole training runs on a tiny model: what they write, how they stop, and that a resumed run is the same run."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+import ti_jax
+from ti_jax.config_yaml import load_yaml
+from ti_jax.training.loop import next_stop, total_updates
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def config(tiny_sd, pictures, tmp_path):
+    templates = tmp_path / "templates.txt"
+    templates.write_text("a portrait of {}\na drawing of {}\n")
+    return ti_jax.TrainConfig(
+        pretrained_model_name_or_path=str(tiny_sd), train_data_dir=str(pictures), placeholder_token="<new>",
+        initializer_token="person", templates=str(templates), overview_prompts=("a portrait of {}",), num_vectors=2,
+        train_batch_size=2, learning_rate=1e-2, max_train_steps=12, logging_steps=3, validation_inference_steps=2,
+        output_dir=str(tmp_path / "out"),
+    )  # fmt: skip
+
+
+def train(config):
+    return ti_jax.train(config, devices=jax.devices()[:1])
+
+
+def rows(result):
+    return result.embedding.vectors["text_encoder"]
+
+
+def test_what_a_run_leaves(config, capsys):
+    config = replace(
+        config, save_steps=5, checkpointing_steps=4, checkpoints_total_limit=2, validation_prompt="a drawing of {}",
+        validation_steps=6, num_validation_images=2,
+    )  # fmt: skip
+    result = train(config)
+    out = result.output_dir
+    assert result.losses.shape == (12,) and np.isfinite(result.losses).all() and not result.interrupted
+    kept = ti_jax.Embedding.load(out / "learned_embeds.safetensors")
+    assert kept.token == "<new>" and np.array_equal(kept.vectors["text_encoder"], rows(result))
+    assert kept.metadata["steps"] == "12" and kept.metadata["initializer_token"] == "person"
+    steps = {path.name for path in out.glob("learned_embeds-steps-*")}
+    assert steps == {"learned_embeds-steps-5.safetensors", "learned_embeds-steps-10.safetensors"}
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["12", "8"]
+    size = sum(path.stat().st_size for path in (out / "checkpoints" / "12").rglob("*") if path.is_file())
+    assert size < 20_000, "a checkpoint is a few kilobytes"
+    with Image.open(out / "overview.png") as overview:
+        assert overview.width > 300
+    assert {path.name for path in (out / "samples").iterdir()} == {
+        "step-000006.png", "step-000012.png", *(f"overview-{i:02d}.png" for i in range(8)),
+    }  # fmt: skip
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    logged = [loss for record in records for loss in record.get("losses", [])]
+    np.testing.assert_allclose(logged, result.losses, rtol=1e-6)
+    assert {"loss", "learning_rate", "steps_per_second", "samples_per_second"} <= records[0].keys()
+    assert any("text_encoder/row_1/distance" in record for record in records)
+    assert list((out / "logs").glob("events.out.tfevents.*"))
+    assert load_yaml(out / "config.yaml", ti_jax.TrainConfig)["max_train_steps"] == 12
+    told = capsys.readouterr().err
+    assert "row 0 moved by" in told and "row 1 moved by" in told and "to compile" in told
+
+
+def test_both_rows_learn_and_a_frozen_word_does_not(config, tmp_path):
+    other = ti_jax.Embedding("<other>", {"text_encoder": np.full((1, 32), 0.1, np.float32)})
+    other.save(tmp_path / "other.safetensors")
+    Path(config.templates).write_text("a {} and <other>\n")
+    result = train(replace(config, embeddings=(str(tmp_path / "other.safetensors"),), adam_weight_decay=0.1))
+    start = ti_jax.StableDiffusion.from_pretrained(config.pretrained_model_name_or_path).token_table("text_encoder")
+    moved = [np.abs(start - row).max(axis=1).min() > 0 for row in rows(result)]
+    assert moved == [True, True] and not np.array_equal(*rows(result))
+    assert result.embedding.num_vectors == 2
+    again = ti_jax.Embedding.load(tmp_path / "other.safetensors")
+    assert np.array_equal(again.vectors["text_encoder"], other.vectors["text_encoder"])
+
+
+def test_a_resumed_run_is_the_same_to_the_bit(config, tmp_path):
+    whole = train(replace(config, output_dir=str(tmp_path / "whole")))
+    for stop in (5, 7):
+        first = train(replace(config, max_train_steps=stop, checkpointing_steps=stop))
+        second = train(replace(config, resume_from_checkpoint="latest"))
+        assert np.array_equal(rows(second), rows(whole)), f"resumed at {stop}"
+        assert np.array_equal(np.concatenate([first.losses, second.losses]), whole.losses)
+        records = [json.loads(line) for line in (second.output_dir / "metrics.jsonl").read_text().splitlines()]
+        assert sum(len(record.get("losses", [])) for record in records) == 12
+    by_path = replace(
+        config, output_dir=str(tmp_path / "third"), resume_from_checkpoint=config.output_dir + "/checkpoints/7"
+    )
+    assert np.array_equal(rows(train(by_path)), rows(whole))
+
+
+def test_an_earlier_run_is_moved_aside(config):
+    first = train(replace(config, max_train_steps=2))
+    second = train(replace(config, max_train_steps=3))
+    kept = ti_jax.Embedding.load(second.output_dir / "previous-1" / "learned_embeds.safetensors")
+    assert np.array_equal(kept.vectors["text_encoder"], rows(first))
+    assert kept.metadata["steps"] == "2" and second.embedding.metadata["steps"] == "3"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rate": 2e-2}, "learning_rate 0.01 there, 0.02 here"),
+        ({"seed": 5}, "seed 0 there, 5 here"),
+        ({"train_batch_size": 1}, "batch size on all devices 2 there, 1 here"),
+        ({"initializer_token": "red"}, "initializer_token person there, red here"),
+        ({"lr_scheduler": "linear"}, "lr_scheduler constant there, linear here"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(config, change, message):
+    train(replace(config, max_train_steps=2))
+    with pytest.raises(ti_jax.InputError, match=message):
+        train(replace(config, **change, resume_from_checkpoint="latest"))
+
+
+def test_a_checkpoint_of_another_model_or_other_pictures_is_refused(config, make_tiny_sd, tmp_path):
+    train(replace(config, max_train_steps=2))
+    other = tmp_path / "others"
+    other.mkdir()
+    Image.new("RGB", (16, 16)).save(other / "black.png")
+    with pytest.raises(ti_jax.InputError, match=r"belongs to another run .*other pictures"):
+        train(replace(config, train_data_dir=str(other), resume_from_checkpoint="latest"))
+    spoilt = tmp_path / "model"
+    shutil.copytree(config.pretrained_model_name_or_path, spoilt)
+    weights = spoilt / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["conv_in.bias"] = tensors["conv_in.bias"] + 1
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(ti_jax.InputError, match=r"belongs to another run .*other base model"):
+        train(replace(config, pretrained_model_name_or_path=str(spoilt), resume_from_checkpoint="latest"))
+
+
+def test_checkpoints_that_are_not_there(config, tmp_path, capsys):
+    with pytest.raises(ti_jax.InputError, match=r"not a checkpoint folder.*this run has none yet"):
+        train(replace(config, resume_from_checkpoint=str(tmp_path / "nowhere")))
+    train(replace(config, max_train_steps=2, resume_from_checkpoint="latest"))
+    assert "no checkpoint" in capsys.readouterr().err
+    with pytest.raises(ti_jax.InputError, match="this run has 2 in"):
+        train(replace(config, resume_from_checkpoint=str(tmp_path / "nowhere")))
+    for path in (Path(config.output_dir) / "checkpoints" / "2" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    with pytest.raises(ti_jax.InputError, match="cannot be read") as error:
+        train(replace(config, resume_from_checkpoint="latest"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_the_last_good_rows(config):
+    with pytest.raises(ti_jax.InputError, match=r"non-finite at step \d+; the rows of step \d+ are saved") as error:
+        train(replace(config, learning_rate=1e38))
+    kept = ti_jax.Embedding.load(Path(config.output_dir) / "learned_embeds.safetensors")
+    assert np.isfinite(kept.vectors["text_encoder"]).all()
+    assert f"step {kept.metadata['steps']} are saved" in str(error.value)
+
+
+def test_what_does_not_move_is_told(config, capsys):
+    train(replace(config, learning_rate=1e-30, max_train_steps=2))
+    assert "did not move at all in 2 steps" in capsys.readouterr().err
+
+
+def test_words_and_prompts_that_cannot_be_learned(config):
+    with pytest.raises(ti_jax.InputError, match="'person' is a word that this tokenizer knows"):
+        train(replace(config, placeholder_token="person"))
+    with pytest.raises(ti_jax.InputError, match="'zebra' is not one token"):
+        train(replace(config, initializer_token="zebra"))
+    Path(config.templates).write_text("red " * 30 + "{}\n")
+    with pytest.raises(ti_jax.InputError, match="would be cut"):
+        train(config)
+    Path(config.templates).write_text("a s{}s\n")
+    with pytest.raises(ti_jax.InputError, match="does not hold the new word"):
+        train(replace(config, placeholder_token="sks"))
+
+
+def test_a_validation_prompt_that_is_too_long_is_told_before_training(config):
+    with pytest.raises(ti_jax.InputError, match="would be cut"):
+        train(replace(config, validation_prompt="{} " + "red " * 40))
+    assert not (Path(config.output_dir) / "metrics.jsonl").exists()
+
+
+def test_a_hub_that_cannot_be_reached_is_told_before_training(config, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    code = (
+        "import sys, ti_jax\n"
+        f"try: ti_jax.train(ti_jax.TrainConfig(push_to_hub=True, hub_token='hf_x', output_dir={config.output_dir!r}))\n"
+        "except ti_jax.InputError as error: print(error)"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert told.startswith("--push_to_hub: cannot open the repository 'out'") and told.count("\n") == 1
+    assert not (Path(config.output_dir) / "metrics.jsonl").exists()
+
+
+def test_steps_of_epochs(config):
+    by_epochs = replace(config, max_train_steps=None, num_train_epochs=3, repeats=10)
+    assert total_updates(by_epochs, num_pictures=4, global_batch=16) == 9
+    assert total_updates(replace(by_epochs, max_train_steps=7), 4, 16) == 7
+
+
+def test_the_host_is_needed_only_where_something_is_due(config):
+    config = replace(config, logging_steps=10, save_steps=25, checkpointing_steps=40, validation_prompt="{}")
+    config = replace(config, validation_steps=33)
+    stops, step = [], 0
+    while step < 60:
+        step = next_stop(config, step, 57) if step < 57 else 60
+        stops.append(step)
+    assert stops == [10, 20, 25, 30, 33, 40, 50, 57, 60]
+
+
+def command(config, **changes):
+    config = replace(config, **changes)
+    flags = ["pretrained_model_name_or_path", "train_data_dir", "placeholder_token", "initializer_token", "templates",
+             "num_vectors", "train_batch_size", "learning_rate", "max_train_steps", "logging_steps", "output_dir",
+             "checkpointing_steps", "validation_inference_steps"]  # fmt: skip
+    words = [word for flag in flags for word in (f"--{flag}", str(getattr(config, flag)))]
+    if config.resume_from_checkpoint:
+        words += ["--resume_from_checkpoint", config.resume_from_checkpoint]
+    return [sys.executable, str(REPOSITORY / "train.py"), *words, "--overview_prompts", "a portrait of {}"]
+
+
+def single_device_environment():
+    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+
+
+def test_sigterm_saves_a_checkpoint_and_resuming_ends_the_same(config, tmp_path):
+    whole = train(replace(config, max_train_steps=3000, output_dir=str(tmp_path / "whole")))
+    run = subprocess.Popen(
+        command(config, max_train_steps=3000, checkpointing_steps=100_000),
+        stderr=subprocess.PIPE, text=True, env=single_device_environment(),
+    )  # fmt: skip
+    metrics = Path(config.output_dir) / "metrics.jsonl"
+    while run.poll() is None and not (metrics.exists() and metrics.stat().st_size > 1000):
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    _, told = run.communicate(timeout=120)
+    assert run.returncode == 130 and "asked to stop: a checkpoint of step" in told, told
+    resumed = train(replace(config, max_train_steps=3000, resume_from_checkpoint="latest"))
+    assert len(resumed.losses) < 3000 and np.array_equal(rows(resumed), rows(whole))
+
+
+@pytest.mark.slow
+def test_ten_kills_end_with_the_rows_of_an_undisturbed_run(config, tmp_path):
+    steps = 20_000
+    whole = train(replace(config, max_train_steps=steps, output_dir=str(tmp_path / "whole")))
+    chance = random.Random(0)
+    arguments = {"max_train_steps": steps, "checkpointing_steps": 50, "resume_from_checkpoint": "latest"}
+    killed = 0
+    for _ in range(10):
+        run = subprocess.Popen(command(config, **arguments), stderr=subprocess.DEVNULL, env=single_device_environment())
+        time.sleep(chance.uniform(2, 14))
+        killed += run.poll() is None
+        run.kill()
+        run.wait()
+    assert killed == 10
+    done = subprocess.run(
+        command(config, **arguments), stderr=subprocess.PIPE, text=True, env=single_device_environment()
+    )
+    assert done.returncode == 0, done.stderr
+    assert "resuming at step" in done.stderr
+    kept = ti_jax.Embedding.load(Path(config.output_dir) / "learned_embeds.safetensors")
+    assert np.array_equal(kept.vectors["text_encoder"], rows(whole))

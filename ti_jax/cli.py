@@ -154,7 +154,7 @@ def _verify(args: Sequence[str], prog: str) -> int:
         config = parse(VerifyConfig, flags, prog=f"{prog} FILE", examples=VERIFY_EXAMPLES, config_file=False)
     if not file:
         raise InputError(f"the embedding file is missing: {prog} FILE, with its flags behind it")
-    from .embeddings.verify import verify
+    from .verify import verify
 
     report = verify(file, config.pretrained_model_name_or_path, config.prompt)
     with _output():

@@ -13,15 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import tokens
-from ..errors import InputError
-from ..pipeline import StableDiffusion
-from ..weights.files import one_line
-from . import diffusers_format
-from .comfyui_format import KEYS
-from .containers import PICKLE_SUFFIXES, read_content
-from .embedding import Embedding, check_fits
-from .formats import word_file
+from . import tokens
+from .embeddings import diffusers_format
+from .embeddings.comfyui_format import KEYS
+from .embeddings.containers import PICKLE_SUFFIXES, read_content
+from .embeddings.embedding import Embedding, check_fits
+from .embeddings.formats import word_file
+from .errors import InputError
+from .pipeline import StableDiffusion
+from .weights.files import one_line
 
 LIMIT = 1e-5
 

@@ -153,7 +153,7 @@ class Transformer2DModel(nn.Module):
             return Conv2d(channels, 1, padding=NO_PADDING, dtype=self.dtype, name=name)
 
         block = nn.remat(BasicTransformerBlock) if self.gradient_checkpointing else BasicTransformerBlock
-        hidden = projection("proj_in")(GroupNorm(self.num_groups, 1e-6, self.dtype, name="norm")(x))
+        hidden = projection("proj_in")(GroupNorm(self.num_groups, 1e-6, dtype=self.dtype, name="norm")(x))
         hidden = hidden.reshape(x.shape[0], -1, channels)
         for index in range(self.num_layers):
             name = f"transformer_blocks_{index}"

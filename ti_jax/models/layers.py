@@ -41,12 +41,15 @@ class Conv2d(nn.Module):
 class GroupNorm(nn.Module):
     """Normalise groups of channels over the picture, then scale and shift each channel (Wu & He 2018).
 
+    With `silu`, SiLU follows, before the result is rounded to `dtype`. Statistics are float32 whatever the dtype.
+
     Sums are taken for each channel and only then for each group, and the norm is one multiply-add over the picture:
-    fewer and simpler passes than over a [B, H, W, G, C / G] view. Statistics are float32 whatever the dtype.
+    fewer and simpler passes than over a [B, H, W, G, C / G] view.
     """
 
     num_groups: int
     epsilon: float
+    silu: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -68,7 +71,8 @@ class GroupNorm(nn.Module):
 
         factor = self._of_each_channel(inverse) * scale
         offset = bias - self._of_each_channel(mean) * factor
-        return (deviation * factor[:, None] + offset[:, None]).astype(self.dtype).reshape(x.shape)
+        normed = deviation * factor[:, None] + offset[:, None]
+        return (nn.silu(normed) if self.silu else normed).astype(self.dtype).reshape(x.shape)
 
     def _group_mean(self, of_channels: jax.Array) -> jax.Array:
         return of_channels.reshape(of_channels.shape[0], self.num_groups, -1).mean(axis=-1)
@@ -124,12 +128,12 @@ class ResnetBlock2D(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, time: jax.Array | None = None) -> jax.Array:
         """[B, H, W, C] and time embedding [B, T] (None in the VAE, which has none) -> [B, H, W, features]."""
-        hidden = nn.silu(GroupNorm(self.num_groups, self.epsilon, self.dtype, name="norm1")(x))
+        hidden = GroupNorm(self.num_groups, self.epsilon, silu=True, dtype=self.dtype, name="norm1")(x)
         hidden = Conv2d(self.features, dtype=self.dtype, name="conv1")(hidden)
         if time is not None:
             shift = nn.Dense(self.features, dtype=self.dtype, name="time_emb_proj")(nn.silu(time))
             hidden = hidden + shift[:, None, None, :]
-        hidden = nn.silu(GroupNorm(self.num_groups, self.epsilon, self.dtype, name="norm2")(hidden))
+        hidden = GroupNorm(self.num_groups, self.epsilon, silu=True, dtype=self.dtype, name="norm2")(hidden)
         hidden = Conv2d(self.features, dtype=self.dtype, name="conv2")(hidden)
         if x.shape[-1] != self.features:
             x = Conv2d(self.features, 1, padding=NO_PADDING, dtype=self.dtype, name="conv_shortcut")(x)

@@ -74,7 +74,7 @@ class UNet2DConditionModel(nn.Module):
             up = UpBlock2D(config, level, self.gradient_checkpointing, self.dtype, name=f"up_blocks_{index}")
             x = up(x, own_skips, time, context, size)
 
-        x = nn.silu(GroupNorm(config.norm_num_groups, config.norm_eps, self.dtype, name="conv_norm_out")(x))
+        x = GroupNorm(config.norm_num_groups, config.norm_eps, silu=True, dtype=self.dtype, name="conv_norm_out")(x)
         return Conv2d(config.out_channels, dtype=self.dtype, name="conv_out")(x)
 
     def _time(self, timesteps: jax.Array, added_cond: Mapping[str, jax.Array] | None) -> jax.Array:

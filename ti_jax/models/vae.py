@@ -166,7 +166,7 @@ class Encoder(nn.Module):
         for index, channels in enumerate(config.block_out_channels):
             x = DownEncoderBlock2D(config, channels, index < last, self.dtype, name=f"down_blocks_{index}")(x)
         x = MidBlock2D(config, self.dtype, name="mid_block")(x)
-        x = nn.silu(GroupNorm(config.norm_num_groups, NORM_EPSILON, self.dtype, name="conv_norm_out")(x))
+        x = GroupNorm(config.norm_num_groups, NORM_EPSILON, silu=True, dtype=self.dtype, name="conv_norm_out")(x)
         return Conv2d(2 * config.latent_channels, dtype=self.dtype, name="conv_out")(x)
 
 
@@ -185,7 +185,7 @@ class Decoder(nn.Module):
         last = len(config.block_out_channels) - 1
         for index, channels in enumerate(reversed(config.block_out_channels)):
             x = UpDecoderBlock2D(config, channels, index < last, self.dtype, name=f"up_blocks_{index}")(x)
-        x = nn.silu(GroupNorm(config.norm_num_groups, NORM_EPSILON, self.dtype, name="conv_norm_out")(x))
+        x = GroupNorm(config.norm_num_groups, NORM_EPSILON, silu=True, dtype=self.dtype, name="conv_norm_out")(x)
         return Conv2d(config.out_channels, dtype=self.dtype, name="conv_out")(x)
 
 
@@ -247,7 +247,7 @@ class AttentionBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Attend."""
-        hidden = GroupNorm(self.num_groups, NORM_EPSILON, self.dtype, name="group_norm")(x)
+        hidden = GroupNorm(self.num_groups, NORM_EPSILON, dtype=self.dtype, name="group_norm")(x)
         hidden = hidden.reshape(x.shape[0], -1, 1, x.shape[-1])
         query, key, value = (
             nn.Dense(x.shape[-1], dtype=self.dtype, name=name)(hidden) for name in ("to_q", "to_k", "to_v")

@@ -1,0 +1,63 @@
+"""Attention is PyTorch's scaled_dot_product_attention, in one piece and in chunks."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from ti_jax.models.attention import CPU_QUERY_CHUNK, dot_product_attention
+
+LONG = 2 * CPU_QUERY_CHUNK + 37  # in chunks on CPU, the last not full
+
+
+def queries_keys_values(length, key_length, scale=1.0):
+    rng = np.random.default_rng(0)
+    shapes = ((2, length, 3, 8), (2, key_length, 3, 8), (2, key_length, 3, 8))
+    return [scale * rng.normal(size=shape).astype(np.float32) for shape in shapes]
+
+
+@pytest.mark.parametrize(("length", "key_length"), [(6, 6), (6, 4), (LONG, 7), (7, LONG), (LONG, LONG + 5), (512, 512)])
+def test_output_and_gradients(length, key_length):
+    inputs = queries_keys_values(length, key_length)
+    ours, pullback = jax.vjp(jax.jit(dot_product_attention), *inputs)
+    tensors = [torch.from_numpy(array).requires_grad_() for array in inputs]
+    theirs = torch.nn.functional.scaled_dot_product_attention(*(tensor.transpose(1, 2) for tensor in tensors))
+    theirs = theirs.transpose(1, 2)
+    np.testing.assert_allclose(ours, theirs.detach(), rtol=0, atol=1e-5)
+
+    weights = np.random.default_rng(1).normal(size=ours.shape).astype(np.float32)
+    theirs.backward(torch.from_numpy(weights))
+    for gradient, tensor in zip(pullback(weights), tensors, strict=True):
+        np.testing.assert_allclose(gradient, tensor.grad, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [6, LONG])
+def test_scores_are_float32(length):
+    """Scores of some hundreds, whose differences bfloat16 would lose (what ``upcast_attention`` is about)."""
+    inputs = [jnp.asarray(array, jnp.bfloat16) for array in queries_keys_values(length, length, scale=12.0)]
+    ours = dot_product_attention(*inputs)
+    exact = dot_product_attention(*(array.astype(jnp.float32) for array in inputs))
+    assert ours.dtype == jnp.bfloat16
+    np.testing.assert_allclose(ours.astype(jnp.float32), exact, rtol=0, atol=2**-7 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize(("length", "chunked"), [(64, False), (LONG, True)])
+def test_chunks_are_for_long_sequences_on_cpu(length, chunked):
+    def in_loop(platform):
+        gradient = jax.grad(lambda *inputs: jnp.sum(jnp.square(dot_product_attention(*inputs))), argnums=(0, 1, 2))
+        traced = jax.jit(gradient).trace(*queries_keys_values(length, length))
+        return bool(re.search(r"stablehlo\.while", traced.lower(lowering_platforms=(platform,)).as_text()))
+
+    assert in_loop("cpu") == chunked
+    assert not in_loop("cuda")
+    assert not in_loop("tpu")
+
+
+def test_chunks_never_hold_all_scores():
+    inputs = queries_keys_values(1024, 1024)
+    gradient = jax.grad(lambda *inputs: jnp.sum(jnp.square(dot_product_attention(*inputs))), argnums=(0, 1, 2))
+    all_scores = 2 * 3 * 1024 * 1024 * 4  # bytes
+    assert jax.jit(gradient).lower(*inputs).compile().memory_analysis().temp_size_in_bytes < all_scores

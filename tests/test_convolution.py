@@ -1,0 +1,117 @@
+"""Every form of the convolution is PyTorch's conv2d, with its gradients; each platform gets the form meant for it."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from ti_jax.models import convolution
+from ti_jax.models.convolution import conv2d
+
+SAME = ((1, 1), (1, 1))
+END = ((0, 1), (0, 1))
+NONE = ((0, 0), (0, 0))
+
+# x [B, H, W, C], output channels, kernel size, stride, padding. The third, fourth and sixth are such that the kernel
+# outweighs the picture.
+CASES = [
+    ((2, 8, 6, 5), 7, 3, 1, SAME),
+    ((2, 5, 7, 6), 4, 3, 1, SAME),
+    ((2, 2, 2, 96), 97, 3, 1, SAME),
+    ((1, 1, 3, 90), 80, 3, 1, SAME),
+    ((2, 7, 8, 5), 6, 3, 2, SAME),
+    ((2, 3, 4, 80), 90, 3, 2, END),
+    ((2, 8, 5, 4), 6, 3, 2, END),
+    ((2, 4, 3, 5), 6, 1, 1, NONE),
+    ((2, 6, 6, 3), 4, 5, 1, ((2, 1), (0, 2))),
+]
+
+
+def arrays(x_shape, channels, size):
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(size, size, x_shape[-1], channels)) / np.sqrt(size * size * x_shape[-1])
+    return rng.normal(size=x_shape).astype(np.float32), kernel.astype(np.float32)
+
+
+def torch_conv(x, kernel, stride, padding):
+    (top, bottom), (left, right) = padding
+    padded = torch.nn.functional.pad(x.permute(0, 3, 1, 2), (left, right, top, bottom))
+    return torch.nn.functional.conv2d(padded, kernel.permute(3, 2, 0, 1), stride=stride).permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize(("x_shape", "channels", "size", "stride", "padding"), CASES)
+def test_output_and_gradients(x_shape, channels, size, stride, padding):
+    x, kernel = arrays(x_shape, channels, size)
+    ours, pullback = jax.vjp(lambda x, kernel: conv2d(x, kernel, stride, padding), x, kernel)
+    torch_x, torch_kernel = (torch.from_numpy(array).requires_grad_() for array in (x, kernel))
+    theirs = torch_conv(torch_x, torch_kernel, stride, padding)
+    np.testing.assert_allclose(ours, theirs.detach(), rtol=1e-5, atol=1e-5)
+
+    weights = np.random.default_rng(1).normal(size=ours.shape).astype(np.float32)
+    theirs.backward(torch.from_numpy(weights))
+    for gradient, reference in zip(pullback(weights), (torch_x.grad, torch_kernel.grad), strict=True):
+        np.testing.assert_allclose(gradient, reference, rtol=1e-5, atol=1e-5 * reference.abs().max())
+
+
+@pytest.mark.parametrize(("x_shape", "channels", "size", "stride", "padding"), CASES)
+def test_the_forms_of_cpu_and_of_elsewhere_agree(x_shape, channels, size, stride, padding):
+    x, kernel = arrays(x_shape, channels, size)
+    np.testing.assert_allclose(
+        convolution._im2col(stride, padding, x, kernel),
+        convolution._convolution(stride, padding, x, kernel),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+def lowered(function, platform, *args):
+    """Names of the operations that `function` becomes on `platform`, whichever machine asks."""
+    text = jax.jit(function).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+    return set(re.findall(r"stablehlo\.(convolution|dot_general)", text))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_each_platform_gets_its_form(platform):
+    def input_gradient(stride, x, kernel):
+        return jax.grad(lambda x: conv2d(x, kernel, stride, SAME).sum())(x)
+
+    on_cpu = platform == "cpu"
+    picture, small_kernel = arrays((1, 8, 8, 4), 4, 3)
+    small_picture, kernel = arrays((1, 2, 2, 96), 96, 3)
+
+    def forward(x, kernel):
+        return conv2d(x, kernel, 1, SAME)
+
+    assert lowered(forward, platform, picture, small_kernel) == {"convolution"}
+    assert lowered(forward, platform, small_picture, kernel) == {"dot_general" if on_cpu else "convolution"}
+    assert lowered(partial(input_gradient, 1), platform, picture, small_kernel) == {"convolution"}
+    strided = lowered(partial(input_gradient, 2), platform, picture, small_kernel)
+    assert ("dot_general" in strided) == on_cpu
+
+
+def test_a_loop_of_gradients_on_cpu():
+    """In a loop as outside: the derivative rule is the same under every transformation."""
+    x, kernel = arrays((2, 8, 8, 4), 4, 3)
+
+    def descend(x):
+        return x - 0.1 * jax.grad(lambda x: jnp.sum(jnp.square(conv2d(x, kernel, 1, SAME))))(x)
+
+    looped = jax.jit(lambda x: jax.lax.fori_loop(0, 3, lambda _, x: descend(x), x))(x)
+    expected = x
+    for _ in range(3):
+        expected = descend(expected)
+    np.testing.assert_allclose(looped, expected, rtol=1e-5, atol=1e-5)
+    mapped = jax.vmap(lambda x: conv2d(x[None], kernel, 1, SAME)[0])(x)
+    np.testing.assert_allclose(mapped, conv2d(x, kernel, 1, SAME), rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16():
+    x, kernel = (jnp.asarray(array, jnp.bfloat16) for array in arrays((2, 2, 2, 96), 97, 3))
+    ours = conv2d(x, kernel, 1, SAME)
+    exact = conv2d(x.astype(jnp.float32), kernel.astype(jnp.float32), 1, SAME)
+    assert ours.dtype == jnp.bfloat16
+    np.testing.assert_allclose(ours.astype(jnp.float32), exact, rtol=2**-8, atol=2**-8)

@@ -60,26 +60,20 @@ class GroupNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (channels,)).astype(jnp.float32)
         picture = x.reshape(x.shape[0], -1, channels).astype(jnp.float32)
 
+        def group_mean(of_channels: jax.Array) -> jax.Array:
+            """[B, C] -> [B, C]: every channel has its group's mean."""
+            grouped = of_channels.reshape(-1, self.num_groups, channels // self.num_groups)
+            return jnp.broadcast_to(grouped.mean(axis=-1, keepdims=True), grouped.shape).reshape(-1, channels)
+
         # E[d^2] - E[d]^2 cancels where the mean is far from 0. The first pixel's mean over a group is about as near to
         # the group's mean as one standard deviation; the result does not depend on it, so neither does the gradient.
-        origin = self._of_each_channel(self._group_mean(picture[:, 0]))
-        deviation = picture - jax.lax.stop_gradient(origin)[:, None]
-        mean = self._group_mean(jnp.mean(deviation, axis=1))
-        variance = self._group_mean(jnp.mean(jnp.square(deviation), axis=1)) - jnp.square(mean)
+        deviation = picture - jax.lax.stop_gradient(group_mean(picture[:, 0]))[:, None]
+        mean = group_mean(jnp.mean(deviation, axis=1))
+        variance = group_mean(jnp.mean(jnp.square(deviation), axis=1)) - jnp.square(mean)
         # Rounding can take the variance of a constant group below 0.
-        inverse = jax.lax.rsqrt(jnp.maximum(variance, 0.0) + self.epsilon)
-
-        factor = self._of_each_channel(inverse) * scale
-        offset = bias - self._of_each_channel(mean) * factor
-        normed = deviation * factor[:, None] + offset[:, None]
+        factor = jax.lax.rsqrt(jnp.maximum(variance, 0.0) + self.epsilon) * scale
+        normed = deviation * factor[:, None] + (bias - mean * factor)[:, None]
         return (nn.silu(normed) if self.silu else normed).astype(self.dtype).reshape(x.shape)
-
-    def _group_mean(self, of_channels: jax.Array) -> jax.Array:
-        return of_channels.reshape(of_channels.shape[0], self.num_groups, -1).mean(axis=-1)
-
-    def _of_each_channel(self, of_groups: jax.Array) -> jax.Array:
-        channels = self.variables["params"]["scale"].shape[0]
-        return jnp.repeat(of_groups, channels // self.num_groups, axis=-1, total_repeat_length=channels)
 
 
 def timestep_embedding(

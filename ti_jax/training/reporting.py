@@ -8,10 +8,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from tqdm import tqdm
 
 from ..config import TrainConfig
 from ..files import disk_errors, write_atomically
+from .board import Board
 
 
 class Reporter:
@@ -21,14 +23,11 @@ class Reporter:
         self._metrics_path = output_dir / "metrics.jsonl"
         with disk_errors(self._metrics_path):
             self._cut_back(first_step)
-            self._metrics = self._metrics_path.open("a", encoding="utf-8")
-        self._board = None
+            # Without a buffer, so that closing cannot fail over what a full disk has refused before.
+            self._metrics = self._metrics_path.open("ab", buffering=0)
+        self._board: Board | None = None
         if config.report_to == "tensorboard":
-            from tensorboardX import SummaryWriter
-
-            logging_dir = output_dir / config.logging_dir  # an absolute logging_dir replaces output_dir here
-            with disk_errors(logging_dir):
-                self._board = SummaryWriter(str(logging_dir), purge_step=first_step + 1 if first_step else None)
+            self._board = Board(output_dir / config.logging_dir, first_step)  # an absolute logging_dir stands alone
         self._bar = tqdm(
             total=total_steps,
             initial=first_step,
@@ -76,12 +75,10 @@ class Reporter:
         self._write({"step": step, **figures})
         self._scalars(figures, step)
 
-    def picture(self, name: str, image: Any, step: int) -> None:
+    def picture(self, name: str, image: Image.Image, step: int) -> None:
         """Show a PIL picture in TensorBoard."""
         if self._board is not None:
-            import numpy as np
-
-            self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
+            self._board.image(name, image, step)
 
     def pause(self) -> None:
         """Leave the time since the last chunk (saving, drawing) out of the speed of the next."""
@@ -93,13 +90,12 @@ class Reporter:
 
     def _write(self, record: dict[str, Any]) -> None:
         with disk_errors(self._metrics_path):
-            self._metrics.write(json.dumps(record) + "\n")
-            self._metrics.flush()
+            self._metrics.write((json.dumps(record) + "\n").encode())
 
     def _scalars(self, figures: dict[str, float], step: int) -> None:
         if self._board is not None:
             for name, value in figures.items():
-                self._board.add_scalar(name, value, step)
+                self._board.scalar(name, value, step)
 
     def close(self) -> None:
         """Finish the bar and the files."""

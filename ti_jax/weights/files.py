@@ -9,6 +9,7 @@ import math
 import mmap
 import pickle
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -236,8 +237,11 @@ def load_pickle(path: Path) -> dict[str, Any]:
             f"{path}: reading a .bin file needs PyTorch (pip install 'ti_jax[torch]'); or get the model as .safetensors"
         ) from error
     try:
-        # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
-        state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
+        with warnings.catch_warnings():
+            # Of pickles that PyTorch did not write; if it cannot read one, an error says so.
+            warnings.simplefilter("ignore", UserWarning)
+            # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
+            state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{path}: refused, it is broken or holds more than tensors ({one_line(error)}); get it as .safetensors"

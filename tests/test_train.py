@@ -168,6 +168,32 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_last_good_rows(config):
     assert f"step {kept.metadata['steps']} are saved" in str(error.value)
 
 
+def test_a_full_disk_is_one_line_and_what_was_saved_stays(config, tmp_path):
+    """On a real file system of 4 MB, filled up while the run goes on."""
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(small)], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        first = train(replace(config, output_dir=str(small / "out"), max_train_steps=4))
+        (small / "filler").write_bytes(b"x" * (3 * 2**20))
+        run = subprocess.run(
+            command(config, output_dir=str(small / "out"), resume_from_checkpoint="latest", checkpointing_steps=3),
+            capture_output=True, text=True, env=single_device_environment(),
+        )  # fmt: skip
+        assert run.returncode == 2
+        assert run.stderr.count("Traceback") == 0 and run.stderr.strip().splitlines()[-1].endswith(
+            "the disk is full; free some space or choose another place"
+        )
+        kept = ti_jax.Embedding.load(small / "out" / "learned_embeds.safetensors")
+        assert np.array_equal(kept.vectors["text_encoder"], rows(first))
+        (small / "filler").unlink()
+        on = train(replace(config, output_dir=str(small / "out"), resume_from_checkpoint="latest"))
+        assert len(on.losses) == 8
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
 def test_what_does_not_move_is_told(config, capsys):
     train(replace(config, learning_rate=1e-30, max_train_steps=2))
     assert "did not move at all in 2 steps" in capsys.readouterr().err

@@ -210,7 +210,7 @@ class StableDiffusion:
         scheduler: str | None = None,
         height: int | None = None,
         width: int | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         batch_size: int | None = None,
     ) -> list[Image.Image]:
         """Draw one picture for each prompt.
@@ -221,7 +221,7 @@ class StableDiffusion:
           guidance_scale: strength of classifier-free guidance; 1 or below turns it off.
           scheduler: "ddim", "euler", "euler_a" or "dpm++"; None: the checkpoint's own.
           height, width: in pixels, multiples of 8; None: the size that the model was trained on.
-          seed: picture i is drawn from ``seed + i`` alone.
+          seed: picture i is drawn from ``seed + i`` alone; or one seed for each picture.
           batch_size: pictures at a time; None: `sampling.DEFAULT_BATCH_SIZE`.
 
         Raises:

@@ -75,6 +75,11 @@ class Attention(nn.Module):
         return nn.Dense(width, dtype=self.dtype, name="to_out_0")(attended.reshape(hidden.shape))
 
 
+def gelu(x: jax.Array) -> jax.Array:
+    """Exact GELU by ``erf``, as PyTorch's: on CPU half the time of `jax.nn.gelu`, which takes ``erfc``."""
+    return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
+
+
 class GEGLU(nn.Module):
     """``a gelu(b)`` of two projections a and b (Shazeer 2020): [B, L, C] -> [B, L, features]."""
 
@@ -85,7 +90,7 @@ class GEGLU(nn.Module):
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """Project and gate."""
         projected, gate = jnp.split(nn.Dense(2 * self.features, dtype=self.dtype, name="proj")(hidden), 2, axis=-1)
-        return projected * nn.gelu(gate, approximate=False)
+        return projected * gelu(gate)
 
 
 class FeedForward(nn.Module):

@@ -5,8 +5,11 @@ Orbax writes them, one folder a step, complete or not at all. The frozen model i
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,9 @@ from ..weights.files import one_line
 from .step import TrainState
 
 Fingerprint = dict[str, Any]
+
+# A word of 64 vectors for SDXL, with its moments, takes 1.6 MB.
+ROOM_FOR_A_CHECKPOINT = 2 * 2**20
 
 
 def fingerprint(
@@ -73,17 +79,27 @@ class Checkpoints:
         )
 
     def save(self, state: TrainState) -> None:
-        """Write the state under its step; older checkpoints past the limit go."""
+        """Write the state under its step; older checkpoints past the limit go.
+
+        Raises:
+          InputError: the disk is full, or cannot be written. The checkpoints before are whole.
+        """
         step = int(state.step)
         if step in self._manager.all_steps():
             return
+        contents = ocp.args.Composite(
+            state=ocp.args.StandardSave(state._asdict()), identity=ocp.args.JsonSave(self.identity)
+        )
         with disk_errors(self.folder):
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state._asdict()), identity=ocp.args.JsonSave(self.identity)
-                ),
-            )
+            # Orbax's threads tell of a full disk in tracebacks of their own, so it is better not to begin.
+            if shutil.disk_usage(self.folder).free < ROOM_FOR_A_CHECKPOINT:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            try:
+                self._manager.save(step, args=contents)
+            except ValueError as error:  # what its storage library makes of a fault of the disk
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 
     def restore(self, wanted: str, like: TrainState) -> TrainState | None:
         """The state at "latest" (None where there is no checkpoint yet) or in the checkpoint folder ``wanted``.

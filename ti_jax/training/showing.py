@@ -19,7 +19,12 @@ OVERVIEW_COLUMNS = 4
 
 
 def _draw(
-    config: TrainConfig, sd: StableDiffusion, concept: Concept, prompts: list[str], embedding: Embedding
+    config: TrainConfig,
+    sd: StableDiffusion,
+    concept: Concept,
+    prompts: list[str],
+    embedding: Embedding,
+    seeds: list[int],
 ) -> list[Image.Image]:
     assert config.validation_inference_steps is not None and config.validation_guidance_scale is not None
     return sd.generate(
@@ -29,8 +34,12 @@ def _draw(
         guidance_scale=config.validation_guidance_scale,
         height=config.resolution,
         width=config.resolution,
-        seed=config.seed,
+        seed=seeds,
     )
+
+
+def _seeds(config: TrainConfig, count: int) -> list[int]:
+    return [(config.seed + number) % 2**32 for number in range(count)]
 
 
 def save_validation(
@@ -40,7 +49,14 @@ def save_validation(
     each time.
     """
     prompt = prompts_to_draw(config, concept.word)[-1]
-    images = _draw(config, sd, concept, [prompt] * config.num_validation_images, embedding)
+    images = _draw(
+        config,
+        sd,
+        concept,
+        [prompt] * config.num_validation_images,
+        embedding,
+        _seeds(config, config.num_validation_images),
+    )
     picture = grid(images, columns=min(len(images), OVERVIEW_COLUMNS))
     save_png(
         folder / "samples" / f"step-{step:06d}.png", picture, {"prompt": prompt, "seed": config.seed, "step": step}
@@ -59,7 +75,9 @@ def save_overview(
     prompts = prompts_to_draw(replace(config, validation_prompt=None), concept.word)
     plain = concept.prompts[0].replace(concept.word, concept.initializer)
     drawn_prompts = [prompt for prompt in (plain, *prompts) for _ in range(columns)]
-    drawn = _draw(config, sd, concept, drawn_prompts, embedding)
+    # The same seeds in every row: what differs down a column is the prompt alone.
+    seeds = _seeds(config, columns) * (1 + len(prompts))
+    drawn = _draw(config, sd, concept, drawn_prompts, embedding, seeds)
     shown = [
         Image.fromarray(np.uint8(np.round((pixels + 1.0) * 127.5))) for pixels in concept.pictures.pixels[:columns]
     ]
@@ -71,7 +89,7 @@ def save_overview(
             image,
             {
                 "prompt": prompt,
-                "seed": config.seed + index,
+                "seed": seeds[index],
                 "num_inference_steps": config.validation_inference_steps,
                 "guidance_scale": config.validation_guidance_scale,
                 "model": sd.name,

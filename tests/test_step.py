@@ -31,7 +31,7 @@ class Problem:
         settings = {
             "pretrained_model_name_or_path": str(model), "train_data_dir": str(pictures), "placeholder_token": "<new>",
             "initializer_token": "person", "templates": str(templates), "num_vectors": 2, "train_batch_size": 2,
-            "learning_rate": 1e-2, "gradient_accumulation_steps": 1,
+            "learning_rate": 1e-2, "gradient_accumulation_steps": 1, "overview_prompts": ("{}",),
         }  # fmt: skip
         self.config = TrainConfig(**{**settings, **changes})
         self.sd = StableDiffusion.from_pretrained(model)

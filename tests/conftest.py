@@ -11,6 +11,10 @@ from PIL import Image
 
 from ti_jax.config import ASSETS
 
+# Before PyTorch starts: its threads and those of another worker would stand in each other's way.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Before JAX starts. A program for one device runs as it does without this.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 

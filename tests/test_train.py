@@ -286,7 +286,10 @@ def test_ten_kills_end_with_the_rows_of_an_undisturbed_run(config, tmp_path):
     killed = 0
     for _ in range(10):
         run = subprocess.Popen(command(config, **arguments), stderr=subprocess.DEVNULL, env=single_device_environment())
-        time.sleep(chance.uniform(2, 14))
+        metrics, before = Path(config.output_dir) / "metrics.jsonl", time.time()
+        while run.poll() is None and not (metrics.exists() and metrics.stat().st_mtime > before + 1):
+            time.sleep(0.02)  # until it is past starting, or every kill would hit the start
+        time.sleep(chance.uniform(0.2, 3))
         killed += run.poll() is None
         run.kill()
         run.wait()

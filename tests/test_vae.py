@@ -98,7 +98,7 @@ def test_mid_block_parts(tmp_path):
 
 
 @torch.no_grad()
-def test_bfloat16_is_about_as_near_to_float32_as_pytorch_is(tmp_path):
+def test_bfloat16_is_as_near_to_float32_as_pytorch_is(tmp_path):
     model = torch_vae(**VAE)
     module, params = loaded_vae(model, tmp_path)
     half = AutoencoderKL(module.config, jnp.bfloat16)
@@ -110,7 +110,7 @@ def test_bfloat16_is_about_as_near_to_float32_as_pytorch_is(tmp_path):
     theirs = model.to(torch.bfloat16)(channels_first(pixels).to(torch.bfloat16), sample_posterior=False).sample
     our_error = np.linalg.norm(np.asarray(ours, np.float32) - exact)
     their_error = np.linalg.norm(channels_last(theirs.float()) - exact)
-    assert 0 < our_error < 1.5 * their_error < 0.05 * np.linalg.norm(exact)
+    assert 0 < our_error < 1.25 * their_error < 0.1 * np.linalg.norm(exact)
 
 
 @pytest.mark.parametrize(

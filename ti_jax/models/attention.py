@@ -90,8 +90,7 @@ class GEGLU(nn.Module):
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """Project and gate."""
         projected, gate = jnp.split(nn.Dense(2 * self.features, dtype=self.dtype, name="proj")(hidden), 2, axis=-1)
-        # Float32 up to the one rounding, as PyTorch does within its own GELU.
-        return (projected * gelu(gate.astype(jnp.float32))).astype(self.dtype)
+        return projected * gelu(gate)
 
 
 class FeedForward(nn.Module):

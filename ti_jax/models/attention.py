@@ -111,7 +111,8 @@ class GEGLU(nn.Module):
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """Project and gate."""
         projected, gate = jnp.split(nn.Dense(2 * self.features, dtype=self.dtype, name="proj")(hidden), 2, axis=-1)
-        return projected * gelu(gate)
+        # Float32 up to the one rounding, as PyTorch does within its own GELU.
+        return (projected * gelu(gate.astype(jnp.float32))).astype(self.dtype)
 
 
 class FeedForward(nn.Module):

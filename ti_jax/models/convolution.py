@@ -99,9 +99,12 @@ def _convolution_with_flipped_kernel(padding: Padding, gradient: jax.Array, kern
 
 
 def _im2col(stride: int, padding: Padding, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Neighbourhoods [B * H' * W', kh * kw * C] times kernel [kh * kw * C, O]."""
+    """Neighbourhoods [B * H' * W', kh * kw * C] times kernel [kh * kw * C, O].
+
+    In float32, so that the transpose, too, sums overlapping neighbourhoods in float32, as a convolution would.
+    """
     height, width, channels_in, channels_out = kernel.shape
-    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    padded = jnp.pad(x.astype(jnp.float32), ((0, 0), *padding, (0, 0)))
     rows, columns = (
         (size - window) // stride + 1 for size, window in zip(padded.shape[1:3], (height, width), strict=True)
     )
@@ -111,5 +114,5 @@ def _im2col(stride: int, padding: Padding, x: jax.Array, kernel: jax.Array) -> j
         for j in range(width)
     ]
     neighbourhoods = jnp.concatenate(shifted, axis=-1).reshape(-1, height * width * channels_in)
-    product = neighbourhoods @ kernel.reshape(-1, channels_out)
-    return product.reshape(x.shape[0], rows, columns, channels_out)
+    product = neighbourhoods @ kernel.reshape(-1, channels_out).astype(jnp.float32)
+    return product.astype(x.dtype).reshape(x.shape[0], rows, columns, channels_out)

@@ -19,6 +19,11 @@ SAME_3X3: Padding = ((1, 1), (1, 1))
 NO_PADDING: Padding = ((0, 0), (0, 0))
 
 
+def silu(x: jax.Array) -> jax.Array:
+    """``x sigmoid(x)``, float32 up to the one rounding to the dtype of `x`, as PyTorch does within its own."""
+    return nn.silu(x.astype(jnp.float32)).astype(x.dtype)
+
+
 class Conv2d(nn.Module):
     """2-D convolution with bias: [B, H, W, C] -> [B, H', W', features]."""
 
@@ -73,7 +78,7 @@ class GroupNorm(nn.Module):
         # Rounding can take the variance of a constant group below 0.
         factor = jax.lax.rsqrt(jnp.maximum(variance, 0.0) + self.epsilon) * scale
         normed = deviation * factor[:, None] + (bias - mean * factor)[:, None]
-        return (nn.silu(normed) if self.silu else normed).astype(self.dtype).reshape(x.shape)
+        return (silu(normed) if self.silu else normed).astype(self.dtype).reshape(x.shape)
 
 
 def timestep_embedding(
@@ -104,7 +109,7 @@ class TimestepEmbedding(nn.Module):
     @nn.compact
     def __call__(self, embedding: jax.Array) -> jax.Array:
         """Embed."""
-        hidden = nn.silu(nn.Dense(self.features, dtype=self.dtype, name="linear_1")(embedding))
+        hidden = silu(nn.Dense(self.features, dtype=self.dtype, name="linear_1")(embedding))
         return nn.Dense(self.features, dtype=self.dtype, name="linear_2")(hidden)
 
 
@@ -125,7 +130,7 @@ class ResnetBlock2D(nn.Module):
         hidden = GroupNorm(self.num_groups, self.epsilon, silu=True, dtype=self.dtype, name="norm1")(x)
         hidden = Conv2d(self.features, dtype=self.dtype, name="conv1")(hidden)
         if time is not None:
-            shift = nn.Dense(self.features, dtype=self.dtype, name="time_emb_proj")(nn.silu(time))
+            shift = nn.Dense(self.features, dtype=self.dtype, name="time_emb_proj")(silu(time))
             hidden = hidden + shift[:, None, None, :]
         hidden = GroupNorm(self.num_groups, self.epsilon, silu=True, dtype=self.dtype, name="norm2")(hidden)
         hidden = Conv2d(self.features, dtype=self.dtype, name="conv2")(hidden)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from ti_jax.models.activations import gelu
 from ti_jax.models.layers import NO_PADDING, Conv2d, GroupNorm
 
 # XLA on CPU makes whole score matrices, which leave the cache beyond about CPU_WHOLE_SCORES queries and keys. By
@@ -94,11 +95,6 @@ class Attention(nn.Module):
             projected(hidden, "to_q"), projected(context, "to_k"), projected(context, "to_v")
         )
         return nn.Dense(width, dtype=self.dtype, name="to_out_0")(attended.reshape(hidden.shape))
-
-
-def gelu(x: jax.Array) -> jax.Array:
-    """Exact GELU by ``erf``, as PyTorch's: on CPU half the time of `jax.nn.gelu`, which takes ``erfc``."""
-    return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
 
 
 class GEGLU(nn.Module):

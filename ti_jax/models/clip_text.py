@@ -16,16 +16,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ti_jax.errors import InputError
+from ti_jax.models.activations import gelu
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
     """``x sigmoid(1.702 x)``, OpenAI's approximation of GELU, with which SD1's encoder was trained."""
     return x * nn.sigmoid(1.702 * x)
-
-
-def gelu(x: jax.Array) -> jax.Array:
-    """Exact GELU, of the OpenCLIP encoders."""
-    return nn.gelu(x, approximate=False)
 
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"quick_gelu": quick_gelu, "gelu": gelu}

@@ -12,14 +12,8 @@ import torch
 import transformers
 
 from ti_jax.errors import InputError
-from ti_jax.models.clip_text import (
-    CLIPMLP,
-    CLIPAttention,
-    CLIPEncoderLayer,
-    CLIPTextConfig,
-    CLIPTextModel,
-    eos_positions,
-)
+from ti_jax.models.clip_layers import CLIPMLP, CLIPAttention, CLIPEncoderLayer
+from ti_jax.models.clip_text import CLIPTextConfig, CLIPTextModel, eos_positions
 from ti_jax.weights.load import load_component, param_shapes
 
 VOCAB, BOS, EOS = 60, 58, 59
@@ -188,7 +182,8 @@ def test_blocks(name, block, tmp_path):
     if block is not None:
         layer, layer_params = getattr(layer, block), layer_params[block]
     x = np.random.default_rng(0).normal(size=(2, LENGTH, 32)).astype(np.float32)
-    ours = BLOCKS[block](module.config, jnp.float32).apply({"params": layer_params}, x)
+    causal = {} if block == "mlp" else {"causal": True}
+    ours = BLOCKS[block](module.config, jnp.float32, **causal).apply({"params": layer_params}, x)
     mask = torch.full((LENGTH, LENGTH), -torch.inf).triu(1)[None, None]
     with torch.no_grad():
         theirs = layer(torch.from_numpy(x), **({} if block == "mlp" else {"attention_mask": mask}))

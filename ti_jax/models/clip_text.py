@@ -7,7 +7,7 @@ padding mask: attention is causal and nothing else.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,15 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ti_jax.errors import InputError
-from ti_jax.models.activations import gelu
-
-
-def quick_gelu(x: jax.Array) -> jax.Array:
-    """``x sigmoid(1.702 x)``, OpenAI's approximation of GELU, with which SD1's encoder was trained."""
-    return x * nn.sigmoid(1.702 * x)
-
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"quick_gelu": quick_gelu, "gelu": gelu}
+from ti_jax.models.clip_layers import ACTIVATIONS, CLIPEncoder, layer_norm
 
 ARCHITECTURES = ("CLIPTextModel", "CLIPTextModelWithProjection")
 
@@ -157,7 +149,7 @@ class CLIPTextModel(nn.Module):
           rows: float32 [n, D], or None if there are no new words. An id behind the last row encodes as NaN.
         """
         hidden = CLIPTextEmbeddings(self.config, self.dtype, name="embeddings")(input_ids, rows)
-        penultimate, hidden = CLIPEncoder(self.config, self.dtype, name="encoder")(hidden)
+        penultimate, hidden = CLIPEncoder(self.config, self.dtype, causal=True, name="encoder")(hidden)
         hidden = layer_norm(self.config, self.dtype, "final_layer_norm")(hidden)
         pooled = jnp.take_along_axis(hidden, eos_positions(input_ids, self.config)[:, None, None], axis=1)[:, 0]
         if self.config.with_projection:
@@ -192,72 +184,3 @@ class CLIPTextEmbeddings(nn.Module):
             new = jnp.take(rows.astype(jnp.float32), jnp.where(is_new, input_ids - config.vocab_size, 0), axis=0)
             embeddings = jnp.where(is_new[..., None], new, old)
         return (embeddings + positions(jnp.arange(length)).astype(jnp.float32)).astype(self.dtype)
-
-
-class CLIPEncoder(nn.Module):
-    """The transformer: [B, L, D] -> what its last layer was given, and what that made of it."""
-
-    config: CLIPTextConfig
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Run all layers."""
-        previous = hidden
-        for index in range(self.config.num_hidden_layers):
-            previous = hidden
-            hidden = CLIPEncoderLayer(self.config, self.dtype, name=f"layers_{index}")(hidden)
-        return previous, hidden
-
-
-class CLIPEncoderLayer(nn.Module):
-    """Attention and feed-forward, each behind a layer norm: [B, L, D] -> [B, L, D]."""
-
-    config: CLIPTextConfig
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, hidden: jax.Array) -> jax.Array:
-        """Run the layer."""
-        config, dtype = self.config, self.dtype
-        normed = layer_norm(config, dtype, "layer_norm1")(hidden)
-        hidden = hidden + CLIPAttention(config, dtype, name="self_attn")(normed)
-        normed = layer_norm(config, dtype, "layer_norm2")(hidden)
-        return hidden + CLIPMLP(config, dtype, name="mlp")(normed)
-
-
-class CLIPAttention(nn.Module):
-    """Causal self-attention: [B, L, D] -> [B, L, D]."""
-
-    config: CLIPTextConfig
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, hidden: jax.Array) -> jax.Array:
-        """Every token attends to itself and to those before it."""
-        width, heads = self.config.hidden_size, self.config.num_attention_heads
-        query, key, value = (
-            nn.Dense(width, dtype=self.dtype, name=name)(hidden).reshape(*hidden.shape[:2], heads, width // heads)
-            for name in ("q_proj", "k_proj", "v_proj")
-        )
-        attended = jax.nn.dot_product_attention(query, key, value, is_causal=True)
-        return nn.Dense(width, dtype=self.dtype, name="out_proj")(attended.reshape(hidden.shape))
-
-
-class CLIPMLP(nn.Module):
-    """Feed-forward: [B, L, D] -> [B, L, D]."""
-
-    config: CLIPTextConfig
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, hidden: jax.Array) -> jax.Array:
-        """Widen, activate, narrow."""
-        hidden = nn.Dense(self.config.intermediate_size, dtype=self.dtype, name="fc1")(hidden)
-        hidden = ACTIVATIONS[self.config.hidden_act](hidden)
-        return nn.Dense(self.config.hidden_size, dtype=self.dtype, name="fc2")(hidden)
-
-
-def layer_norm(config: CLIPTextConfig, dtype: Any, name: str) -> nn.LayerNorm:
-    """Layer norm over D, its statistics in float32 and its variance taken about the mean, as PyTorch takes it."""
-    return nn.LayerNorm(epsilon=config.layer_norm_eps, dtype=dtype, use_fast_variance=False, name=name)

@@ -36,6 +36,7 @@ def load_component(
     dtype: Any,
     variant: str | None = None,
     identity: Identity | None = None,
+    subfolder: str | None = None,
 ) -> Tree:
     """Read the weights in ``<folder>/<component>/`` into a parameter tree on the default device.
 
@@ -48,11 +49,12 @@ def load_component(
 
     Args:
       folder: a diffusers model.
-      component: ``text_encoder``, ``text_encoder_2``, ``unet`` or ``vae``.
+      component: ``text_encoder``, ``text_encoder_2``, ``unet``, ``vae``, or ``clip`` with its two towers.
       shapes: what the module wants, from `param_shapes`.
       dtype: floating dtype of the tree's leaves.
       variant: e.g. ``fp16``; None for the plain weights.
       identity: takes in each tensor as it passes; see `Identity`.
+      subfolder: where in `folder` the files are, if not in the one that is called as the component.
 
     Returns:
       Nested dict of the structure of `shapes` whose leaves are arrays of `dtype`.
@@ -60,12 +62,12 @@ def load_component(
     Raises:
       InputError: files that are missing, broken or refused; or names, shapes or dtypes that are not the module's.
     """
-    folder = Path(folder)
+    where = Path(folder) / (component if subfolder is None else subfolder)
     targets: dict[TreePath, jax.ShapeDtypeStruct] = flatten_dict(shapes)
     leaves: dict[TreePath, jax.Array] = {}
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(open_tensors(path)) for path in weight_files(folder / component, variant)]
-        for file, name, path in plan(files, component, targets, folder / component):
+        files = [stack.enter_context(open_tensors(path)) for path in weight_files(where, variant)]
+        for file, name, path in plan(files, component, targets, where):
             tensor = file.read(name)
             if identity is not None:
                 identity.add(component, path, targets[path].shape, tensor)

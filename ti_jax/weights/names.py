@@ -27,6 +27,8 @@ VAE_ATTENTION_RENAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_
 
 # A buffer of 0, 1, 2, ... that transformers used to save among the text encoder's weights.
 TEXT_ENCODER_BUFFERS = frozenset({"embeddings/position_ids"})
+# The same of both towers, and the temperature of the loss that a CLIP model was trained with.
+CLIP_BUFFERS = frozenset({"text_model/embeddings/position_ids", "vision_model/embeddings/position_ids", "logit_scale"})
 
 
 def module_path(key: str, component: str) -> TreePath | None:
@@ -47,6 +49,8 @@ def module_path(key: str, component: str) -> TreePath | None:
             words = words[1:]
         if "/".join(words) in TEXT_ENCODER_BUFFERS:
             return None
+    if component == "clip" and "/".join(words) in CLIP_BUFFERS:
+        return None
     if component == "vae":
         in_attention = any(word.startswith("attentions_") for word in words)
         words = [VAE_ATTENTION_RENAMES.get(word, word) if in_attention else word for word in words]

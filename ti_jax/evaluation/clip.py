@@ -1,0 +1,121 @@
+"""Pictures and texts in CLIP's space, from any CLIP checkpoint in transformers' layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from ..errors import InputError
+from ..models.clip_text import CLIPTextConfig
+from ..models.clip_vision import CLIPModel, CLIPVisionConfig
+from ..weights.config_files import read_json
+from ..weights.load import load_component, param_shapes
+from ..weights.tokenizers import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+BATCH = 16
+# OpenAI's, for a checkpoint that comes without a preprocessor_config.json.
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _run(model: CLIPModel, method: str, params: Any, inputs: Any) -> Any:
+    return model.apply({"params": params}, inputs, method=method)
+
+
+@dataclass(frozen=True)
+class CLIP:
+    """A CLIP model with its weights, tokenizer and the mean and spread of its pictures' colours."""
+
+    model: CLIPModel
+    params: Any
+    tokenizer: CLIPTokenizer
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def from_pretrained(cls, folder: Path) -> CLIP:
+        """Read a folder such as that of ``openai/clip-vit-large-patch14``, float32.
+
+        Raises:
+          InputError: no such model, an option that is not implemented, or weights that do not fit.
+        """
+        folder = Path(folder)
+        config = read_json(folder / "config.json")
+        if config.get("model_type") != "clip" or not all(
+            isinstance(config.get(name), dict) for name in ("text_config", "vision_config")
+        ):
+            raise InputError(f"{folder}: not a CLIP model of two towers (model_type {config.get('model_type')!r})")
+        width = config.get("projection_dim", 512)
+        # What a tower's own configuration says of architectures is of the class that it was once saved with.
+        text = {**config["text_config"], "architectures": ["CLIPTextModel"]}
+        vision = {**config["vision_config"], "architectures": None}
+        model = CLIPModel(
+            CLIPTextConfig.from_dict(_without(text, "model_type")),
+            CLIPVisionConfig.from_dict(_without(vision, "model_type")),
+            width,
+        )
+        side = model.vision_config.image_size
+        shapes = param_shapes(
+            model,
+            jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32),
+            jax.ShapeDtypeStruct((1, model.text_config.max_position_embeddings), jnp.int32),
+        )
+        params = load_component(folder, "clip", shapes, jnp.float32, subfolder="")
+        preprocessor = folder / "preprocessor_config.json"
+        values = read_json(preprocessor) if preprocessor.exists() else {}
+        mean, std = values.get("image_mean", IMAGE_MEAN), values.get("image_std", IMAGE_STD)
+        return cls(model, params, load_tokenizer(folder, ""), tuple(mean), tuple(std))
+
+    def image_features(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """Pictures of any size -> float32 [N, projection_dim], each of length 1."""
+        side = self.model.vision_config.image_size
+        pixels = [preprocess(image, side, self.mean, self.std) for image in images]
+        return self._in_batches("image_features", np.stack(pixels)) if pixels else np.zeros((0, self._width))
+
+    def text_features(self, texts: Sequence[str]) -> np.ndarray:
+        """Texts, cut where the model's positions end -> float32 [N, projection_dim], each of length 1."""
+        length = self.model.text_config.max_position_embeddings
+        ids = self.tokenizer(list(texts), padding="max_length", truncation=True, max_length=length).input_ids
+        return self._in_batches("text_features", np.array(ids, np.int32)) if texts else np.zeros((0, self._width))
+
+    @property
+    def _width(self) -> int:
+        return self.model.projection_dim
+
+    def _in_batches(self, method: str, inputs: np.ndarray) -> np.ndarray:
+        parts = []
+        for start in range(0, len(inputs), BATCH):
+            part = inputs[start : start + BATCH]
+            # Filled up to one size, so that one program serves any number.
+            padded = np.concatenate([part, np.repeat(part[-1:], BATCH - len(part), axis=0)])
+            parts.append(np.asarray(_run(self.model, method, self.params, padded))[: len(part)])
+        return np.concatenate(parts)
+
+
+def preprocess(image: Image.Image, side: int, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Scale the shorter edge to `side` (bicubic), cut the middle square, normalise: float32 [side, side, 3].
+
+    Held to transformers' ``CLIPImageProcessor``.
+    """
+    width, height = image.size
+    shorter = min(width, height)
+    image = image.convert("RGB").resize((side * width // shorter, side * height // shorter), Image.Resampling.BICUBIC)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    pixels = np.asarray(image.crop((left, top, left + side, top + side)), np.float32) / 255.0
+    return (pixels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+
+
+def _without(config: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != name}

@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).parent.parent / "ti_jax"
 # From the bottom up; a package stands for all its modules.
 ORDER = [
     "errors", "files", "config_yaml", "config_checks", "config", "flags", "diffusion", "models", "weights", "networks",
-    "sampling", "embeddings", "tokens", "pictures", "pipeline", "data", "training", "drawing", "verify",
+    "sampling", "embeddings", "tokens", "pictures", "pipeline", "data", "evaluation", "training", "drawing", "verify",
     "compilation_cache", "cli",
 ]  # fmt: skip
 

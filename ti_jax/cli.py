@@ -1,4 +1,4 @@
-"""The commands: ``ti-jax train`` (``train.py``), ``ti-jax infer`` (``infer.py``) and ``ti-jax verify``.
+"""The commands: ``ti-jax train`` (``train.py``), ``infer`` (``infer.py``), ``evaluate`` and ``verify``.
 
 JAX is imported inside the commands, once the command line is known to be right.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from . import __version__
-from .config import InferConfig, TrainConfig, resolve, resolve_infer
+from .config import EvaluateConfig, InferConfig, TrainConfig, resolve, resolve_evaluate, resolve_infer
 from .config_yaml import nearest
 from .errors import InputError
 
@@ -37,6 +37,13 @@ examples:
 VERIFY_EXAMPLES = """\
 example:
   ti-jax verify output/learned_embeds.safetensors --prompt "a portrait of <cleo>"
+"""
+
+EVALUATE_EXAMPLES = """\
+examples:
+  ti-jax evaluate output/learned_embeds.safetensors --train_data_dir held_back/
+  ti-jax evaluate cat.safetensors --train_data_dir cat/ --evaluation_clip clip-vit-large-patch14/ \\
+      --output scores.json --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5
 """
 
 
@@ -96,7 +103,7 @@ def _run(argv: Sequence[str], prog: str) -> int:
 
 
 def _overview(prog: str) -> str:
-    lines = [f"  {name:8}{about}" for name, (_, about) in COMMANDS.items()]
+    lines = [f"  {name:9}{about}" for name, (_, about) in COMMANDS.items()]
     return "\n".join(
         [
             f"usage: {prog} COMMAND [FLAGS]",
@@ -146,14 +153,43 @@ def _infer(args: Sequence[str], prog: str) -> int:
     return 0
 
 
+def _evaluate(args: Sequence[str], prog: str) -> int:
+    from .flags import parse
+
+    file, flags = _file_and_flags(args)
+    with _output():
+        config = parse(EvaluateConfig, flags, prog=f"{prog} FILE", examples=EVALUATE_EXAMPLES, config_file=False)
+    _require_file(file, prog)
+    config = resolve_evaluate(config)
+    from .compilation_cache import enable_compilation_cache
+    from .evaluation.evaluate import evaluate
+
+    enable_compilation_cache()
+    scores = evaluate(file, config)
+    with _output():
+        print(scores)
+        for name, share in scores.by_attribute.items():
+            print(f"  {name:28}{share:.3f}")
+    return 0
+
+
+def _file_and_flags(args: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The embedding file that comes first, "" if there is none, and the flags behind it."""
+    return ("", args) if not args or args[0].startswith("-") else (args[0], args[1:])
+
+
+def _require_file(file: str, prog: str) -> None:
+    if not file:
+        raise InputError(f"the embedding file is missing: {prog} FILE, with its flags behind it")
+
+
 def _verify(args: Sequence[str], prog: str) -> int:
     from .flags import parse
 
-    file, flags = ("", args) if not args or args[0].startswith("-") else (args[0], args[1:])
+    file, flags = _file_and_flags(args)
     with _output():
         config = parse(VerifyConfig, flags, prog=f"{prog} FILE", examples=VERIFY_EXAMPLES, config_file=False)
-    if not file:
-        raise InputError(f"the embedding file is missing: {prog} FILE, with its flags behind it")
+    _require_file(file, prog)
     from .verify import verify
 
     report = verify(file, config.pretrained_model_name_or_path, config.prompt)
@@ -177,5 +213,6 @@ def _output() -> Iterator[None]:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str], str], int], str]] = {
     "train": (_train, "Learn a new word from a few pictures (train.py)."),
     "infer": (_infer, "Draw pictures of prompts, with learned words in them (infer.py)."),
+    "evaluate": (_evaluate, "Measure a learned word: is the concept there, and does the prompt rule the rest?"),
     "verify": (_verify, "Check that diffusers on PyTorch loads a learned word and makes of it the same as ti_jax."),
 }

@@ -14,18 +14,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .config_checks import check_infer, check_train
+from .config_checks import check_evaluate, check_infer, check_train
 from .config_yaml import dump_yaml, load_yaml
 from .errors import InputError
 
-__all__ = ["InferConfig", "TrainConfig", "dump_yaml", "load_yaml", "resolve", "resolve_infer"]
+__all__ = [
+    "EvaluateConfig", "InferConfig", "TrainConfig", "dump_yaml", "load_yaml", "resolve", "resolve_evaluate",
+    "resolve_infer",
+]  # fmt: skip
 
 ASSETS = Path(__file__).parent / "assets"
 DEMO_CONFIG = ASSETS / "demo.yaml"
 
+PAPER_STEPS, EMBEDDED_STEPS = 50, 25  # of the sampler, when a word is measured
+
 LearnableProperty = Literal["object", "style"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 SamplerName = Literal["ddim", "euler", "euler_a", "dpm++"]
+Measure = Literal["identity", "editability", "clip_i", "clip_t"]
 
 STABLE_DIFFUSION_DEFAULTS: dict[str, Any] = {
     "train_batch_size": 16,
@@ -142,6 +148,19 @@ class TrainConfig:
     """Sampler steps of validation and overview pictures. Left out: 30 (embedded model: 25)."""
     overview_prompts: tuple[str, ...] | None = None
     """Prompts, {} for the word, of the overview picture that the run ends with."""
+    evaluate: bool = False
+    """Measure the word at the end, as `ti-jax evaluate` does: scores.json and a line on the screen."""
+    evaluation_clip: str | None = input_path()
+    """Folder of a CLIP model (hf download openai/clip-vit-large-patch14 --local-dir ...) to measure with. Left out: the
+    judge that comes with the model; the embedded one has one."""
+    evaluation_images: int | None = None
+    """Pictures of each prompt that the word is measured with. Left out: 64 with a CLIP model, as in the paper; 4 with a
+    judge."""
+    keep_best: Measure | None = None
+    """Measure the word every --evaluation_steps updates and end with the one that is best by this measure, not with the
+    last; clip_i and clip_t need --evaluation_clip."""
+    evaluation_steps: int = 50
+    """Updates between two measurements for --keep_best."""
     report_to: Literal["tensorboard", "none"] = "tensorboard"
     """Where curves go besides metrics.jsonl."""
     logging_dir: str = "logs"
@@ -211,6 +230,65 @@ class InferConfig:
     out-grid.png."""
 
 
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Measure a learned word: is the concept there (identity), and does the prompt rule the rest (editability)?"""
+
+    train_data_dir: str | None = input_path()
+    """Folder with pictures of the concept, best some that the word was not trained on."""
+    distractors: str | None = input_path()
+    """Folder with a folder of pictures for each of some other concepts, among which the word should find its own."""
+    evaluation_clip: str | None = input_path()
+    """Folder of a CLIP model (hf download openai/clip-vit-large-patch14 --local-dir ...): CLIP-I and CLIP-T as in the
+    textual inversion paper. Left out: the judge that comes with the model; the embedded one has one."""
+    evaluation_images: int | None = None
+    """Pictures of each prompt. Left out: 64 with a CLIP model, as in the paper; 4 with a judge."""
+
+    # -- the model
+    pretrained_model_name_or_path: str | None = None
+    """The model that the word was learned for: a diffusers folder or a Hugging Face Hub id. Left out: the small model
+    that comes with ti_jax."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub repository."""
+    variant: str | None = None
+    """Variant of the weight files, e.g. fp16."""
+    mixed_precision: Literal["no", "bf16"] | None = None
+    """Precision of the weights and activations. Left out: bf16 on TPU and GPU, no (float32) on CPU."""
+
+    # -- the pictures
+    num_inference_steps: int | None = None
+    """Steps of the sampler. Left out: 50, as in the paper (embedded model: 25)."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance. Left out: 7.5 (embedded model: 3)."""
+    scheduler: SamplerName | None = None
+    """The sampler. Left out: the one that comes with the model."""
+    seed: int = 0
+    """Seed of the noise that the first picture of each prompt starts from; the next has seed + 1, and so on."""
+    batch_size: int = 8
+    """Pictures drawn at once: more is faster, less needs less memory."""
+    output: str | None = None
+    """File for the scores, .json. Left out: they are only printed."""
+
+
+def resolve_evaluate(config: EvaluateConfig) -> EvaluateConfig:
+    """As `resolve`, for measuring.
+
+    Raises:
+      InputError: a value that cannot be, or no pictures.
+    """
+    embedded = config.pretrained_model_name_or_path is None
+    scale = _model_defaults(config.pretrained_model_name_or_path)["validation_guidance_scale"]
+    config = dataclasses.replace(
+        config,
+        num_inference_steps=config.num_inference_steps or (EMBEDDED_STEPS if embedded else PAPER_STEPS),
+        guidance_scale=scale if config.guidance_scale is None else config.guidance_scale,
+    )
+    paths = ("pretrained_model_name_or_path", "train_data_dir", "distractors", "evaluation_clip", "output")
+    config = _plain_paths(config, *paths)
+    check_evaluate(config)
+    return config
+
+
 def resolve(config: TrainConfig) -> TrainConfig:
     """Check a config and fill in what it leaves to the model; a resolved config comes back as it is.
 
@@ -230,7 +308,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
         config, **{name: value for name, value in defaults.items() if getattr(config, name) is None}
     )
     _require(config, "train_data_dir", "placeholder_token", "initializer_token")
-    paths = ("pretrained_model_name_or_path", "train_data_dir", "templates", "embeddings", "output_dir", "logging_dir")
+    paths = ("pretrained_model_name_or_path", "train_data_dir", "templates", "embeddings", "output_dir", "logging_dir",
+             "evaluation_clip")  # fmt: skip
     config = _plain_paths(config, *paths)
     check_train(config)
     return config

@@ -12,7 +12,7 @@ from .config_yaml import from_yaml
 from .errors import InputError
 
 if TYPE_CHECKING:
-    from .config import InferConfig, TrainConfig
+    from .config import EvaluateConfig, InferConfig, TrainConfig
 
 # What is allowed, in words, and the test of it.
 Rule = tuple[str, Callable[[Any], bool]]
@@ -30,6 +30,7 @@ TEXTS: Rule = ("texts that are not empty", lambda value: all(item.strip() for it
 SOME_TEXTS: Rule = ("one text or more, none empty", lambda value: bool(value) and all(item.strip() for item in value))
 WORD: Rule = ("one word without spaces, like <cat-toy>", lambda value: value.split() == [value])
 PNG: Rule = ("the path of a .png file", lambda value: value.lower().endswith(".png"))
+JSON: Rule = ("the path of a .json file", lambda value: value.lower().endswith(".json"))
 
 # Fields that are not here can have any value of their type.
 TRAIN_RULES: dict[str, Rule] = {
@@ -64,6 +65,9 @@ TRAIN_RULES: dict[str, Rule] = {
     "validation_guidance_scale": NOT_NEGATIVE,
     "validation_inference_steps": COUNT,
     "overview_prompts": SOME_TEXTS,
+    "evaluation_clip": TEXT,
+    "evaluation_images": COUNT,
+    "evaluation_steps": COUNT,
     "logging_dir": TEXT,
     "logging_steps": COUNT,
     "save_steps": COUNT,
@@ -90,6 +94,21 @@ INFER_RULES: dict[str, Rule] = {
     "output": PNG,
 }
 
+EVALUATE_RULES: dict[str, Rule] = {
+    "train_data_dir": TEXT,
+    "distractors": TEXT,
+    "evaluation_clip": TEXT,
+    "evaluation_images": COUNT,
+    "pretrained_model_name_or_path": TEXT,
+    "revision": TEXT,
+    "variant": TEXT,
+    "num_inference_steps": COUNT,
+    "guidance_scale": NOT_NEGATIVE,
+    "seed": SEED,
+    "batch_size": COUNT,
+    "output": JSON,
+}
+
 
 def check_train(config: TrainConfig) -> None:
     """Check a `TrainConfig` whose model defaults are filled in.
@@ -102,6 +121,8 @@ def check_train(config: TrainConfig) -> None:
     prompts = [("overview_prompts", prompt) for prompt in config.overview_prompts or ()]
     if config.validation_prompt is not None:
         prompts.insert(0, ("validation_prompt", config.validation_prompt))
+    if config.keep_best in ("clip_i", "clip_t") and config.evaluation_clip is None:
+        raise InputError(f"--keep_best {config.keep_best}: needs a CLIP model; give its folder with --evaluation_clip")
     word = config.placeholder_token or ""
     for name, prompt in prompts:
         if "{}" not in prompt and word.lower() not in prompt.lower():
@@ -128,6 +149,18 @@ def check_infer(config: InferConfig) -> None:
         )
 
 
+def check_evaluate(config: EvaluateConfig) -> None:
+    """Check an `EvaluateConfig` whose model defaults are filled in.
+
+    Raises:
+      InputError: the first value that cannot be.
+    """
+    if config.train_data_dir is None:
+        raise InputError("--train_data_dir is missing: the folder with pictures of the concept to compare with")
+    _check_fields(config, EVALUATE_RULES)
+    _check_model(config)
+
+
 def _check_fields(config: Any, rules: dict[str, Rule]) -> None:
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
@@ -144,7 +177,7 @@ def _check_fields(config: Any, rules: dict[str, Rule]) -> None:
             raise InputError(f"--{field.name} {shown}: must be {error}") from error
 
 
-def _check_model(config: TrainConfig | InferConfig) -> None:
+def _check_model(config: TrainConfig | InferConfig | EvaluateConfig) -> None:
     if config.pretrained_model_name_or_path is None:
         for name in ("revision", "variant"):
             if getattr(config, name) is not None:

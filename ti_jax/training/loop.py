@@ -24,6 +24,7 @@ from ..files import ensure_writable_folder, write_atomically
 from ..pipeline import StableDiffusion
 from . import run_folder, showing
 from .checkpoint import Checkpoints, fingerprint
+from .measuring import Measuring, make_measuring
 from .optimizer import make_optimizer
 from .parallel import AXIS, make_mesh, make_run_steps, replicate
 from .reporting import Reporter
@@ -37,7 +38,7 @@ class TrainResult:
 
     Attributes:
       embedding: the learned word. losses: float32, one for each update made by this process (a resumed run's own).
-      output_dir: the run's folder. seconds: of each phase: "load", "encode", "compile", "train", "pictures".
+      output_dir: the run's folder. seconds: of each phase: "load", "encode", "compile", "train", "measure", "pictures".
       interrupted: the run was asked to stop (SIGTERM, Ctrl-C) and has saved a checkpoint before its last step.
     """
 
@@ -99,6 +100,8 @@ def next_stop(config: TrainConfig, step: int, total: int) -> int:
     intervals = [config.logging_steps, config.save_steps, config.checkpointing_steps]
     if config.validation_prompt is not None:
         intervals.append(config.validation_steps)
+    if config.keep_best is not None:
+        intervals.append(config.evaluation_steps)
     return min(total, *((step // interval + 1) * interval for interval in intervals))
 
 
@@ -125,6 +128,7 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> T
         sd = load_model(config)
         concept = prepare_concept(config, sd, lambda text: print(text, file=sys.stderr))
     config = dataclasses.replace(config, resolution=concept.pictures.pixels.shape[1])
+    measuring = make_measuring(config, sd, concept, folder)
     # Only now, when nothing about the input can be wrong any more: a mistyped command displaces no results.
     run_folder.prepare(folder, resume=config.resume_from_checkpoint is not None)
     write_atomically(folder / "config.yaml", dump_yaml(config).encode())
@@ -151,6 +155,8 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> T
     sd = dataclasses.replace(
         sd, params={**sd.params, **jax.tree.map(lambda leaf: leaf.addressable_data(0), frozen.params)}
     )
+    if measuring is not None:
+        measuring.sd = sd
     rows = {name: jnp.asarray(value) for name, value in concept.rows.items()}
     state = replicate(TrainState(rows, optimizer.init(rows), jnp.int32(0), jnp.bool_(True)), mesh)
 
@@ -176,6 +182,8 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> T
             else:
                 state = restored
                 print(f"resuming at step {int(state.step)} of {total}", file=sys.stderr)
+                if measuring is not None:
+                    measuring.resume(int(state.step))
 
         train_step = make_train_step(
             sd.networks,
@@ -194,7 +202,7 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> T
             f"step; the training step took {clock.seconds['compile']:.1f} s to compile",
             file=sys.stderr,
         )
-        run = _Run(config, sd, concept, folder, checkpoints, schedule, clock, total, samples_per_step)
+        run = _Run(config, sd, concept, folder, checkpoints, measuring, schedule, clock, total, samples_per_step)
         state, losses, interrupted = run.go(run_steps, frozen, state)
 
     final_step = int(state.step)
@@ -202,6 +210,11 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> T
     run_folder.save_embedding(embedding, folder)
     say_how_far(row_figures(sd, concept, state.rows), final_step)
     if not interrupted:
+        if measuring is not None:
+            with clock.phase("measure"):
+                embedding, scores = measuring.finish(embedding, final_step)
+            run_folder.save_embedding(embedding, folder)
+            print(f"{embedding.token} after {embedding.metadata['steps']} steps: {scores}", file=sys.stderr)
         with clock.phase("pictures"):
             showing.save_overview(config, sd, concept, embedding, folder)
         if push is not None:
@@ -216,12 +229,13 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> T
 class _Run:
     """The host's side of the loop: everything between two dispatches."""
 
-    def __init__(self, config, sd, concept, folder, checkpoints, schedule, clock, total, samples_per_step):
+    def __init__(self, config, sd, concept, folder, checkpoints, measuring, schedule, clock, total, samples_per_step):
         self.config: TrainConfig = config
         self.sd: StableDiffusion = sd
         self.concept: Concept = concept
         self.folder: Path = folder
         self.checkpoints: Checkpoints = checkpoints
+        self.measuring: Measuring | None = measuring
         self.schedule = schedule
         self.clock: _Clock = clock
         self.total: int = total
@@ -274,6 +288,7 @@ class _Run:
             step % config.save_steps == 0
             or step % config.checkpointing_steps == 0
             or (config.validation_prompt is not None and step % config.validation_steps == 0)
+            or (self.measuring is not None and self.measuring.due(step))
         )
 
     def _events(self, step: int, state: TrainState) -> None:
@@ -292,6 +307,10 @@ class _Run:
                     config, self.sd, self.concept, self.concept.embedding(state.rows, step), self.folder, step
                 )
             self.reporter.picture("validation", image, step)
+        if self.measuring is not None and self.measuring.due(step):
+            with self.clock.phase("measure"):
+                scores = self.measuring.measure(self.concept.embedding(state.rows, step), step)
+            self.reporter.say(f"step {step}: {scores}")
         self.reporter.pause()
 
 

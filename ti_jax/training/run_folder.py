@@ -16,6 +16,7 @@ _RESULTS = (
     "samples",
     "logs",
     "metrics.jsonl",
+    "scores.json*",
     "config.yaml",
     OVERVIEW_FILE,
     "README.md",

@@ -1,0 +1,158 @@
+"""Measure a learned word with what is at hand: a CLIP model, or the judge that comes with the frozen model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from ..config import EvaluateConfig
+from ..data.images import load_images
+from ..embeddings import Embedding, check_fits
+from ..errors import InputError
+from ..files import ensure_writable_folder, write_atomically
+from ..pipeline import StableDiffusion
+from .clip import CLIP
+from .judge import FOLDER, Judge
+from .scores import CLIP_IMAGES, Scores, clip_scores, judge_scores
+
+JUDGE_IMAGES = 4
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Measures words of one concept for one model, always with the same prompts and seeds.
+
+    Attributes:
+      pictures: of the concept, uint8 [N, S, S, 3]. distractors: of other concepts, likewise.
+      measure: a CLIP model or a judge. images: pictures of each prompt; None: 64 and 4.
+    """
+
+    measure: CLIP | Judge
+    pictures: np.ndarray
+    distractors: tuple[np.ndarray, ...] = ()
+    images: int | None = None
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    scheduler: str | None = None
+    seed: int = 0
+    batch_size: int = 8
+
+    def scores(self, sd: StableDiffusion, embedding: Embedding, others: Sequence[Embedding] = ()) -> Scores:
+        """Draw with the word, and measure the pictures.
+
+        Args:
+          sd: the frozen model.
+          embedding: the word. others: words that may stand beside it.
+        """
+        height, width = self.pictures.shape[1:3]
+
+        def draw(prompts: Sequence[str]) -> list[Image.Image]:
+            # A prompt's pictures have the same seeds whatever stands beside it: scores of two words are comparable.
+            count: dict[str, int] = {}
+            seeds = []
+            for prompt in prompts:
+                seeds.append((self.seed + count.get(prompt, 0)) % 2**32)
+                count[prompt] = count.get(prompt, 0) + 1
+            return sd.generate(
+                prompts,
+                embeddings=[embedding, *others],
+                num_inference_steps=self.num_inference_steps,
+                guidance_scale=self.guidance_scale,
+                scheduler=self.scheduler,
+                height=height,
+                width=width,
+                seed=seeds,
+                batch_size=self.batch_size,
+            )
+
+        if isinstance(self.measure, Judge):
+            return judge_scores(
+                self.measure, draw, embedding.token, self.pictures, self.images or JUDGE_IMAGES, self.distractors
+            )
+        pictures, *distractors = (
+            [Image.fromarray(picture) for picture in concept] for concept in (self.pictures, *self.distractors)
+        )
+        return clip_scores(
+            self.measure, draw, embedding.token, pictures, self.images or CLIP_IMAGES, distractors=distractors
+        )
+
+
+def load_measure(sd: StableDiffusion, clip: str | None) -> CLIP | Judge:
+    """The CLIP model in the folder `clip`, or the judge that comes with the model.
+
+    Raises:
+      InputError: neither is there, or it cannot be read.
+    """
+    if clip is not None:
+        return CLIP.from_pretrained(Path(clip))
+    if not (sd.path / FOLDER).is_dir():
+        raise InputError(
+            f"{sd.name}: no judge comes with this model, so its words are measured with a CLIP model; give the folder "
+            "of one with --evaluation_clip (hf download openai/clip-vit-large-patch14 --local-dir clip)"
+        )
+    return Judge.load(sd.path)
+
+
+def as_uint8(pixels: np.ndarray) -> np.ndarray:
+    """Pixels in [-1, 1] -> uint8."""
+    return np.round((pixels + 1.0) * 127.5).astype(np.uint8)
+
+
+def evaluate(file: str, config: EvaluateConfig) -> Scores:
+    """Measure the word in `file` as a resolved config says; the scores are written to ``config.output`` too.
+
+    Raises:
+      InputError: something about the file, the pictures or the models is wrong.
+    """
+    assert config.num_inference_steps and config.guidance_scale is not None and config.train_data_dir, "it is resolved"
+    if config.output is not None:
+        ensure_writable_folder(Path(config.output).parent)
+    embedding = Embedding.load(file)
+    sd = StableDiffusion.from_pretrained(
+        config.pretrained_model_name_or_path,
+        {None: None, "no": jnp.float32, "bf16": jnp.bfloat16}[config.mixed_precision],
+        revision=config.revision,
+        variant=config.variant,
+    )
+    check_fits(embedding, sd.embedding_dims, file)
+    measure = load_measure(sd, config.evaluation_clip)
+    resolution = sd.default_resolution
+    folders = [Path(config.train_data_dir)]
+    if config.distractors is not None:
+        folders += concept_folders(Path(config.distractors), besides=folders[0])
+    pictures, *distractors = (as_uint8(load_images(folder, resolution).pixels) for folder in folders)
+    evaluator = Evaluator(
+        measure, pictures, tuple(distractors), config.evaluation_images, config.num_inference_steps,
+        config.guidance_scale, config.scheduler, config.seed, config.batch_size,
+    )  # fmt: skip
+    scores = evaluator.scores(sd, embedding)
+    if config.output is not None:
+        write_scores(Path(config.output), embedding, scores)
+        print(f"scores are in {config.output}", file=sys.stderr)
+    return scores
+
+
+def write_scores(path: Path, embedding: Embedding, scores: Scores) -> None:
+    """A JSON file of all that was measured."""
+    content = {"token": embedding.token, **scores.as_dict()}
+    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def concept_folders(folder: Path, besides: Path) -> list[Path]:
+    """Folders in `folder`, sorted, without the concept's own.
+
+    Raises:
+      InputError: there is none.
+    """
+    inside = sorted(path for path in folder.glob("*") if path.is_dir() and not path.name.startswith("."))
+    found = [path for path in inside if path.resolve() != besides.resolve()]
+    if not found:
+        raise InputError(f"--distractors {folder}: no folder of another concept's pictures in it")
+    return found

@@ -1,0 +1,180 @@
+"""Numbers on a learned word: *identity*, is the concept there, and *editability*, does the prompt rule the rest.
+
+Two ways to see a picture, and either or both may be at hand: a `Judge`, which names what is in it, and a `CLIP` model,
+whose scores are those of the textual inversion paper (Gal et al. 2022, arXiv 2208.01618, section 5.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .clip import CLIP
+from .judge import Judge, Probe
+
+Draw = Callable[[Sequence[str]], list[Image.Image]]
+"""Draws one picture for each prompt; the pictures are by seeds of their own."""
+
+CLIP_IMAGES = 64
+CLIP_PROMPT = "a photo of {}"
+CLIP_EDITS = (
+    "a photo of {} on the beach",
+    "a photo of {} in the snow",
+    "a photo of {} on the moon",
+    "a watercolor painting of {}",
+    "a pencil drawing of {}",
+    "{} in the style of Monet",
+)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What was measured; None where it was not.
+
+    Attributes:
+      identity: mean over the judge's identity attributes of the share of pictures that show the concept's.
+      editability: mean over attributes that probes asked for of the share of pictures that show what was asked.
+      by_attribute: the shares behind both, ``identity/hair`` or ``editability/background``.
+      reference: what the judge sees in the concept's pictures.
+      clip_i: mean cosine of drawn pictures to the concept's, over all pairs.
+      clip_t: mean cosine of prompts, without the word, to the mean of the pictures drawn for each.
+      rank: place of the concept among distractors, by likeness to what was drawn (1 is best). candidates: of how many.
+    """
+
+    identity: float | None = None
+    editability: float | None = None
+    by_attribute: Mapping[str, float] = field(default_factory=dict)
+    reference: Mapping[str, str] = field(default_factory=dict)
+    clip_i: float | None = None
+    clip_t: float | None = None
+    rank: int | None = None
+    candidates: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """What was measured, for a JSON file."""
+        return {name: value for name, value in vars(self).items() if value not in (None, {})}
+
+    def __str__(self) -> str:
+        """One line."""
+        parts = [f"{name} {getattr(self, name):.3f}" for name in MEASURES if getattr(self, name) is not None]
+        if self.rank is not None:
+            parts.append(f"rank {self.rank} of {self.candidates}")
+        return ", ".join(parts)
+
+
+MEASURES = ("identity", "editability", "clip_i", "clip_t")
+
+
+def reference_attributes(judge: Judge, pictures: np.ndarray) -> dict[str, str]:
+    """The identity attributes of a concept: the likeliest words over its pictures uint8 [N, S, S, 3] together."""
+    words = judge.config.words
+    probabilities = judge.probabilities(pictures)
+    return {
+        name: words[name][int(np.log(probabilities[name] + 1e-6).mean(axis=0).argmax())]
+        for name in judge.config.identity
+    }
+
+
+def attribute_scores(
+    judge: Judge, drawn: np.ndarray, probes: Sequence[Probe], reference: Mapping[str, str]
+) -> dict[str, float]:
+    """Shares of right pictures.
+
+    Args:
+      judge: reads the pictures.
+      drawn: uint8 [N, S, S, 3].
+      probes: what each of them was drawn for.
+      reference: the concept's identity attributes.
+
+    Returns:
+      ``identity/NAME`` for each attribute in `reference`, over the pictures whose probe does not ask for another;
+      ``editability/NAME`` for each attribute that a probe asks for.
+    """
+    right: dict[str, list[bool]] = {}
+    for seen, probe in zip(judge.read(drawn), probes, strict=True):
+        asked = dict(probe.expects)
+        for name, word in asked.items():
+            right.setdefault(f"editability/{name}", []).append(seen[name] == word)
+        for name, word in reference.items():
+            if name not in asked:
+                right.setdefault(f"identity/{name}", []).append(seen[name] == word)
+    return {name: float(np.mean(values)) for name, values in sorted(right.items())}
+
+
+def mean_of(shares: Mapping[str, float], kind: str) -> float | None:
+    """Mean over the attributes of a kind, ``identity`` or ``editability``."""
+    values = [share for name, share in shares.items() if name.startswith(f"{kind}/")]
+    return float(np.mean(values)) if values else None
+
+
+def judge_scores(
+    judge: Judge,
+    draw: Draw,
+    word: str,
+    pictures: np.ndarray,
+    images_a_probe: int,
+    distractors: Sequence[np.ndarray] = (),
+) -> Scores:
+    """Draw the judge's probes with `word` and read them.
+
+    Args:
+      judge: its config has the probes.
+      draw: draws prompts.
+      word: what stands in the probes' ``{}``.
+      pictures: of the concept, uint8 [N, S, S, 3].
+      images_a_probe: pictures of each probe.
+      distractors: pictures of other concepts, an array each.
+    """
+    probes = [probe for probe in judge.config.probes for _ in range(images_a_probe)]
+    drawn = np.stack([np.asarray(image) for image in draw([probe.prompt.replace("{}", word) for probe in probes])])
+    reference = reference_attributes(judge, pictures)
+    shares = attribute_scores(judge, drawn, probes, reference)
+    rank = rank_among(judge.features(drawn), [judge.features(other) for other in (pictures, *distractors)])
+    return Scores(
+        identity=mean_of(shares, "identity"),
+        editability=mean_of(shares, "editability"),
+        by_attribute=shares,
+        reference=reference,
+        rank=rank if distractors else None,
+        candidates=1 + len(distractors) if distractors else None,
+    )
+
+
+def rank_among(drawn: np.ndarray, candidates: Sequence[np.ndarray]) -> int:
+    """Place of the first candidate by mean cosine to `drawn`: features [N, D] of length 1, of each candidate too."""
+    likeness = [float(np.mean(drawn @ candidate.T)) for candidate in candidates]
+    return 1 + sum(other > likeness[0] for other in likeness[1:])
+
+
+def clip_scores(
+    clip: CLIP,
+    draw: Draw,
+    word: str,
+    pictures: Sequence[Image.Image],
+    images: int = CLIP_IMAGES,
+    prompt: str = CLIP_PROMPT,
+    edits: Sequence[str] = CLIP_EDITS,
+    distractors: Sequence[Sequence[Image.Image]] = (),
+) -> Scores:
+    """The paper's scores: `images` pictures of the plain prompt for the image score, of each edit for the text score.
+
+    A text is compared without the word: ``a photo of on the beach``.
+    """
+    drawn = clip.image_features(draw([prompt.replace("{}", word)] * images))
+    concept = clip.image_features(pictures)
+    similarity = []
+    for edit in edits:
+        mean = clip.image_features(draw([edit.replace("{}", word)] * images)).mean(axis=0)
+        text = clip.text_features([" ".join(edit.replace("{}", " ").split())])[0]
+        similarity.append(float(mean @ text / np.linalg.norm(mean)))
+    rank = rank_among(drawn, [concept, *(clip.image_features(other) for other in distractors)])
+    return Scores(
+        clip_i=float(np.mean(drawn @ concept.T)),
+        clip_t=float(np.mean(similarity)),
+        rank=rank if distractors else None,
+        candidates=1 + len(distractors) if distractors else None,
+    )

@@ -1,0 +1,104 @@
+"""Scores of the word while it is learned and at the end, and which of its states was the best."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..config import EMBEDDED_STEPS, PAPER_STEPS, TrainConfig
+from ..embeddings import Embedding
+from ..errors import InputError
+from ..evaluation.evaluate import Evaluator, as_uint8, load_measure, write_scores
+from ..evaluation.scores import Scores
+from ..files import disk_errors
+from ..pipeline import StableDiffusion
+from .setup import Concept
+
+LOG_FILE = "scores.jsonl"
+SCORES_FILE = "scores.json"
+BEST_FILE = "learned_embeds-best.safetensors"
+
+
+@dataclass
+class Measuring:
+    """Measures states of the word; with ``keep_best`` it keeps a copy of the best one in the run's folder.
+
+    Attributes:
+      by: the measure to keep the best by, or None. every: updates between two measurements.
+      best: the highest value of that measure so far. best_step: when that was.
+    """
+
+    evaluator: Evaluator
+    sd: StableDiffusion
+    others: tuple[Embedding, ...]
+    folder: Path
+    by: str | None
+    every: int
+    best: float | None = None
+    best_step: int | None = None
+    last: tuple[int, Scores] | None = field(default=None, repr=False)
+
+    def due(self, step: int) -> bool:
+        """Whether the word is to be measured at this step."""
+        return self.by is not None and step % self.every == 0
+
+    def measure(self, embedding: Embedding, step: int) -> Scores:
+        """Measure, log, and keep the word if it is the best so far."""
+        if self.last is not None and self.last[0] == step:
+            return self.last[1]
+        scores = self.evaluator.scores(self.sd, embedding, self.others)
+        self.last = (step, scores)
+        with disk_errors(self.folder), (self.folder / LOG_FILE).open("a", encoding="utf-8") as log:
+            log.write(json.dumps({"step": step, **scores.as_dict()}) + "\n")
+        if self.by is not None:
+            value = getattr(scores, self.by)
+            if value is None:
+                raise InputError(f"--keep_best {self.by}: was not measured; it needs another model to measure with")
+            # Of equals the first: fewer steps keep a word nearer to the language.
+            if self.best is None or value > self.best:
+                self.best, self.best_step = value, step
+                embedding.save(self.folder / BEST_FILE, format="diffusers")
+        return scores
+
+    def resume(self, step: int) -> None:
+        """Take up what an earlier part of the run measured, up to `step`; later lines are of steps to be made again."""
+        path = self.folder / LOG_FILE
+        if not path.exists():
+            return
+        with disk_errors(path):
+            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            kept = [line for line in lines if line["step"] <= step]
+            path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        for line in kept:
+            if self.by is not None and (self.best is None or line[self.by] > self.best):
+                self.best, self.best_step = line[self.by], line["step"]
+
+    def finish(self, embedding: Embedding, step: int) -> tuple[Embedding, Scores]:
+        """Measure the last state, and return the word that the run ends with, and its scores."""
+        scores = self.measure(embedding, step)
+        if self.by is not None and self.best_step != step and (self.folder / BEST_FILE).exists():
+            embedding = Embedding.load(self.folder / BEST_FILE)
+            scores = self.evaluator.scores(self.sd, embedding, self.others)
+        write_scores(self.folder / SCORES_FILE, embedding, scores)
+        return embedding, scores
+
+
+def make_measuring(config: TrainConfig, sd: StableDiffusion, concept: Concept, folder: Path) -> Measuring | None:
+    """What the config asks for: None if it asks for no scores.
+
+    Raises:
+      InputError: nothing to measure with.
+    """
+    if not config.evaluate and config.keep_best is None:
+        return None
+    assert config.validation_guidance_scale is not None, "the config is resolved"
+    evaluator = Evaluator(
+        load_measure(sd, config.evaluation_clip),
+        as_uint8(concept.pictures.pixels),
+        images=config.evaluation_images,
+        num_inference_steps=EMBEDDED_STEPS if config.pretrained_model_name_or_path is None else PAPER_STEPS,
+        guidance_scale=config.validation_guidance_scale,
+        seed=config.seed,
+    )
+    return Measuring(evaluator, sd, concept.others, folder, config.keep_best, config.evaluation_steps)

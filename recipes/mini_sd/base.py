@@ -1,0 +1,236 @@
+"""The UNet and the text encoder, trained jointly from nothing on latents and exact captions (v-prediction).
+
+Part of the captions of some people say a code token instead of what the person looks like. A code has one row, learned
+like any weight and thrown away at the end: so the model has seen that one vector can hold a whole person, which is what
+textual inversion asks of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import data
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tokenizer as bpe
+import trainer
+import world
+from transformers import CLIPTokenizer
+
+from ti_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
+from ti_jax.models.unet import UNet2DConditionModel, UNetConfig
+
+WIDTH = 192
+UNET_CONFIG = {
+    "_class_name": "UNet2DConditionModel",
+    "act_fn": "silu",
+    "attention_head_dim": 4,
+    "block_out_channels": [96, 192, 256],
+    "cross_attention_dim": WIDTH,
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "norm_num_groups": 32,
+    "out_channels": 4,
+    "sample_size": 8,
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+}
+SCHEDULER_CONFIG = {
+    "_class_name": "DDIMScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "prediction_type": "v_prediction",
+    "set_alpha_to_one": True,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
+
+
+@dataclass(frozen=True)
+class BaseTraining:
+    """How the UNet and the text encoder are trained."""
+
+    steps: int = 6000
+    batch: int = 64
+    learning_rate: float = 1e-3
+    empty_captions: float = 0.1
+    embedding_noise: float = 0.008  # standard deviation; a token's row has about five times that
+    seed: int = 0
+
+
+def text_config(vocab_size: int) -> dict[str, Any]:
+    """``config.json`` of the text encoder."""
+    return {
+        "architectures": ["CLIPTextModel"],
+        "bos_token_id": vocab_size - 2,
+        "eos_token_id": vocab_size - 1,
+        "hidden_act": "quick_gelu",
+        "hidden_size": WIDTH,
+        "intermediate_size": 4 * WIDTH,
+        "layer_norm_eps": 1e-5,
+        "max_position_embeddings": bpe.MAX_LENGTH,
+        "model_type": "clip_text_model",
+        "num_attention_heads": 6,
+        "num_hidden_layers": 4,
+        "pad_token_id": vocab_size - 1,
+        "projection_dim": WIDTH,
+        "vocab_size": vocab_size,
+    }
+
+
+MEDIA = ("portrait", "drawing", "picture")
+VARIANTS = 7
+
+
+def caption_variants(scene: world.Scene, code: str | None, rng: np.random.Generator) -> list[str]:
+    """Seven ways to say what is in a picture, from everything to little; with a code the last three name it."""
+
+    def some(share: float) -> set[str]:
+        return {name for name in world.ATTRIBUTES if rng.random() < share}
+
+    def medium() -> str:
+        return world.pick(rng, MEDIA)
+
+    # Only a picture of another style must say so: what is not said is the main style.
+    named = scene.style != "persona"
+    captions = [
+        world.caption(scene, style=named, medium="portrait"),
+        world.caption(scene, style=named, medium=medium()),
+        world.caption(scene, style=True, medium=medium()),
+        world.caption(scene, style=named, medium=medium(), keep=some(0.75)),
+    ]
+    if code is None:
+        shares = (0.5, 0.3)
+        captions += [world.caption(scene, style=named, medium=medium(), keep=some(share)) for share in shares]
+        # A style, and nothing of the person: the form in which a style is learned.
+        return [*captions, world.caption(scene, style=True, medium=medium(), identity=False, keep=some(0.3))]
+    for share in (1.0, 0.6, 0.2):
+        captions.append(world.caption(scene, subject=code, identity=False, medium=medium(), keep=some(share)))
+    return captions
+
+
+def make_captions(scenes: list[world.Scene], groups: np.ndarray, tokenizer: CLIPTokenizer, seed: int) -> np.ndarray:
+    """Token ids int16 [N, VARIANTS, L]. The code of person r is id ``len(tokenizer) + r``."""
+    rng = np.random.default_rng([seed, 2])
+    # A word that stands for all codes while the text is tokenized: none of the captions has it.
+    stand_in = tokenizer("in").input_ids[1]
+    texts = []
+    for scene, group in zip(scenes, groups, strict=True):
+        texts += caption_variants(scene, "in" if 0 <= group < data.DEV_PEOPLE else None, rng)
+    ids = np.array(bpe.encode(tokenizer, texts), np.int16).reshape(len(scenes), VARIANTS, -1)
+    codes = (len(tokenizer) + groups).astype(np.int16)[:, None, None]
+    return np.where(ids == stand_in, codes, ids)
+
+
+def scheduler_levels() -> tuple[np.ndarray, np.ndarray]:
+    """Signal and noise of each timestep: sqrt(alphas_cumprod), sqrt(1 - alphas_cumprod), float32 [1000]."""
+    start, end = SCHEDULER_CONFIG["beta_start"], SCHEDULER_CONFIG["beta_end"]
+    betas = np.linspace(start**0.5, end**0.5, SCHEDULER_CONFIG["num_train_timesteps"]) ** 2
+    product = np.cumprod(1.0 - betas)
+    return np.sqrt(product).astype(np.float32), np.sqrt(1.0 - product).astype(np.float32)
+
+
+def latent_weight(moments: np.ndarray, scaling_factor: float) -> np.ndarray:
+    """How much an error in each latent number counts, float32 [h, w, c], mean 1.
+
+    More where the latents vary little, which is where eyes and mouths are: beside a background's colour they would
+    hardly be heard. What the model should predict is the same under any such weight.
+    """
+    mean = moments[..., : moments.shape[-1] // 2] * scaling_factor
+    weight = np.clip(1.0 / mean.std(axis=0), 0.5, 2.5)
+    height, width = weight.shape[:2]
+    weight[height // 4 : height * 7 // 8, width // 4 : width * 3 // 4] *= 1.5
+    return (weight / weight.mean()).astype(np.float32)
+
+
+def train_base(
+    config: BaseTraining,
+    tokenizer: CLIPTokenizer,
+    moments: np.ndarray,
+    scaling_factor: float,
+    folder: Path,
+    work: Path,
+) -> Any:
+    """Train, or go on; returns ``{"unet": tree, "text_encoder": tree}``, averaged.
+
+    Args:
+      config: how.
+      tokenizer: of the captions.
+      moments: float32 [N, h, w, 2c] of all pictures of the data folder, unscaled.
+      scaling_factor: brings latents to a standard deviation of 1.
+      folder: for checkpoints.
+      work: where ``data`` lies.
+    """
+    groups = np.load(work / "data" / "group.npy")
+    scenes = data.load_scenes(work / "data")
+    chosen = np.flatnonzero((groups < data.DEV_PEOPLE) & (groups != data.VALIDATION) & (groups != data.UNSEEN_STYLE))
+    ids = make_captions([scenes[index] for index in chosen], groups[chosen], tokenizer, config.seed)
+    people = int(groups[chosen].max()) + 1
+    signal, noise_level = scheduler_levels()
+    unet = UNet2DConditionModel(UNetConfig.from_dict(UNET_CONFIG))
+    text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(text_config(len(tokenizer))))
+    batch = config.batch // jax.device_count()
+    arrays = {
+        "moments": moments[chosen],
+        "ids": ids,
+        "empty": np.array(bpe.encode(tokenizer, [""])[0], np.int16),
+        "signal": signal,
+        "noise": noise_level,
+        "weight": latent_weight(moments[chosen], scaling_factor),
+    }
+
+    def loss(params, arrays, key):
+        names = ("picture", "variant", "empty", "latent", "timestep", "noise", "rows", "table")
+        keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
+        index = jax.random.randint(keys["picture"], (batch,), 0, len(chosen))
+        variant = jax.random.randint(keys["variant"], (batch,), 0, VARIANTS)
+        tokens = arrays["ids"][index, variant].astype(jnp.int32)
+        without = jax.random.bernoulli(keys["empty"], config.empty_captions, (batch, 1))
+        tokens = jnp.where(without, arrays["empty"].astype(jnp.int32), tokens)
+
+        def shaken(table, key):
+            return table + config.embedding_noise * jax.random.normal(key, table.shape)
+
+        text = dict(params["text_encoder"])
+        table = text["embeddings"]["token_embedding"]["embedding"]
+        text["embeddings"] = text["embeddings"] | {"token_embedding": {"embedding": shaken(table, keys["table"])}}
+        rows = shaken(params["codes"], keys["rows"])
+        context = text_encoder.apply({"params": text}, tokens, rows).last_hidden_state
+
+        mean, logvar = jnp.split(arrays["moments"][index], 2, axis=-1)
+        latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(keys["latent"], mean.shape)
+        latents = latents * scaling_factor
+        noise = jax.random.normal(keys["noise"], latents.shape)
+        timesteps = jax.random.randint(keys["timestep"], (batch,), 0, len(signal))
+        alpha, sigma = (arrays[name][timesteps][:, None, None, None] for name in ("signal", "noise"))
+        predicted = unet.apply({"params": params["unet"]}, alpha * latents + sigma * noise, timesteps, context)
+        error = jnp.square(predicted - (alpha * noise - sigma * latents))
+        return jnp.mean(arrays["weight"] * error), {"mse": jnp.mean(error)}
+
+    def init(key):
+        keys = jax.random.split(key, 5)
+        side = UNET_CONFIG["sample_size"]
+        sample, context = jnp.zeros((1, side, side, 4)), jnp.zeros((1, bpe.MAX_LENGTH, WIDTH))
+        tree = unet.init(keys[0], sample, jnp.zeros((1,), jnp.int32), context)["params"]
+        tree["conv_out"]["kernel"] = jnp.zeros_like(tree["conv_out"]["kernel"])
+        text = text_encoder.init(keys[1], jnp.zeros((1, bpe.MAX_LENGTH), jnp.int32))["params"]
+        for name, key, deviation in (("token_embedding", keys[2], 0.04), ("position_embedding", keys[3], 0.02)):
+            table = text["embeddings"][name]["embedding"]
+            text["embeddings"][name]["embedding"] = deviation * jax.random.normal(key, table.shape)
+        return {"unet": tree, "text_encoder": text, "codes": 0.04 * jax.random.normal(keys[4], (people, WIDTH))}
+
+    params = trainer.fit(
+        folder=folder, init=init, loss=loss, data=arrays,
+        optimizer=trainer.adamw(trainer.schedule(config.learning_rate, config.steps, 300), weight_decay=0.01),
+        steps=config.steps, seed=config.seed, decay=0.999,
+    )  # fmt: skip
+    return {name: params[name] for name in ("unet", "text_encoder")}

@@ -1,0 +1,72 @@
+"""Parameter trees -> a diffusers folder in half precision, which ti_jax and diffusers read alike."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import base
+import numpy as np
+import vae
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import save_file
+from transformers import CLIPTokenizer
+
+from ti_jax.weights.names import CONV2D, DENSE, FLAX_NAMES_OF_WEIGHT
+
+Tree = Any
+NUMBERED_IN_PYTORCH_TOO = ("linear_1", "linear_2")  # names, not places in a list
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+SCALING_DIGITS = 6
+
+
+def state_dict(tree: Tree, prefix: str = "") -> dict[str, np.ndarray]:
+    """PyTorch's names and layouts of a tree's leaves, float16; the inverse of `ti_jax.weights.names`."""
+    tensors = {}
+    for path, leaf in flatten_dict(tree).items():
+        words = [word if word in NUMBERED_IN_PYTORCH_TOO else re.sub(r"_(\d+)$", r".\1", word) for word in path]
+        array = np.asarray(leaf, np.float32)
+        if words[-1] == "kernel":
+            array = array.transpose(np.argsort(CONV2D if array.ndim == 4 else DENSE))
+        if words[-1] in FLAX_NAMES_OF_WEIGHT:
+            words[-1] = "weight"
+        tensors[prefix + ".".join(words)] = np.ascontiguousarray(array, np.float16)
+    return tensors
+
+
+def export(
+    folder: Path, params: Tree, vae_params: Tree, scaling_factor: float, tokenizer: CLIPTokenizer, card: str
+) -> None:
+    """Write the model to `folder`; the tokenizer's files are there already."""
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": "0.40.0",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    vae_config = vae.CONFIG | {"scaling_factor": round(scaling_factor, SCALING_DIGITS)}
+    _write(folder / "model_index.json", index)
+    _write(folder / "scheduler" / "scheduler_config.json", base.SCHEDULER_CONFIG)
+    _write(folder / "vae" / "config.json", vae_config)
+    _write(folder / "unet" / "config.json", base.UNET_CONFIG)
+    _write(folder / "text_encoder" / "config.json", base.text_config(len(tokenizer)))
+    metadata = {"format": "pt"}
+    save_file(state_dict(vae_params), folder / "vae" / WEIGHTS, metadata)
+    save_file(state_dict(params["unet"]), folder / "unet" / WEIGHTS, metadata)
+    text = state_dict(params["text_encoder"], "text_model.")
+    save_file(text, folder / "text_encoder" / "model.safetensors", metadata)
+    (folder / "README.md").write_text(card)
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=2) + "\n")

@@ -1,0 +1,111 @@
+"""The judge (which reads attributes off pictures, for the evaluation) and the critic (whose features teach the VAE).
+
+They are two networks of one kind with nothing in common, so that the judge has never had a say in what it judges.
+Both are trained on true renders, some of them shifted, blurred, noisy, or of another brightness.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import data
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import trainer
+import world
+
+from ti_jax.evaluation.judge import Judge, JudgeConfig, JudgeNetwork, Probe, split_logits
+
+
+@dataclass(frozen=True)
+class JudgeTraining:
+    """How a judge is trained."""
+
+    steps: int = 4000
+    batch: int = 64
+    learning_rate: float = 2e-3
+    seed: int = 0
+    channels: tuple[int, ...] = (64, 96, 128)
+    hidden: int = 256
+
+
+def augment(pixels: jax.Array, key: jax.Array) -> jax.Array:
+    """Pictures [B, S, S, 3] in [-1, 1], each a little worse: what a good picture may suffer and still be the same."""
+    blur, shift, noise, bright = jax.random.split(key, 4)
+    batch, side = pixels.shape[:2]
+    padded = jnp.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+    taps = [padded[:, i : i + side, j : j + side] for i in range(3) for j in range(3)]
+    weights = jnp.array([1, 2, 1, 2, 4, 2, 1, 2, 1]) / 16
+    blurred = sum(weight * tap for weight, tap in zip(weights, taps, strict=True))
+    amount = jax.random.uniform(blur, (batch, 1, 1, 1)) * jax.random.bernoulli(blur, 0.6, (batch, 1, 1, 1))
+    pixels = pixels + amount * (blurred - pixels)
+    by_row = jax.random.randint(shift, (2,), -1, 2)  # one shift for the batch: a roll of whole pictures is cheap
+    pixels = jnp.roll(pixels, by_row, axis=(1, 2))
+    spread = 0.08 * jax.random.uniform(bright, (batch, 1, 1, 1))
+    pixels = pixels + spread * jax.random.normal(noise, pixels.shape)
+    return pixels + 0.05 * jax.random.normal(bright, (batch, 1, 1, 3))
+
+
+def answer_loss(config: JudgeConfig, logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean cross-entropy over attributes; where a label is -1, nothing is asked."""
+    losses = []
+    for index, part in enumerate(split_logits(config, logits).values()):
+        label = labels[:, index].astype(jnp.int32)
+        asked = label >= 0
+        each = optax.softmax_cross_entropy_with_integer_labels(part, jnp.maximum(label, 0))
+        losses.append(jnp.sum(each * asked) / jnp.maximum(jnp.sum(asked), 1))
+    return sum(losses) / len(losses)
+
+
+def accuracy(judge: Judge, pixels: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Share of right answers for each attribute, where there is one."""
+    result = {}
+    for index, (name, part) in enumerate(judge.probabilities(pixels).items()):
+        asked = labels[:, index] >= 0
+        if asked.any():
+            result[name] = float(np.mean(part.argmax(-1)[asked] == labels[asked, index]))
+    return result
+
+
+def train_judge(config: JudgeTraining, folder: Path, work: Path) -> Judge:
+    """Train on all renders but the validation set and the people held out; kept in `folder`."""
+    probes = tuple(Probe(prompt, tuple(expects.items())) for prompt, expects in world.PROBES)
+    judge_config = JudgeConfig(
+        tuple(world.ATTRIBUTES.items()),
+        world.IDENTITY,
+        probes,
+        channels=config.channels,
+        hidden=config.hidden,
+        side=data.SIDE,
+    )
+    group = np.load(work / "data" / "group.npy")
+    chosen = np.flatnonzero((group < data.DEV_PEOPLE) & (group != data.VALIDATION))
+    pixels = np.load(work / "data" / "pixels.npy", mmap_mode="r")[chosen]
+    labels = np.load(work / "data" / "labels.npy")[chosen]
+    network = JudgeNetwork(judge_config)
+    batch = config.batch // jax.device_count()
+
+    def loss(params, arrays, key):
+        draw, change = jax.random.split(key)
+        index = jax.random.randint(draw, (batch,), 0, arrays["pixels"].shape[0])
+        pictures = augment(arrays["pixels"][index].astype(jnp.float32) / 127.5 - 1.0, change)
+        logits, _ = network.apply({"params": params}, pictures)
+        return answer_loss(judge_config, logits, arrays["labels"][index]), {}
+
+    def init(key):
+        return network.init(key, jnp.zeros((1, data.SIDE, data.SIDE, 3)))["params"]
+
+    optimizer = trainer.adamw(trainer.schedule(config.learning_rate, config.steps, 100), weight_decay=0.02)
+    params = trainer.fit(
+        folder=folder, init=init, loss=loss, data={"pixels": pixels, "labels": labels}, optimizer=optimizer,
+        steps=config.steps, seed=config.seed, report_every=200,
+    )  # fmt: skip
+    judge = Judge(judge_config, params)
+    valid = np.flatnonzero(group == data.VALIDATION)
+    every = np.load(work / "data" / "pixels.npy", mmap_mode="r")
+    figures = accuracy(judge, every[valid], np.load(work / "data" / "labels.npy")[valid])
+    print(folder.name, "on held-back renders:", {name: round(value, 4) for name, value in figures.items()}, flush=True)
+    return judge

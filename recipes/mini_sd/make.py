@@ -1,0 +1,142 @@
+"""Make mini-sd from nothing: ``python recipes/mini_sd/make.py`` (see README.md beside this file).
+
+Stages: data, judges, vae, base, export, measure. Each goes on from where it was cut, and is skipped where its result is
+there. ``--smoke`` runs everything in a minute or two, at sizes at which nothing is learned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+# On CPU one device a core, each with one thread, is the fastest way to train: no thread ever waits for another within a
+# layer. Must be said before JAX starts.
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={CORES} --xla_cpu_multi_thread_eigen=false")
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+
+import base  # noqa: E402
+import data  # noqa: E402
+import export  # noqa: E402
+import judge  # noqa: E402
+import measure  # noqa: E402
+import numpy as np  # noqa: E402
+import tokenizer as bpe  # noqa: E402
+import vae  # noqa: E402
+import yaml  # noqa: E402
+from flax import serialization  # noqa: E402
+from flax.traverse_util import flatten_dict, unflatten_dict  # noqa: E402
+from safetensors.numpy import load_file  # noqa: E402
+
+from ti_jax.evaluation.judge import FOLDER as JUDGE_FOLDER  # noqa: E402
+from ti_jax.evaluation.judge import Judge  # noqa: E402
+from ti_jax.weights.names import to_tree_layout, tree_path  # noqa: E402
+
+HERE = Path(__file__).parent
+KEPT = HERE / "kept"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of all stages; ``config.yaml`` and ``smoke.yaml`` fill them in."""
+
+    data: data.DataConfig = field(default_factory=data.DataConfig)
+    critic: judge.JudgeTraining = field(default_factory=judge.JudgeTraining)
+    judge: judge.JudgeTraining = field(default_factory=judge.JudgeTraining)
+    vae: vae.VAETraining = field(default_factory=vae.VAETraining)
+    base: base.BaseTraining = field(default_factory=base.BaseTraining)
+    measured_captions: int = 192
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a YAML file: sections by stage; what is left out has its default."""
+    recipe = Recipe()
+    for name, value in (yaml.safe_load(path.read_text()) or {}).items():
+        current = getattr(recipe, name)
+        if isinstance(value, dict):
+            value = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
+            value = replace(current, **value)
+        recipe = replace(recipe, **{name: value})
+    return recipe
+
+
+def keep(path: Path, make) -> Any:
+    """The tree in the file `path`, made and written there first where it is not."""
+    if not path.exists():
+        tree = make()
+        path.write_bytes(serialization.msgpack_serialize(serialization.to_state_dict(tree)))
+    return serialization.msgpack_restore(path.read_bytes())
+
+
+def load_tree(path: Path, component: str, shapes: Any) -> Any:
+    """The parameter tree in one file that `export.state_dict` wrote, float32."""
+    targets = flatten_dict(shapes)
+    leaves = {}
+    for name, tensor in load_file(path).items():
+        leaf = tree_path(name, component, targets)
+        leaves[leaf] = np.asarray(to_tree_layout(tensor, leaf, len(targets[leaf].shape)), np.float32)
+    return unflatten_dict(leaves)
+
+
+def make_all(recipe: Recipe, work: Path, out: Path, kept: bool) -> dict[str, Any]:
+    """Run all stages; returns the figures, which are also in ``<work>/figures.json``.
+
+    With `kept`, the judge and the autoencoder are those of ``kept/`` beside this file, and are not trained.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    # What was made with other settings must not be gone on with.
+    settings = work / "recipe.json"
+    wanted = json.dumps(asdict(recipe), indent=2)
+    if settings.exists() and settings.read_text() != wanted:
+        raise SystemExit(f"make.py: {work} holds a run with other settings; give another --work, or delete it")
+    settings.write_text(wanted)
+
+    data.make_data(recipe.data, work)
+    if kept:
+        reader = Judge.load(KEPT)
+        vae_params = load_tree(KEPT / "vae.safetensors", "vae", vae.shapes())
+    else:
+        critic = judge.train_judge(recipe.critic, work / "critic", work)
+        reader = judge.train_judge(recipe.judge, work / "judge", work)
+        vae_params = keep(work / "vae.msgpack", lambda: vae.train_vae(recipe.vae, critic, work / "vae", work))
+    pixels = np.load(work / "data" / "pixels.npy", mmap_mode="r")
+    moments_file = work / "moments.npy"
+    if not moments_file.exists():
+        np.save(moments_file, vae.encode(vae_params, pixels))
+    moments = np.load(moments_file)
+    scaling_factor = round(float(1.0 / moments[..., :4].std()), export.SCALING_DIGITS)
+    tokenizer = bpe.make_tokenizer(out / "tokenizer")
+    params = keep(
+        work / "base.msgpack",
+        lambda: base.train_base(recipe.base, tokenizer, moments, scaling_factor, work / "base", work),
+    )
+    export.export(out, params, vae_params, scaling_factor, tokenizer, (HERE / "card.md").read_text())
+    reader.save(out / JUDGE_FOLDER)
+    figures = measure.measure(out, Judge.load(out), work, recipe.measured_captions)
+    (work / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    return figures
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=HERE / "config.yaml", help="settings of the stages")
+    parser.add_argument("--smoke", action="store_true", help="smoke.yaml: everything, tiny")
+    parser.add_argument("--work", type=Path, default=Path(".work/mini_sd"), help="pictures, checkpoints, logs")
+    parser.add_argument("--out", type=Path, default=None, help="the diffusers folder (default: <work>/mini-sd)")
+    parser.add_argument(
+        "--kept", action="store_true", help="take the judge and the autoencoder from kept/: only the base is trained"
+    )
+    arguments = parser.parse_args()
+    config = HERE / "smoke.yaml" if arguments.smoke else arguments.config
+    figures = make_all(read_recipe(config), arguments.work, arguments.out or arguments.work / "mini-sd", arguments.kept)
+    print(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    main()

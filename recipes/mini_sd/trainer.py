@@ -1,0 +1,146 @@
+"""The loop that all stages share: data-parallel steps over the devices, averages of the weights, and resume.
+
+A stage is a loss function of (params, batch, key). The batch is drawn on the device from arrays that lie there. A
+checkpoint holds everything that the next step depends on; a run that is cut goes on from the last one, and draws what
+it would have drawn.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import serialization
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXIS = "data"
+Tree = Any
+
+
+class State(NamedTuple):
+    """Where a training is."""
+
+    step: jax.Array
+    params: Tree
+    average: Tree  # exponential moving average of params
+    optimizer: Tree
+
+
+def root_key(seed: int) -> jax.Array:
+    """Where all draws of a training come from. "rbg" draws many numbers several times as fast as the default on CPU."""
+    return jax.random.key(seed + 1, impl="rbg")
+
+
+def schedule(peak: float, steps: int, warmup: int) -> optax.Schedule:
+    """Linear warm-up (a quarter of the steps at most), then a cosine down to a hundredth of the peak."""
+    return optax.warmup_cosine_decay_schedule(0.0, peak, min(warmup, steps // 4), steps, end_value=peak / 100)
+
+
+def adamw(rate: optax.Schedule, weight_decay: float = 0.0) -> optax.GradientTransformation:
+    """AdamW with the gradient's norm clipped to 1."""
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=weight_decay))
+
+
+def fit(
+    *,
+    folder: Path,
+    init: Callable[[jax.Array], Tree],
+    loss: Callable[[Tree, Tree, jax.Array], tuple[jax.Array, dict[str, jax.Array]]],
+    data: Tree,
+    optimizer: optax.GradientTransformation,
+    steps: int,
+    seed: int,
+    decay: float = 0.999,
+    report_every: int = 50,
+    checkpoint_seconds: float = 180.0,
+    on_report: Callable[[State], None] | None = None,
+) -> Tree:
+    """Train for `steps` steps, or go on from the checkpoint in `folder`.
+
+    Args:
+      folder: where ``checkpoint.msgpack`` and ``log.jsonl`` are written.
+      init: key -> parameters.
+      loss: (params, data, key) -> (loss, figures): of the part of the batch that one device draws by `key`.
+      data: arrays that the loss draws its batch from; on every device.
+      optimizer: what turns gradients into updates.
+      steps: how many.
+      seed: of everything random.
+      decay: of the moving average; in the beginning the average follows faster.
+      report_every: steps between two lines.
+      checkpoint_seconds: time between two checkpoints.
+      on_report: called with the state after each line.
+
+    Returns:
+      The moving average of the parameters.
+    """
+    mesh = Mesh(np.array(jax.devices()), (AXIS,))
+    everywhere = NamedSharding(mesh, P())
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = folder / "checkpoint.msgpack"
+
+    params = init(jax.random.key(seed))
+    state = State(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+    if checkpoint.exists():
+        state = serialization.from_bytes(state, checkpoint.read_bytes())
+        state = jax.tree.map(jnp.asarray, state)
+        print(f"{folder.name}: on from step {int(state.step)}", flush=True)
+    state, data = jax.device_put((state, data), everywhere)
+
+    def step(state: State, data: Tree) -> tuple[State, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.fold_in(root_key(seed), state.step), jax.lax.axis_index(AXIS))
+
+        def mean_loss(params):
+            value, figures = loss(params, data, key)
+            return jax.lax.pmean(value, AXIS), jax.lax.pmean(figures | {"loss": value}, AXIS)
+
+        gradients, figures = jax.grad(mean_loss, has_aux=True)(state.params)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        count = state.step.astype(jnp.float32)
+        keep = jnp.minimum(decay, (1 + count) / (10 + count))
+        average = jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, state.average, params)
+        return State(state.step + 1, params, average, optimizer_state), figures
+
+    mapped = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P(), P()), out_specs=(P(), P())), donate_argnums=0)
+
+    def save() -> None:
+        partial = checkpoint.with_suffix(".part")
+        partial.write_bytes(serialization.to_bytes(jax.device_get(state)))
+        partial.replace(checkpoint)
+
+    number = int(state.step)
+    saved = began = time.monotonic()
+    sums: dict[str, float] = {}
+    counted = 0
+    with (folder / "log.jsonl").open("a") as log:
+        pending = None
+        while number < steps:
+            state, figures = mapped(state, data)
+            number += 1
+            if pending is not None:  # the step before, so that the device never waits for the host
+                for name, value in pending.items():
+                    sums[name] = sums.get(name, 0.0) + float(value)
+                counted += 1
+            pending = figures
+            if number % report_every == 0 or number == steps:
+                line = {name: round(value / max(counted, 1), 5) for name, value in sums.items()}
+                now = time.monotonic()
+                line = {"step": number, **line, "seconds": round(now - began, 1)}
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+                print(f"{folder.name}: {line}", flush=True)
+                began, sums, counted = now, {}, 0
+                if on_report is not None:
+                    on_report(state)
+            if time.monotonic() - saved > checkpoint_seconds or number == steps:
+                save()
+                saved = time.monotonic()
+    return jax.tree.map(jnp.asarray, jax.device_get(state.average))

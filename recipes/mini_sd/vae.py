@@ -1,0 +1,147 @@
+"""The autoencoder: f = 8, as Stable Diffusion's, trained on all renders but those held out.
+
+Loss: absolute and squared error, the error of the picture's differences, and the distance in a critic's features (see
+`judge`), which sees a mouth where the mean error sees four pixels; a small KL term keeps the latents near a normal
+distribution. The face counts three times: the parts that make a person are small.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import data
+import jax
+import jax.numpy as jnp
+import numpy as np
+import trainer
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ti_jax.evaluation.judge import Judge, JudgeNetwork
+from ti_jax.models.vae import AutoencoderKL, VAEConfig
+from ti_jax.weights.load import param_shapes
+
+CONFIG = {
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "block_out_channels": [16, 32, 64, 64],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "force_upcast": True,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "out_channels": 3,
+    "sample_size": data.SIDE,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
+# Rows, columns of the main style's heads with hair and shoulders, and of their faces.
+FIGURE = (slice(2, 64), slice(8, 56))
+FACE = (slice(20, 54), slice(16, 48))
+
+
+@dataclass(frozen=True)
+class VAETraining:
+    """How the autoencoder is trained."""
+
+    steps: int = 1800
+    batch: int = 64
+    learning_rate: float = 3e-3
+    kl: float = 5e-4
+    critic: float = 0.3
+    seed: int = 0
+
+
+def module(scaling_factor: float = 1.0) -> AutoencoderKL:
+    """The network; `scaling_factor` is measured after training."""
+    return AutoencoderKL(VAEConfig.from_dict(CONFIG | {"scaling_factor": scaling_factor}))
+
+
+def shapes() -> Any:
+    """The parameter tree as `jax.ShapeDtypeStruct`."""
+    return param_shapes(module(), jax.ShapeDtypeStruct((1, data.SIDE, data.SIDE, 3), jnp.float32))
+
+
+def split(moments: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Moments [..., 2c] -> mean and standard deviation, [..., c] each."""
+    mean, logvar = jnp.split(moments, 2, axis=-1)
+    return mean, jnp.exp(0.5 * logvar)
+
+
+def train_vae(config: VAETraining, critic: Judge, folder: Path, work: Path) -> Any:
+    """Train, or go on; returns the parameters."""
+    group = np.load(work / "data" / "group.npy")
+    chosen = np.flatnonzero((group < data.DEV_PEOPLE) & (group != data.VALIDATION) & (group != data.UNSEEN_STYLE))
+    pixels = np.load(work / "data" / "pixels.npy", mmap_mode="r")[chosen]
+    network = module()
+    critic_network = JudgeNetwork(critic.config)
+    batch = config.batch // jax.device_count()
+    weight = np.ones((data.SIDE, data.SIDE, 1), np.float32)
+    weight[FIGURE] = 2.0
+    weight[FACE] = 3.0
+    weight /= weight.mean()
+
+    def loss(params, arrays, key):
+        draw, sample = jax.random.split(key)
+        index = jax.random.randint(draw, (batch,), 0, arrays["pixels"].shape[0])
+        pictures = arrays["pixels"][index].astype(jnp.float32) / 127.5 - 1.0
+        mean, deviation = split(network.apply({"params": params}, pictures, method="encode"))
+        latents = mean + deviation * jax.random.normal(sample, mean.shape)
+        drawn = network.apply({"params": params}, latents, method="decode")
+        error = drawn - pictures
+        absolute = jnp.mean(weight * jnp.abs(error))
+        squared = jnp.mean(weight * jnp.square(error))
+        edges = sum(
+            jnp.mean(jnp.abs(difference))
+            for difference in (error[:, 1:] - error[:, :-1], error[:, :, 1:] - error[:, :, :-1])
+        )
+        both, levels = critic_network.apply({"params": arrays["critic"]}, jnp.concatenate([pictures, drawn]))
+        features = sum(jnp.mean(jnp.abs(level[batch:] - level[:batch])) for level in levels)
+        answers = jnp.mean(jnp.square(both[batch:] - both[:batch]))
+        kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.square(deviation) - 1 - 2 * jnp.log(deviation))
+        value = absolute + squared + 2 * edges + config.critic * (features + 0.02 * answers) + config.kl * kl
+        return value, {"absolute": absolute, "mse": jnp.mean(jnp.square(error)), "features": features,
+                       "answers": answers, "kl": kl}  # fmt: skip
+
+    def init(key):
+        return network.init(key, jnp.zeros((1, data.SIDE, data.SIDE, 3)))["params"]
+
+    return trainer.fit(
+        folder=folder, init=init, loss=loss, data={"pixels": pixels, "critic": critic.params},
+        optimizer=trainer.adamw(trainer.schedule(config.learning_rate, config.steps, 100)),
+        steps=config.steps, seed=config.seed, decay=0.995,
+    )  # fmt: skip
+
+
+def encode(params: Any, pixels: np.ndarray, batch: int = 64) -> np.ndarray:
+    """uint8 pictures [N, S, S, 3] -> moments float32 [N, h, w, 2c], unscaled."""
+    network = module()
+    run = jax.jit(lambda params, x: network.apply({"params": params}, x, method="encode"))
+    return _in_batches(lambda part: run(params, part.astype(jnp.float32) / 127.5 - 1.0), pixels, batch)
+
+
+def decode(params: Any, latents: np.ndarray, batch: int = 64) -> np.ndarray:
+    """Unscaled latents [N, h, w, c] -> uint8 pictures [N, S, S, 3]."""
+    network = module()
+    run = jax.jit(lambda params, x: network.apply({"params": params}, x, method="decode"))
+    drawn = _in_batches(lambda part: run(params, part), latents, batch)
+    return np.clip((drawn + 1.0) * 127.5, 0, 255).round().astype(np.uint8)
+
+
+def _in_batches(function, array: np.ndarray, batch: int) -> np.ndarray:
+    """`function` of each batch, a part of it on each device."""
+    by_picture = NamedSharding(Mesh(np.array(jax.devices()), (trainer.AXIS,)), P(trainer.AXIS))
+    parts = []
+    for start in range(0, len(array), batch):
+        part = array[start : start + batch]
+        padded = np.concatenate([part, np.repeat(part[-1:], batch - len(part), axis=0)])
+        parts.append(np.asarray(function(jax.device_put(padded, by_picture)))[: len(part)])
+    return np.concatenate(parts)
+
+
+def peak_signal_to_noise(one: np.ndarray, other: np.ndarray) -> float:
+    """PSNR of uint8 pictures, in decibels, over all of them together."""
+    mse = np.mean(np.square(one.astype(np.float32) - other.astype(np.float32)))
+    return float(10 * np.log10(255.0**2 / mse))

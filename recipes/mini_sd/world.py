@@ -1,0 +1,368 @@
+"""The world that mini-sd draws: what a picture can show, and the words for it.
+
+A `Scene` names everything that is in one picture. Its caption is exact, because the picture is rendered from the scene.
+Four avatar styles: "persona" is the main one, "toon" and "mini" are drawn less often, and "dylan" is held out whole, so
+that a style can be learned that the model has never seen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+# word -> what DiceBear calls it; "personas" 9.4.3
+HAIR = {
+    "long hair": "long",
+    "side shaved hair": "sideShave",
+    "short hair": "shortCombover",
+    "high top hair": "curlyHighTop",
+    "bob hair": "bobCut",
+    "curly hair": "curly",
+    "pigtails": "pigtails",
+    "curly bun": "curlyBun",
+    "buzzcut": "buzzcut",
+    "bangs": "bobBangs",
+    "bald": "bald",
+    "balding": "balding",
+    "cap": "cap",
+    "undercut bun": "bunUndercut",
+    "fade": "fade",
+    "beanie": "beanie",
+    "bun": "straightBun",
+    "very long hair": "extraLong",
+    "sideburns": "shortComboverChops",
+    "mohawk": "mohawk",
+}
+# The avatars' own reds, pinks, oranges and blonds are hard to tell apart at 64 pixels; these are not.
+HAIR_COLOURS = {
+    "black": "2b2233",
+    "brown": "7a4a35",
+    "red": "d92b3a",
+    "pink": "f06fc8",
+    "orange": "f28a2e",
+    "blond": "f2cf6b",
+    "white": "e6e9f7",
+}
+SKINS = {"light": ("eeb4a4",), "tan": ("d78774",), "brown": ("b16a5b", "92594b"), "dark": ("623d36",)}
+EYES = {
+    "open eyes": "open",
+    "sleepy eyes": "sleep",
+    "winking": "wink",
+    "glasses": "glasses",
+    "happy eyes": "happy",
+    "sunglasses": "sunglasses",
+}
+MOUTHS = {
+    "smile": "smile",
+    "frown": "frown",
+    "surprised": "surprise",
+    "pacifier": "pacifier",
+    "big smile": "bigSmile",
+    "smirk": "smirk",
+    "lips": "lips",
+}
+BEARDS = {
+    "no beard": None,
+    "beard": "beardMustache",
+    "moustache": "pyramid",
+    "walrus moustache": "walrus",
+    "goatee": "goatee",
+    "stubble": "shadow",
+    "soul patch": "soulPatch",
+}
+# What hides what: a caption must not say what nobody can see. Hats have colours of their own.
+NO_HAIR_SEEN = ("bald", "cap", "beanie")
+COLOURED_BEARDS = ("beard", "moustache", "walrus moustache", "goatee")
+MOUTH_COVERING = ("beard",)
+# The third nose differs from "round nose" by less than anybody sees at 64 pixels, and is left out.
+NOSES = {"round nose": "mediumRound", "wrinkles": "wrinkles"}
+CLOTHES = {"jacket": "small", "sweater": "squared", "shirt": "rounded", "checkered shirt": "checkered"}
+CLOTHES_COLOURS = {
+    "blue": "456dff",
+    "turquoise": "54d7c7",
+    "purple": "7555ca",
+    "green": "6dbb58",
+    "red": "e24553",
+    "yellow": "f3b63a",
+    "pink": "f55d81",
+}
+BACKGROUNDS = {
+    "white": (250, 250, 250),
+    "red": (225, 60, 60),
+    "orange": (245, 150, 50),
+    "yellow": (250, 220, 60),
+    "green": (90, 185, 90),
+    "turquoise": (70, 205, 200),
+    "blue": (60, 110, 230),
+    "purple": (140, 90, 210),
+    "pink": (250, 160, 190),
+    "grey": (150, 150, 155),
+}
+PATTERNS = ("plain", "striped", "dotted")
+STYLES = {"persona": "personas", "toon": "toon-head", "mini": "miniavs", "dylan": "dylan"}
+TRAINED_STYLES = ("persona", "toon", "mini")
+HELD_OUT_STYLE = "dylan"
+
+# Hair of the other styles, by words that mean the same in "persona" where there are such.
+TOON_HAIR = {"short hair": "sideComed", "fade": "undercut", "mohawk": "spiky", "bun": "bun"}
+TOON_CLOTHES = {"jacket": "openJacket", "sweater": "turtleNeck", "shirt": "tShirt"}
+TOON_EYES = {"open eyes": "wide", "happy eyes": "happy", "sleepy eyes": "humble", "winking": "wink"}
+TOON_MOUTHS = {"smile": "smile", "big smile": "laugh", "frown": "sad", "surprised": "agape"}
+TOON_BEARDS = {"no beard": None, "beard": "fullBeard", "moustache": "moustacheTwirl", "goatee": "chinMoustache"}
+MINI_HAIR = {
+    "balding": "balndess",
+    "long hair": "long",
+    "curly hair": "curly",
+    "short hair": "classic01",
+    "pigtails": "ponyTail",
+    "fade": "stylish",
+}
+MINI_CLOTHES = {"sweater": "golf", "shirt": "tShirt"}
+MINI_EYES = {"open eyes": "normal", "happy eyes": "happy", "sleepy eyes": "confident"}
+MINI_BEARDS = {"no beard": None, "moustache": "freddy", "walrus moustache": "horshoe"}
+DYLAN_HAIR = ("plain", "wavy", "shortCurls", "parting", "spiky", "roundBob", "longCurls", "buns", "bangs", "flatTop")
+DYLAN_MOODS = ("happy", "angry", "neutral", "superHappy", "sad", "hopeful", "confused")
+
+# What the judge reads off a picture, and in which words. The first five make a person.
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "hair": tuple(HAIR),
+    "hair_colour": tuple(HAIR_COLOURS),
+    "skin": tuple(SKINS),
+    "beard": tuple(BEARDS),
+    "nose": tuple(NOSES),
+    "eyes": tuple(EYES),
+    "mouth": tuple(MOUTHS),
+    "clothes": tuple(CLOTHES),
+    "clothes_colour": tuple(CLOTHES_COLOURS),
+    "background": tuple(BACKGROUNDS),
+    "pattern": PATTERNS,
+    "style": tuple(STYLES),
+}
+IDENTITY = ("hair", "hair_colour", "skin", "beard", "nose")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Everything in one picture, in the words of `ATTRIBUTES`; None where the style has no such thing."""
+
+    hair: str | None
+    hair_colour: str | None
+    skin: str
+    beard: str | None
+    nose: str | None
+    eyes: str | None
+    mouth: str | None
+    clothes: str | None
+    clothes_colour: str | None
+    background: str
+    pattern: str
+    style: str
+    shade: int = 0  # which of the shades of `skin`
+    mood: int = 0  # of the held-out style, whose parts have no words here
+
+    @property
+    def person(self) -> tuple[str | None, ...]:
+        """What stays when expression, glasses, clothes and background change."""
+        return tuple(getattr(self, name) for name in IDENTITY)
+
+    def labels(self) -> list[int]:
+        """Class numbers in the order of `ATTRIBUTES`; -1 where the picture does not show it."""
+        numbers = []
+        for name, words in ATTRIBUTES.items():
+            word = getattr(self, name)
+            # The judge learns the parts of a face in the main style alone.
+            shown = word is not None and (self.style == "persona" or name in ("style", "background", "pattern"))
+            numbers.append(words.index(word) if shown else -1)
+        return numbers
+
+
+def pick(rng: np.random.Generator, words) -> str:
+    """One word, each as likely."""
+    words = tuple(words)
+    return words[int(rng.integers(len(words)))]
+
+
+def draw_person(rng: np.random.Generator) -> tuple[str, str | None, str, str, str]:
+    """A random identity: hair, its colour (None where it is not seen), skin, beard, nose."""
+    hair = pick(rng, HAIR)
+    beard = "no beard" if rng.random() < 0.5 else pick(rng, tuple(BEARDS)[1:])
+    hidden = hair in NO_HAIR_SEEN and beard not in COLOURED_BEARDS
+    hair_colour = None if hidden else pick(rng, HAIR_COLOURS)
+    return hair, hair_colour, pick(rng, SKINS), beard, pick(rng, NOSES)
+
+
+def draw_surroundings(rng: np.random.Generator) -> dict[str, str | None]:
+    """Random expression, clothes and background."""
+    return {
+        "eyes": pick(rng, EYES),
+        "mouth": pick(rng, MOUTHS),
+        "clothes": pick(rng, CLOTHES),
+        "clothes_colour": pick(rng, CLOTHES_COLOURS),
+        "background": pick(rng, BACKGROUNDS),
+        "pattern": pick(rng, PATTERNS),
+    }
+
+
+def persona_scene(rng: np.random.Generator, person: tuple[str | None, ...] | None = None) -> Scene:
+    """A scene in the main style, of `person` or of a random one."""
+    identity = dict(zip(IDENTITY, person or draw_person(rng), strict=True))
+    shade = int(rng.integers(len(SKINS[identity["skin"]])))
+    surroundings = draw_surroundings(rng)
+    if identity["beard"] in MOUTH_COVERING:
+        surroundings["mouth"] = None
+    return Scene(**identity, **surroundings, style="persona", shade=shade)
+
+
+def styled_scene(rng: np.random.Generator, style: str) -> Scene:
+    """A scene in one of the other styles."""
+    scene = replace(persona_scene(rng), style=style, nose=None)
+    if style == "toon":
+        return replace(
+            scene,
+            hair=pick(rng, TOON_HAIR),
+            hair_colour=pick(rng, HAIR_COLOURS),
+            clothes=pick(rng, TOON_CLOTHES),
+            eyes=pick(rng, TOON_EYES),
+            mouth=pick(rng, TOON_MOUTHS),
+            beard="no beard" if rng.random() < 0.6 else pick(rng, TOON_BEARDS),
+        )
+    if style == "mini":
+        return replace(
+            scene,
+            hair=pick(rng, MINI_HAIR),
+            hair_colour=pick(rng, HAIR_COLOURS),
+            clothes=pick(rng, MINI_CLOTHES),
+            eyes="glasses" if rng.random() < 0.3 else pick(rng, MINI_EYES),
+            mouth=None,
+            beard=pick(rng, MINI_BEARDS),
+        )
+    return replace(
+        scene, hair=None, hair_colour=pick(rng, HAIR_COLOURS), clothes=None, clothes_colour=None, eyes=None, mouth=None,
+        beard=None, mood=int(rng.integers(len(DYLAN_HAIR) * len(DYLAN_MOODS))),
+    )  # fmt: skip
+
+
+def avatar_options(scene: Scene) -> dict[str, object]:
+    """DiceBear's options for the scene, each with one choice left, so that nothing in the drawing is random."""
+    skin = SKINS[scene.skin][scene.shade]
+    hair_colour = HAIR_COLOURS[scene.hair_colour or "black"]
+    options: dict[str, object] = {"seed": "mini-sd", "skinColor": [skin], "hairColor": [hair_colour]}
+    if scene.style == "persona":
+        options |= {
+            "hair": [HAIR[scene.hair]],
+            "eyes": [EYES[scene.eyes]],
+            "mouth": [MOUTHS[scene.mouth or "smile"]],
+            "nose": [NOSES[scene.nose]],
+            "body": [CLOTHES[scene.clothes]],
+            "clothingColor": [CLOTHES_COLOURS[scene.clothes_colour]],
+            "facialHairProbability": 0 if scene.beard == "no beard" else 100,
+            "facialHair": [BEARDS[scene.beard] or "goatee"],
+        }
+    elif scene.style == "toon":
+        options |= {
+            "hair": [TOON_HAIR[scene.hair]],
+            "rearHairProbability": 0,
+            "clothes": [TOON_CLOTHES[scene.clothes]],
+            "clothesColor": [CLOTHES_COLOURS[scene.clothes_colour]],
+            "eyes": [TOON_EYES[scene.eyes]],
+            "eyebrows": ["neutral"],
+            "mouth": [TOON_MOUTHS[scene.mouth]],
+            "beardProbability": 0 if scene.beard == "no beard" else 100,
+            "beard": [TOON_BEARDS[scene.beard] or "chin"],
+        }
+    elif scene.style == "mini":
+        options |= {
+            "hair": [MINI_HAIR[scene.hair]],
+            "head": ["normal"],
+            "mouth": ["default"],
+            "blushesProbability": 0,
+            "body": [MINI_CLOTHES[scene.clothes]],
+            "bodyColor": [CLOTHES_COLOURS[scene.clothes_colour]],
+            "glassesProbability": 100 if scene.eyes == "glasses" else 0,
+            "eyes": [MINI_EYES.get(scene.eyes, "normal")],
+            "mustacheProbability": 0 if scene.beard == "no beard" else 100,
+            "mustache": [MINI_BEARDS[scene.beard] or "freddy"],
+        }
+    else:
+        options |= {
+            "hair": [DYLAN_HAIR[scene.mood % len(DYLAN_HAIR)]],
+            "mood": [DYLAN_MOODS[scene.mood // len(DYLAN_HAIR)]],
+            "facialHairProbability": 0,
+            "backgroundColor": ["transparent"],
+        }
+    return options
+
+
+def caption(
+    scene: Scene,
+    *,
+    subject: str = "a person",
+    identity: bool = True,
+    keep: set[str] | None = None,
+    style: bool = False,
+    medium: str = "portrait",
+) -> str:
+    """The scene in words, in one order.
+
+    Args:
+      scene: what is in the picture.
+      subject: who it is of: "a person", or a word that stands for somebody.
+      identity: whether hair, skin, beard and nose are said.
+      keep: the attributes that are said; all if None.
+      style: whether the style is named.
+      medium: "portrait", "drawing" or "picture".
+    """
+
+    def said(name: str) -> bool:
+        return (
+            getattr(scene, name) is not None and (keep is None or name in keep) and (identity or name not in IDENTITY)
+        )
+
+    words = ["a", *([scene.style] if style else []), medium, "of", subject]
+    details: list[str] = []
+    if said("hair"):
+        if said("hair_colour"):
+            details.append(str(scene.hair_colour))
+        details.append(str(scene.hair))
+    if said("skin"):
+        details += [scene.skin, "skin"]
+    details += [str(getattr(scene, name)) for name in ("eyes", "mouth", "beard", "nose") if said(name)]
+    if details:
+        words += ["with", *details]
+    if said("clothes"):
+        colour = [str(scene.clothes_colour)] if said("clothes_colour") else []
+        words += ["wearing", "a", *colour, str(scene.clothes)]
+    if said("background"):
+        pattern = [scene.pattern] if said("pattern") else []
+        words += ["on", "a", scene.background, *pattern, "background"]
+    return " ".join(words)
+
+
+def vocabulary() -> list[str]:
+    """Every word that a caption can have, sorted; and a few for prompts about styles."""
+    words = {"a", "portrait", "drawing", "picture", "of", "person", "with", "skin", "wearing", "on", "background"}
+    words |= {"style", "in", "the", "and"}
+    for group in ATTRIBUTES.values():
+        words.update(word for phrase in group for word in phrase.split())
+    words.discard(HELD_OUT_STYLE)
+    return sorted(words)
+
+
+# What a learned word is tried with: ``{}`` stands for it, and the picture must show the rest.
+PROBES: tuple[tuple[str, dict[str, str]], ...] = (
+    ("a portrait of {}", {}),
+    ("a portrait of {} on a green background", {"background": "green"}),
+    ("a drawing of {} on a grey striped background", {"background": "grey", "pattern": "striped"}),
+    ("a picture of {} with sunglasses on a turquoise background", {"eyes": "sunglasses", "background": "turquoise"}),
+    ("a portrait of {} with glasses", {"eyes": "glasses"}),
+    ("a portrait of {} wearing a red jacket", {"clothes": "jacket", "clothes_colour": "red"}),
+    (
+        "a drawing of {} wearing a purple sweater on a yellow background",
+        {"clothes": "sweater", "clothes_colour": "purple", "background": "yellow"},
+    ),
+    (
+        "a picture of {} wearing a green checkered shirt on a red dotted background",
+        {"clothes": "checkered shirt", "clothes_colour": "green", "background": "red", "pattern": "dotted"},
+    ),
+)

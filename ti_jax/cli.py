@@ -1,4 +1,4 @@
-"""The commands: ``ti-jax train`` (``train.py``), ``ti-jax infer`` (``infer.py``) and ``ti-jax verify``.
+"""The commands: ``ti-jax train`` (``train.py``), ``infer`` (``infer.py``), ``verify`` and ``embedding``.
 
 JAX is imported inside the commands, once the command line is known to be right.
 """
@@ -96,7 +96,7 @@ def _run(argv: Sequence[str], prog: str) -> int:
 
 
 def _overview(prog: str) -> str:
-    lines = [f"  {name:8}{about}" for name, (_, about) in COMMANDS.items()]
+    lines = [f"  {name:11}{about}" for name, (_, about) in COMMANDS.items()]
     return "\n".join(
         [
             f"usage: {prog} COMMAND [FLAGS]",
@@ -162,6 +162,14 @@ def _verify(args: Sequence[str], prog: str) -> int:
     return 0 if report.ok else 1
 
 
+def _embedding(args: Sequence[str], prog: str) -> int:
+    from .embedding_commands import run
+
+    with _output():
+        print(run(args, prog))
+    return 0
+
+
 @contextlib.contextmanager
 def _output() -> Iterator[None]:
     """Printing to stdout; a reader who has left, like ``head``, ends the program without a word."""
@@ -178,4 +186,5 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str], str], int], str]] = {
     "train": (_train, "Learn a new word from a few pictures (train.py)."),
     "infer": (_infer, "Draw pictures of prompts, with learned words in them (infer.py)."),
     "verify": (_verify, "Check that diffusers on PyTorch loads a learned word and makes of it the same as ti_jax."),
+    "embedding": (_embedding, "Convert, inspect, merge and prune learned words: files of any program that has them."),
 }

@@ -39,6 +39,7 @@ TRAIN_RULES: dict[str, Rule] = {
     "train_data_dir": TEXT,
     "placeholder_token": WORD,
     "initializer_token": TEXT,
+    "initializer_embedding": TEXT,
     "num_vectors": COUNT,
     "templates": TEXT,
     "embeddings": TEXTS,

@@ -91,7 +91,7 @@ def _from_text(text: str) -> dict[str, Any] | None:
 def _from_pixels(pixels: np.ndarray) -> dict[str, Any] | None:
     """The dict in the edges of a picture uint8 [H, W, 3]; None if there is none."""
     # A frame of black around the whole, as some programs leave, has no pixel with light in all channels.
-    light = (pixels > 0).all(axis=2)
+    light = np.all(pixels > 0, axis=2)
     rows, columns = np.flatnonzero(light.any(axis=1)), np.flatnonzero(light.any(axis=0))
     if not len(rows):
         return None

@@ -31,7 +31,8 @@ def read(content: Content, token: str | None) -> Embedding | None:
     if len({word.shape for word in words}) != 1:
         raise InputError("an XTI file whose layers differ in their shapes; get it again")
     mean = np.mean(np.stack(words).astype(np.float64), axis=0)
-    spread = max(float(np.linalg.norm(word - mean) / max(np.linalg.norm(mean), 1e-12)) for word in words)
+    length = max(float(np.linalg.norm(mean)), 1e-12)
+    spread = max(float(np.linalg.norm(word - mean)) for word in words) / length
     caveat = (
         f"the mean of the {len(LAYERS)} words that an XTI file has, one for each layer of the UNet; the farthest of "
         f"them is {spread:.2f} of the mean's length away from it"

@@ -228,12 +228,6 @@ def resolve(config: TrainConfig) -> TrainConfig:
         # The user's own pictures deserve a word of their own, not the example's.
         defaults["placeholder_token"] = f"<{_slug(Path(config.train_data_dir).expanduser().resolve().name)}>"
     if config.initializer_embedding is not None:
-        if config.initializer_token is not None:
-            raise InputError(
-                f"--initializer_token {config.initializer_token!r} and --initializer_embedding "
-                f"{config.initializer_embedding!r}: the rows start from one of them; leave one out "
-                f"(--initializer_token None undoes the one of a config file)"
-            )
         defaults.pop("initializer_token", None)
     if config.num_train_epochs is not None:
         del defaults["max_train_steps"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,10 +83,11 @@ def word_file(path: Path) -> Path:
     Raises:
       InputError: a folder without such a file.
     """
-    if not path.is_dir():
+    # Not Path's methods: where the folder above may not be entered, those raise.
+    if not os.path.isdir(path):
         return path
     for name in diffusers_format.FILE_NAMES:
-        if (path / name).is_file():
+        if os.path.isfile(path / name):
             return path / name
     raise InputError(f"{path}: a folder without {' or '.join(diffusers_format.FILE_NAMES)}; give the file itself")
 

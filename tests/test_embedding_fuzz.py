@@ -30,14 +30,17 @@ BOMB_MB = 1200
 
 # What the child does; it tells of each file on a line of its own, so that a crash names the file.
 CHILD = """
-import json, resource, signal, sys, warnings
+import json, signal, sys, warnings
 from pathlib import Path
 warnings.simplefilter("error")
 from ti_jax.embeddings import Embedding
 from ti_jax.errors import InputError
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    # Not getrusage's: a process takes that over from the one that started it. Only Linux has this.
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM")), 0)
 
 files = sys.argv[1:]
 Embedding.load(files[0])  # PyTorch and Pillow are there from here on
@@ -97,7 +100,7 @@ def lying_safetensors():
     yield "reversed-offsets", one(data_offsets=[3072, 0])
     yield "no-dimension", one(shape=[])
     yield "many-dimensions", one(shape=[1] * 60 + [768])
-    for dtype in ("F64", "F16", "I64", "U8", "BOOL", "F8_E4M3", "C64", "BANANA"):
+    for dtype in ("F64", "F16", "I64", "U8", "BOOL", "F8_E4M3", "C64", "I32", "U32", "BANANA"):
         yield f"dtype-{dtype}", one(dtype=dtype)
     yield "no-entries", safetensors_file({})
     yield "only-metadata", safetensors_file({"__metadata__": {"format": "pt"}})
@@ -158,9 +161,31 @@ def hostile_pickles(mark):
                 for part in repeat(bytes(1 << 20), BOMB_MB) if "/data/" in entry.filename else [good.read(entry)]:
                     inside.write(part)
     yield "bomb", packed.getvalue()
+    for legacy in (False, True):
+        # A storage that says it holds two thousand million numbers, and a tensor of all of them.
+        buffer = io.BytesIO()
+        torch.save({"<x>": torch.ones(2, 768)}, buffer, _use_new_zipfile_serialization=not legacy)
+        yield f"huge-storage-{legacy}", _with_pickle(buffer.getvalue(), b"M\x00\x06", b"J\xff\xff\xff\x77")
+        yield f"huge-tensor-{legacy}", _with_pickle(buffer.getvalue(), b"K\x02M\x00\x03", b"J\xff\xff\xff\x07M\x00\x03")
     nested = b"\x80\x02" + b"(" * 200_000 + b"." + b"]" * 10
     yield "marks", nested
     yield "lists", b"\x80\x02" + b"](" * 100_000 + b"."
+
+
+def _with_pickle(content, old, new):
+    """A PyTorch file with other bytes in its pickle."""
+    if not content.startswith(b"PK"):
+        assert old in content
+        return content.replace(old, new)
+    changed = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as good, zipfile.ZipFile(changed, "w") as bad:
+        for entry in good.infolist():
+            inside = good.read(entry)
+            if entry.filename.endswith("data.pkl"):
+                assert old in inside
+                inside = inside.replace(old, new)
+            bad.writestr(entry.filename, inside)
+    return changed.getvalue()
 
 
 def hostile_cards():

@@ -110,6 +110,18 @@ def test_other_model_needs_pictures_word_and_initializer(missing):
         resolve(TrainConfig(**{name: value for name, value in OTHER.items() if name != missing}))
 
 
+def test_a_learned_word_to_start_from_takes_the_place_of_the_initializer():
+    start = {"initializer_embedding": "~/cat.pt"}
+    for config in (
+        resolve(TrainConfig(**start)),
+        resolve(TrainConfig(**{**OTHER, **start, "initializer_token": None})),
+    ):
+        assert config.initializer_token is None and config.initializer_embedding == str(Path("~/cat.pt").expanduser())
+        assert resolve(config) == config
+    with pytest.raises(InputError, match=r"^--initializer_token 'toy' and --initializer_embedding '.*cat.pt': .*leave"):
+        resolve(TrainConfig(**OTHER, **start))
+
+
 def test_paths_are_text_without_tilde(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     config = resolve(TrainConfig(train_data_dir=Path("~/cat"), output_dir="~/out", embeddings=["~/a", "b"]))
@@ -165,7 +177,8 @@ RULES = [(TrainConfig, config_checks.TRAIN_RULES), (InferConfig, config_checks.I
 def resolved(cls, **values):
     # With a model, because the embedded one has no revision or variant.
     if cls is TrainConfig:
-        return resolve(TrainConfig(**{**OTHER, **values}))
+        start = {"initializer_token": None} if "initializer_embedding" in values else {}
+        return resolve(TrainConfig(**{**OTHER, **start, **values}))
     return resolve_infer(InferConfig(**{"prompt": ("a",), "pretrained_model_name_or_path": "some/model", **values}))
 
 

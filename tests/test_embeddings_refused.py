@@ -70,9 +70,9 @@ def test_a_pickle_with_code_in_it_is_refused_and_not_run(tmp_path, monkeypatch, 
 
 def test_files_of_no_known_format_say_what_they_hold(tmp_path):
     path = tmp_path / "a.safetensors"
-    safetensors.torch.save_file({"IN01": torch.ones(1, 768), "IN02": torch.ones(1, 768).half()}, path)
+    safetensors.torch.save_file({"a.weight": torch.ones(1, 768), "b.weight": torch.ones(1, 768).half()}, path)
     said = refusal(path)
-    assert "it holds 'IN01' [1, 768] float32, 'IN02' [1, 768] float16; known are a1111" in said
+    assert "it holds 'a.weight' [1, 768] float32, 'b.weight' [1, 768] float16; known are card" in said
     assert all(form.name in said and form.looks_like in said for form in FORMATS)
     safetensors.torch.save_file({}, path)
     assert "it holds nothing" in refusal(path)
@@ -158,12 +158,12 @@ def test_saves_that_are_refused(tmp_path):
         return str(error.value)
 
     assert said(word(), "a.pt", format="webui") == (
-        "unknown format 'webui' for a learned word; known are a1111, comfyui, diffusers"
+        "unknown format 'webui' for a learned word; known are card, a1111, comfyui, diffusers"
     )
     assert "a .safetensors or a .bin file" in said(word(), "a.png")
     assert "is a .pt file" in said(word(), "a.safetensors", format="a1111")
     assert "is a .safetensors file" in said(word(), "a.pt", format="comfyui")
-    assert "format 'comfyui', which AUTOMATIC1111 reads too" in said(sdxl_word(), "a.pt", format="a1111")
+    assert "save it with format 'comfyui', which it reads too" in said(sdxl_word(), "a.pt", format="a1111")
     assert "there is no such folder" in said(word(), "missing/a.safetensors")
     assert os.listdir(tmp_path) == []
 

@@ -1,4 +1,4 @@
-"""The commands: ``ti-jax train`` (``train.py``), ``infer`` (``infer.py``), ``evaluate`` and ``verify``.
+"""The commands: ``ti-jax train`` (``train.py``), ``infer`` (``infer.py``), ``evaluate``, ``verify``, ``embedding``.
 
 JAX is imported inside the commands, once the command line is known to be right.
 """
@@ -103,7 +103,7 @@ def _run(argv: Sequence[str], prog: str) -> int:
 
 
 def _overview(prog: str) -> str:
-    lines = [f"  {name:9}{about}" for name, (_, about) in COMMANDS.items()]
+    lines = [f"  {name:11}{about}" for name, (_, about) in COMMANDS.items()]
     return "\n".join(
         [
             f"usage: {prog} COMMAND [FLAGS]",
@@ -198,6 +198,14 @@ def _verify(args: Sequence[str], prog: str) -> int:
     return 0 if report.ok else 1
 
 
+def _embedding(args: Sequence[str], prog: str) -> int:
+    from .embedding_commands import run
+
+    with _output():
+        print(run(args, prog))
+    return 0
+
+
 @contextlib.contextmanager
 def _output() -> Iterator[None]:
     """Printing to stdout; a reader who has left, like ``head``, ends the program without a word."""
@@ -215,4 +223,5 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str], str], int], str]] = {
     "infer": (_infer, "Draw pictures of prompts, with learned words in them (infer.py)."),
     "evaluate": (_evaluate, "Measure a learned word: is the concept there, and does the prompt rule the rest?"),
     "verify": (_verify, "Check that diffusers on PyTorch loads a learned word and makes of it the same as ti_jax."),
+    "embedding": (_embedding, "Convert, inspect, merge and prune learned words: files of any program that has them."),
 }

@@ -78,6 +78,9 @@ class TrainConfig:
     initializer_token: str | None = None
     """One or several words that the model knows and that come near the concept, e.g. toy. The rows start from them.
     Left out with the embedded model: person."""
+    initializer_embedding: str | None = input_path()
+    """File of a learned word, in any known format, whose vectors the rows start from instead of --initializer_token. It
+    must be for the model's family and have --num_vectors vectors."""
     num_vectors: int = 1
     """How many rows of the token-embedding table the new word takes."""
     learnable_property: LearnableProperty = "object"
@@ -302,15 +305,17 @@ def resolve(config: TrainConfig) -> TrainConfig:
     if config.pretrained_model_name_or_path is None and config.train_data_dir is not None:
         # The user's own pictures deserve a word of their own, not the example's.
         defaults["placeholder_token"] = f"<{_slug(Path(config.train_data_dir).expanduser().resolve().name)}>"
+    if config.initializer_embedding is not None:
+        defaults.pop("initializer_token", None)
     if config.num_train_epochs is not None:
         del defaults["max_train_steps"]
     config = dataclasses.replace(
         config, **{name: value for name, value in defaults.items() if getattr(config, name) is None}
     )
-    _require(config, "train_data_dir", "placeholder_token", "initializer_token")
-    paths = ("pretrained_model_name_or_path", "train_data_dir", "templates", "embeddings", "output_dir", "logging_dir",
-             "evaluation_clip")  # fmt: skip
-    config = _plain_paths(config, *paths)
+    start = () if config.initializer_embedding is not None else ("initializer_token",)
+    _require(config, "train_data_dir", "placeholder_token", *start)
+    paths = ("pretrained_model_name_or_path", "train_data_dir", "initializer_embedding", "templates", "embeddings")
+    config = _plain_paths(config, *paths, "output_dir", "logging_dir", "evaluation_clip")
     check_train(config)
     return config
 

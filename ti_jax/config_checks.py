@@ -40,6 +40,7 @@ TRAIN_RULES: dict[str, Rule] = {
     "train_data_dir": TEXT,
     "placeholder_token": WORD,
     "initializer_token": TEXT,
+    "initializer_embedding": TEXT,
     "num_vectors": COUNT,
     "templates": TEXT,
     "embeddings": TEXTS,
@@ -118,6 +119,12 @@ def check_train(config: TrainConfig) -> None:
     """
     _check_fields(config, TRAIN_RULES)
     _check_model(config)
+    if config.initializer_token is not None and config.initializer_embedding is not None:
+        raise InputError(
+            f"--initializer_token {config.initializer_token!r} and --initializer_embedding "
+            f"{config.initializer_embedding!r}: the rows start from one of them; leave one out (--initializer_token "
+            f"None undoes the one of a config file)"
+        )
     prompts = [("overview_prompts", prompt) for prompt in config.overview_prompts or ()]
     if config.validation_prompt is not None:
         prompts.insert(0, ("validation_prompt", config.validation_prompt))

@@ -36,6 +36,8 @@ def draw(config: InferConfig) -> list[Path]:
     for file, embedding in zip(config.embedding, embeddings, strict=True):
         if not any(embedding.token.lower() in prompt.lower() for prompt in config.prompt):
             print(f"warning: no prompt has the word {embedding.token} of {file} in it", file=sys.stderr)
+        if embedding.caveat:
+            print(f"note: {file}: read as {embedding.caveat}", file=sys.stderr)
 
     assert config.num_inference_steps is not None and config.guidance_scale is not None, "the config is resolved"
     sd = StableDiffusion.from_pretrained(

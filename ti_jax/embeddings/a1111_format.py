@@ -1,17 +1,22 @@
-"""AUTOMATIC1111's ``.pt``, and the paper's own, from which it comes: a pickle with ``string_to_param``.
+"""AUTOMATIC1111's ``.pt`` and image card, and the paper's ``.pt``, from which they come: ``string_to_param``.
 
-Held to AUTOMATIC1111's ``create_embedding_from_data`` and ``Embedding.save``. It takes the file's name for the word,
-diffusers takes ``name``, and the key in ``string_to_param`` is ``*`` in every file that it writes; the paper's code has
-no ``name``, and may have several words, each under its own key.
+Held to AUTOMATIC1111's ``create_embedding_from_data`` and ``Embedding.save``. It takes the file's name for the word
+(of a card, ``name``), diffusers takes ``name``, and the key in ``string_to_param`` is ``*`` in every file that it
+writes; the paper's code has no ``name``, and may have several words, each under its own key.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import InputError
-from .containers import PICKLE_SUFFIXES, Content, pickle_bytes
+from .containers import PICKLE_SUFFIXES, PICTURES, Content, pickle_bytes
 from .embedding import Embedding
+from .families import describe
+from .image_card import card_png
 from .vectors import encoder_of, vectors_of
 
 _KEY = "*"
@@ -19,6 +24,13 @@ _ID_OF_KEY = 265  # of "*" in CLIP's vocabulary
 
 # Its names for what our metadata has too.
 _METADATA = {"step": "steps", "sd_checkpoint": "sd_checkpoint", "sd_checkpoint_name": "base_model"}
+
+CARD_SIDE = 512  # pixels
+
+
+def read_card(content: Content, token: str | None) -> Embedding | None:
+    """The word of an image card; None if it is another kind of file."""
+    return read(content, token) if content.container in PICTURES else None
 
 
 def read(content: Content, token: str | None) -> Embedding | None:
@@ -40,22 +52,39 @@ def read(content: Content, token: str | None) -> Embedding | None:
     )
     vectors = vectors_of(parameters[key], str(key))
     metadata = {
-        ours: str(content.data[theirs]) for theirs, ours in _METADATA.items() if content.data.get(theirs) is not None
+        ours: str(content.data[theirs])
+        for theirs, ours in _METADATA.items()
+        if isinstance(content.data.get(theirs), (str, int, float))
     }
     return Embedding(word, {encoder_of(vectors): vectors}, metadata)
 
 
 def write(embedding: Embedding, path: Path) -> dict[Path, bytes]:
     """The ``.pt`` file of a word for SD1.x or SD2.x."""
-    if list(embedding.vectors) != ["text_encoder"]:
-        raise InputError(
-            f"{path}: this .pt format has one text encoder, and {embedding.token!r} is for SDXL; save it with format "
-            "'comfyui', which AUTOMATIC1111 reads too"
-        )
     if path.suffix not in PICKLE_SUFFIXES:
         raise InputError(f"{path}: a word in AUTOMATIC1111's format is a .pt file")
+    return {path: pickle_bytes(path, _data(embedding, path))}
+
+
+def write_card(embedding: Embedding, path: Path, picture: Image.Image | None = None) -> dict[Path, bytes]:
+    """The image card, a ``.png``, of a word for SD1.x or SD2.x.
+
+    Args:
+      picture: what it shows. None: the word, its number of vectors and its family on a plain ground.
+    """
+    if path.suffix.lower() != ".png":
+        raise InputError(f"{path}: an image card is a .png file")
+    return {path: card_png(picture or _plain_picture(embedding), _data(embedding, path))}
+
+
+def _data(embedding: Embedding, path: Path) -> dict[str, Any]:
+    if list(embedding.vectors) != ["text_encoder"]:
+        raise InputError(
+            f"{path}: AUTOMATIC1111's own formats have one text encoder, and {embedding.token!r} is for "
+            f"{describe(embedding.dims, embedding.metadata)}; save it with format 'comfyui', which it reads too"
+        )
     steps = embedding.metadata.get("steps", "")
-    data = {
+    return {
         "string_to_token": {_KEY: _ID_OF_KEY},
         "string_to_param": {_KEY: embedding.vectors["text_encoder"]},
         "name": embedding.token,
@@ -63,4 +92,16 @@ def write(embedding: Embedding, path: Path) -> dict[Path, bytes]:
         "sd_checkpoint": embedding.metadata.get("sd_checkpoint"),
         "sd_checkpoint_name": embedding.metadata.get("base_model"),
     }
-    return {path: pickle_bytes(path, data)}
+
+
+def _plain_picture(embedding: Embedding) -> Image.Image:
+    picture = Image.new("RGB", (CARD_SIDE, CARD_SIDE), (40, 44, 52))
+    draw = ImageDraw.Draw(picture)
+    size = max(12, min(64, 2 * CARD_SIDE // max(1, len(embedding.token)) - 2))
+    vectors = f"{embedding.num_vectors} vector{'s' if embedding.num_vectors > 1 else ''}"
+    about = f"{vectors} for {describe(embedding.dims, embedding.metadata)}"
+    middle = CARD_SIDE // 2
+    for text, height, font_size in ((embedding.token, middle - 20, size), (about, middle + 40, 18)):
+        font = ImageFont.load_default(font_size)
+        draw.text((middle, height), text, fill=(235, 235, 235), font=font, anchor="mm")
+    return picture

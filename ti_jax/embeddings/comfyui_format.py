@@ -16,11 +16,18 @@ from .vectors import encoder_of, vectors_of
 
 SINGLE_KEYS = ("emb_params", "emp_params")
 KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+OUTPUT = "_out"  # OneTrainer's "output embedding"
 
 
 def read(content: Content, token: str | None) -> Embedding | None:
     """The word in a file; None if it is not this format."""
     keys = set(content.data)
+    outputs = {f"{key}{OUTPUT}" for key in (*SINGLE_KEYS, *KEYS.values())}
+    if keys & outputs and keys <= {*outputs, *SINGLE_KEYS, *KEYS.values()}:
+        raise InputError(
+            f"it has {' and '.join(sorted(keys & outputs))}: OneTrainer's output embedding, which is added behind the "
+            "text encoder and is no word; train it again with that option off"
+        )
     if len(keys) == 1 and keys <= set(SINGLE_KEYS):
         (key,) = keys
         array = vectors_of(content.data[key], key)

@@ -1,4 +1,4 @@
-"""The two kinds of file that words come in, safetensors and PyTorch pickles: from bytes to named arrays, and back."""
+"""The kinds of file that words come in, safetensors, PyTorch pickles, pictures: from bytes to named arrays and back."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pickle
 import re
 import struct
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +21,14 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError
 from ..weights.files import DTYPES, listed, one_line, refuse_git_lfs_pointer
+from .image_card import is_picture, read_card
 
 OURS = "ti_jax."  # how the names of header entries begin that are about a file of ours and not about its word
 
 PICKLE_SUFFIXES = (".bin", ".pt")
+
+SAFETENSORS, PICKLE = "safetensors", "PyTorch pickle"
+PICTURES = {"text chunk": "text chunk of a picture", "pixels": "pixels of a picture"}
 
 # Words have one tensor or two (one flavour 16); a file with more is a model or a LoRA, and need not be read to say so.
 MAX_TENSORS = 64
@@ -51,11 +56,13 @@ class Content:
     """What a file holds.
 
     Attributes:
+      container: the kind of file: `SAFETENSORS`, `PICKLE`, or a key of `PICTURES`.
       data: usually a dict; tensors in it are NumPy arrays in the file's own precision (bfloat16 by ``ml_dtypes``).
       metadata: text to text, of a safetensors header.
     """
 
     path: Path
+    container: str
     data: Any
     metadata: dict[str, str] = field(default_factory=dict)
 
@@ -64,12 +71,12 @@ def read_content(path: Path) -> Content:
     """Read a file, whose first bytes tell its kind; its suffix does not matter.
 
     Raises:
-      InputError: no such file, or it cannot be read; broken; neither safetensors nor PyTorch; a pickle with more in it
-        than tensors, text and numbers; many tensors, as a model has.
+      InputError: no such file, or it cannot be read; broken; of another kind; a pickle with more in it than tensors,
+        text and numbers; a picture without a word; many tensors, as a model has.
     """
     try:
         with path.open("rb") as file:
-            start = file.read(9)
+            start = file.read(12)
         refuse_git_lfs_pointer(path)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; give the file of a learned word") from error
@@ -78,8 +85,11 @@ def read_content(path: Path) -> Content:
     if start[8:9] == b"{":
         return _read_safetensors(path)
     if start.startswith((b"PK\x03\x04", b"\x80")):
-        return Content(path, _read_pickle(path))
-    what = "an empty file" if not start else "neither a safetensors nor a PyTorch file, or broken at its start"
+        return Content(path, PICKLE, _read_pickle(path))
+    if is_picture(start):
+        data, channel = read_card(path)
+        return Content(path, channel, data)
+    what = "an empty file" if not start else "no safetensors, PyTorch, PNG or WebP file, or broken at its start"
     raise InputError(f"{path}: {what}; give the file of a learned word, or download it again")
 
 
@@ -107,7 +117,7 @@ def _read_safetensors(path: Path) -> Content:
                 dtype = part.get_dtype()
                 if dtype not in DTYPES:
                     raise InputError(f"{path}: {name!r} holds {dtype}; a word has numbers of {', '.join(DTYPES)}")
-            return Content(path, {name: file.get_tensor(name) for name in names}, file.metadata() or {})
+            return Content(path, SAFETENSORS, {name: file.get_tensor(name) for name in names}, file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a complete safetensors file ({one_line(error)}); download it again") from error
 
@@ -122,8 +132,20 @@ def _import_torch(path: Path) -> Any:
     return torch
 
 
+def _unpacked_size(path: Path) -> int:
+    """Bytes that a PyTorch file takes in memory: PyTorch never packs them, but unpacks what another hand has packed."""
+    size = path.stat().st_size
+    if size > MAX_PICKLE_BYTES:
+        return size
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return max(size, sum(entry.file_size for entry in archive.infolist()))
+    except (*_BROKEN, zipfile.BadZipFile):  # an old file, which is no archive; or a broken one, which PyTorch refuses
+        return size
+
+
 def _read_pickle(path: Path) -> Any:
-    if path.stat().st_size > MAX_PICKLE_BYTES:
+    if _unpacked_size(path) > MAX_PICKLE_BYTES:
         raise InputError(f"{path}: more than {MAX_PICKLE_BYTES:,} bytes, far too large for a learned word")
     torch = _import_torch(path)
     try:

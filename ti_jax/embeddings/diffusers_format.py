@@ -14,7 +14,8 @@ import numpy as np
 
 from ..errors import InputError
 from .containers import OURS, PICKLE_SUFFIXES, Content, pickle_bytes, read_content, safetensors_bytes, word_metadata
-from .embedding import FAMILIES, TEXT_ENCODERS, Embedding
+from .embedding import Embedding
+from .families import FAMILIES, TEXT_ENCODERS
 from .vectors import encoder_of, vectors_of
 
 FILE_NAMES = ("learned_embeds.safetensors", "learned_embeds.bin")

@@ -10,15 +10,10 @@ import numpy as np
 
 from ..errors import InputError
 from ..files import write_together
+from .families import TEXT_ENCODERS, describe, family_of
 
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
-
-# Lengths of a token embedding, by text encoder, of the published model families.
-FAMILIES = {
-    "SD1.x": {"text_encoder": 768},
-    "SD2.x": {"text_encoder": 1024},
-    "SDXL": {"text_encoder": 768, "text_encoder_2": 1280},
-}
+# What a file's reader has to say of the word that it made of it, in the metadata.
+CAVEAT = "caveat"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -76,6 +71,16 @@ class Embedding:
         """Length of its vectors, by text encoder."""
         return {name: value.shape[1] for name, value in self.vectors.items()}
 
+    @property
+    def family(self) -> str | None:
+        """The model family that it is for: "SD1.x", "SD2.x", "SDXL", or None for no published one."""
+        return family_of(self.dims, self.metadata)
+
+    @property
+    def caveat(self) -> str:
+        """What was lost when it was read from its file, in words; empty if nothing was."""
+        return self.metadata.get(CAVEAT, "")
+
     @classmethod
     def load(cls, path: str | Path, token: str | None = None) -> Embedding:
         """Read a word from a file of any known format, which its content tells; see `ti_jax.embeddings.formats`.
@@ -92,27 +97,21 @@ class Embedding:
         return read(Path(path), token)
 
     def save(self, path: str | Path, format: str = "diffusers") -> None:
-        """Write the word as "diffusers", "a1111" or "comfyui" read it; a file that is there already is replaced, whole.
+        """Write the word in one of the formats of `ti_jax.embeddings.formats`; a file that is there is replaced, whole.
 
-        In diffusers' format the two halves of an SDXL word are two files: beside ``learned_embeds.safetensors`` also
-        ``learned_embeds_2.safetensors``.
+        Args:
+          path: its suffix must be one that the format has.
+          format: "diffusers" (``.safetensors``, ``.bin``; the two halves of an SDXL word are two files, beside
+            ``learned_embeds.safetensors`` also ``learned_embeds_2.safetensors``), "comfyui" (``.safetensors`` with
+            ``emb_params``, or ``clip_l`` and ``clip_g``), "a1111" (``.pt``) or "card" (AUTOMATIC1111's ``.png``).
 
         Raises:
           InputError: an unknown format, a suffix that the format does not have, a word that it cannot hold, or a disk
             that is full or cannot be written.
         """
-        from .formats import find_format
+        from .formats import render
 
-        write_together(find_format(format).write(self, Path(path)))
-
-
-def describe_dims(dims: Mapping[str, int]) -> str:
-    """The model family that has these embedding lengths, in words."""
-    numbers = " and ".join(str(dim) for dim in dims.values())
-    for name, family in FAMILIES.items():
-        if dict(dims) == family:
-            return f"{name} ({numbers} numbers a vector)"
-    return f"a model with {numbers} numbers a vector"
+        write_together(render(self, Path(path), format))
 
 
 def check_fits(embedding: Embedding, dims: Mapping[str, int], where: object) -> None:
@@ -122,8 +121,12 @@ def check_fits(embedding: Embedding, dims: Mapping[str, int], where: object) -> 
       dims: length of a token embedding by text encoder (`StableDiffusion.embedding_dims`).
       where: the word's file, for the message.
     """
-    if embedding.dims != dict(dims):
-        raise InputError(
-            f"{where}: the word {embedding.token!r} is for {describe_dims(embedding.dims)}, but the model here is "
-            f"{describe_dims(dims)}; use a word that was learned on a model of the same family"
-        )
+    if embedding.dims == dict(dims):
+        return
+    remedy = "use a word that was learned on a model of the same family"
+    if embedding.dims.items() < dims.items() and embedding.family == family_of(dims):
+        remedy = "use a file that has both, or put its other half beside it"
+    raise InputError(
+        f"{where}: the word {embedding.token!r} is for {describe(embedding.dims, embedding.metadata)}, but the model "
+        f"here is {describe(dims)}; {remedy}"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from . import a1111_format, comfyui_format, diffusers_format
+from . import a1111_format, comfyui_format, diffusers_format, xti_format
 from .containers import Content, read_content
 from .embedding import Embedding
 
@@ -23,31 +24,57 @@ class Format:
       name: as `Embedding.save` takes it.
       looks_like: what its files hold, in a few words.
       read: content and the wanted word (or None) -> the word, or None if this is not the format.
-      write: the word and a path -> the files to write, by path; `InputError` if the format cannot hold it.
+      write: the word and a path -> the files to write, by path; `InputError` if the format cannot hold it. None for a
+        format that is only read.
+      suffixes: of files that are in this format unless another one is asked for.
     """
 
     name: str
     looks_like: str
     read: Callable[[Content, str | None], Embedding | None]
-    write: Callable[[Embedding, Path], dict[Path, bytes]]
+    write: Callable[[Embedding, Path], dict[Path, bytes]] | None
+    suffixes: tuple[str, ...] = ()
 
 
 # In the order in which they are tried: diffusers' is any single tensor, so the others go first.
 FORMATS = (
-    Format("a1111", "string_to_param", a1111_format.read, a1111_format.write),
+    Format("card", "a picture with string_to_param in it", a1111_format.read_card, a1111_format.write_card, (".png",)),
+    Format("a1111", "string_to_param", a1111_format.read, a1111_format.write, (".pt",)),
     Format("comfyui", "emb_params, or clip_l and clip_g", comfyui_format.read, comfyui_format.write),
-    Format("diffusers", "one tensor [n, D] under the word", diffusers_format.read, diffusers_format.write),
+    Format("xti", "IN01 to OUT11", xti_format.read, None),
+    Format(
+        "diffusers",
+        "one tensor [n, D] under the word",
+        diffusers_format.read,
+        diffusers_format.write,
+        (".safetensors", ".bin"),
+    ),
 )
+WRITTEN = tuple(form.name for form in FORMATS if form.write is not None)
 
 
-def find_format(name: str) -> Format:
-    """The format of that name; `InputError` if there is none."""
+def format_for(path: Path) -> str:
+    """Name of the format that a file with this suffix is written in unless another one is asked for.
+
+    Raises:
+      InputError: no format has the suffix.
+    """
     for form in FORMATS:
-        if form.name == name:
-            return form
-    raise InputError(
-        f"unknown format {name!r} for a learned word; known are {', '.join(form.name for form in FORMATS)}"
-    )
+        if path.suffix.lower() in form.suffixes:
+            return form.name
+    raise InputError(f"{path}: no format has this suffix; use .safetensors, .bin, .pt or .png")
+
+
+def render(embedding: Embedding, path: Path, format_name: str) -> dict[Path, bytes]:
+    """The files of a word in the format of that name, by path; nothing is written yet.
+
+    Raises:
+      InputError: no such format, or one that is only read; a suffix that it does not have, a word that it cannot hold.
+    """
+    for form in FORMATS:
+        if form.name == format_name and form.write is not None:
+            return form.write(embedding, path)
+    raise InputError(f"unknown format {format_name!r} for a learned word; known are {', '.join(WRITTEN)}")
 
 
 def word_file(path: Path) -> Path:
@@ -56,16 +83,22 @@ def word_file(path: Path) -> Path:
     Raises:
       InputError: a folder without such a file.
     """
-    if not path.is_dir():
+    # Not Path's methods: where the folder above may not be entered, those raise.
+    if not os.path.isdir(path):
         return path
     for name in diffusers_format.FILE_NAMES:
-        if (path / name).is_file():
+        if os.path.isfile(path / name):
             return path / name
     raise InputError(f"{path}: a folder without {' or '.join(diffusers_format.FILE_NAMES)}; give the file itself")
 
 
 def read(path: Path, token: str | None = None) -> Embedding:
     """Read a word from a file of any known format; see `Embedding.load`."""
+    return read_as_found(path, token)[0]
+
+
+def read_as_found(path: Path, token: str | None = None) -> tuple[Embedding, Format, Content]:
+    """As `read`, with the format that the file was found to have, and all that it holds."""
     path = word_file(path)
     content = read_content(path)
     if isinstance(content.data, dict):
@@ -75,7 +108,7 @@ def read(path: Path, token: str | None = None) -> Embedding:
             except InputError as error:
                 raise InputError(f"{path}: {error}") from error
             if embedding is not None:
-                return embedding
+                return embedding, form, content
     known = "; ".join(f"{form.name} ({form.looks_like})" for form in FORMATS)
     raise InputError(
         f"{path}: not a learned word in a known format: it holds {_found(content.data)}; known are {known}"

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 
 from ..errors import InputError
-from .embedding import FAMILIES, TEXT_ENCODERS
+from .families import FAMILIES, TEXT_ENCODERS
 
 
 def vectors_of(array: object, name: str) -> np.ndarray:

@@ -38,11 +38,13 @@ def fingerprint(
     pixels: np.ndarray,
     prompts: Sequence[str],
     words: Mapping[str, int],
+    initializer_embedding: str | None,
     global_batch: int,
     total_steps: int,
 ) -> Fingerprint:
     """What the rows at a step depend on, as JSON values. The number of devices and the schedule of saves are not in it.
 
+    ``initializer_embedding`` is a hash of the rows that the word starts from, or None if it starts from a token.
     ``total_steps`` counts only where the learning rate depends on it, so that a constant-rate run can be made longer.
     """
     constant = config.lr_scheduler in ("constant", "constant_with_warmup")
@@ -53,6 +55,7 @@ def fingerprint(
         "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
         "words": [[word, count] for word, count in words.items()],
         "initializer_token": config.initializer_token,
+        "initializer_embedding": initializer_embedding,
         "flip_probability": config.flip_probability,
         "seed": config.seed,
         "batch size on all devices": global_batch,

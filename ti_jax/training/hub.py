@@ -63,6 +63,10 @@ def open_repository(config: TrainConfig) -> Callable[[Path, Embedding], None]:
 def model_card(config: TrainConfig, embedding: Embedding) -> str:
     """The README.md of a pushed word, with the hub's front matter."""
     base = embedding.metadata["base_model"]
+    token = embedding.metadata.get("initializer_token")
+    start = (
+        f'"{token}"' if token else f"another learned word, `{Path(embedding.metadata['initializer_embedding']).name}`"
+    )
     base_line = f"base_model: {base}\n" if config.pretrained_model_name_or_path and not Path(base).exists() else ""
     return f"""---
 {base_line}tags:
@@ -74,7 +78,7 @@ def model_card(config: TrainConfig, embedding: Embedding) -> str:
 # `{embedding.token}`
 
 A word for Stable Diffusion ({base}), learned with Textual Inversion: {embedding.metadata["steps"]} steps on
-{embedding.num_vectors} row(s) of the token-embedding table, starting from "{embedding.metadata["initializer_token"]}".
+{embedding.num_vectors} row(s) of the token-embedding table, starting from {start}.
 
 ```python
 from diffusers import StableDiffusionPipeline

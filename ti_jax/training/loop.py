@@ -170,6 +170,7 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> T
             pixels=concept.pictures.pixels,
             prompts=concept.prompts,
             words=concept.words,
+            initializer_embedding=concept.metadata.get("initializer_embedding_hash"),
             global_batch=samples_per_step // config.gradient_accumulation_steps,
             total_steps=total,
         ),

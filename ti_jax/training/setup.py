@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,9 @@ class Concept:
       word: the placeholder; its rows come first. words: it and the other learned words, with their numbers of vectors.
       rows: start values, float32 [n, D] for each text encoder. row_mask: bool [n], true where they train.
       others: learned words that stay as they are.
+      start: the learned word that the rows start from, under a name of its own; None if they start from a token.
       prompts: the templates with the word in them. pictures: as `load_images` gives them.
+      initializer: the words of the model that the rows start from, unless there is a ``start``.
     """
 
     word: str
@@ -37,9 +40,10 @@ class Concept:
     rows: dict[str, np.ndarray]
     row_mask: dict[str, np.ndarray]
     others: tuple[Embedding, ...]
+    start: Embedding | None
     prompts: list[str]
     pictures: Pictures
-    initializer: str
+    initializer: str | None
     metadata: dict[str, str]
 
     def embedding(self, rows: Rows, step: int) -> Embedding:
@@ -76,7 +80,7 @@ def prepare_concept(config: TrainConfig, sd: StableDiffusion, say: Callable[[str
     Raises:
       InputError: whatever is wrong with one of them.
     """
-    assert config.placeholder_token and config.initializer_token and config.train_data_dir, "the config is resolved"
+    assert config.placeholder_token and config.train_data_dir, "the config is resolved"
     word, count = config.placeholder_token, config.num_vectors
     others = tuple(Embedding.load(path) for path in config.embeddings)
     for path, other in zip(config.embeddings, others, strict=True):
@@ -87,10 +91,15 @@ def prepare_concept(config: TrainConfig, sd: StableDiffusion, say: Callable[[str
     if word.lower() in (known.lower() for known in words):
         raise InputError(f"placeholder {word!r} is also the word of one of --embeddings; choose another")
     words = {word: count, **words}
+    start_word = _load_start(config, sd, words, say)
     for name, tokenizer in sd.tokenizers.items():
         tokens.check_new_word(tokenizer, word)
-        ids = tokens.initializer_ids(tokenizer, config.initializer_token)
-        start = tokens.initial_rows(sd.token_table(name), ids, count)
+        if start_word is not None:
+            start = start_word.vectors[name]
+        else:
+            assert config.initializer_token is not None, "the config is resolved"
+            ids = tokens.initializer_ids(tokenizer, config.initializer_token)
+            start = tokens.initial_rows(sd.token_table(name), ids, count)
         rows[name] = np.concatenate([start, other_rows[name]]) if others else start
         row_mask[name] = np.arange(len(rows[name])) < count
 
@@ -110,11 +119,51 @@ def prepare_concept(config: TrainConfig, sd: StableDiffusion, say: Callable[[str
         "base_model": sd.name,
         "base_model_hash": sd.identity,
         "token": word,
-        "initializer_token": config.initializer_token,
+        **_start_metadata(config, start_word),
         "num_vectors": str(count),
         "learnable_property": config.learnable_property,
     }
-    return Concept(word, words, rows, row_mask, others, prompts, pictures, config.initializer_token, metadata)
+    return Concept(
+        word, words, rows, row_mask, others, start_word, prompts, pictures, config.initializer_token, metadata
+    )
+
+
+def _load_start(
+    config: TrainConfig, sd: StableDiffusion, words: Mapping[str, int], say: Callable[[str], None]
+) -> Embedding | None:
+    """The word of ``--initializer_embedding``, under a name that none of ``words`` has.
+
+    Raises:
+      InputError: no such file, not a word, another family, or another number of vectors.
+    """
+    if config.initializer_embedding is None:
+        return None
+    name = f"{config.placeholder_token}-start"
+    while name.lower() in (word.lower() for word in words):
+        name += "-"
+    # The file need not say a name that can be one here; "my cat.pt" has none.
+    start = Embedding.load(config.initializer_embedding, token=config.placeholder_token)
+    where = f"--initializer_embedding {config.initializer_embedding}"
+    check_fits(start, sd.embedding_dims, where)
+    if start.num_vectors != config.num_vectors:
+        raise InputError(
+            f"{where}: the word has {start.num_vectors} vectors and --num_vectors is {config.num_vectors}; give "
+            f"--num_vectors {start.num_vectors}, or another file (ti-jax embedding prune makes a word shorter)"
+        )
+    if start.caveat:
+        say(f"note: {where}: read as {start.caveat}")
+    return Embedding(name, start.vectors, start.metadata)
+
+
+def _start_metadata(config: TrainConfig, start: Embedding | None) -> dict[str, str]:
+    """What a learned word says of where it started; a file is told by its name and the hash of its numbers."""
+    if start is None:
+        return {"initializer_token": str(config.initializer_token)}
+    digest = hashlib.sha256(b"".join(vectors.tobytes() for vectors in start.vectors.values()))
+    return {
+        "initializer_embedding": str(config.initializer_embedding),
+        "initializer_embedding_hash": digest.hexdigest()[:16],
+    }
 
 
 def prompts_to_draw(config: TrainConfig, word: str) -> list[str]:

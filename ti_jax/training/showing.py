@@ -29,7 +29,7 @@ def _draw(
     assert config.validation_inference_steps is not None and config.validation_guidance_scale is not None
     return sd.generate(
         prompts,
-        embeddings=[embedding, *concept.others],
+        embeddings=[embedding, *concept.others, *([concept.start] if concept.start is not None else [])],
         num_inference_steps=config.validation_inference_steps,
         guidance_scale=config.validation_guidance_scale,
         height=config.resolution,
@@ -73,7 +73,7 @@ def save_overview(
     """
     columns = OVERVIEW_COLUMNS
     prompts = prompts_to_draw(replace(config, validation_prompt=None), concept.word)
-    plain = concept.prompts[0].replace(concept.word, concept.initializer)
+    plain = concept.prompts[0].replace(concept.word, concept.start.token if concept.start else str(concept.initializer))
     drawn_prompts = [prompt for prompt in (plain, *prompts) for _ in range(columns)]
     # The same seeds in every row: what differs down a column is the prompt alone.
     seeds = _seeds(config, columns) * (1 + len(prompts))

@@ -1,0 +1,137 @@
+"""One word out of several: their weighted sum, their vectors one behind the other, or a point on the arc between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ..errors import InputError
+from .embedding import CAVEAT, Embedding
+from .families import describe
+
+METHODS = ("sum", "concat", "slerp")
+
+
+def merge(
+    embeddings: Sequence[Embedding],
+    token: str,
+    method: str = "sum",
+    weights: Sequence[float] | None = None,
+    names: Sequence[object] | None = None,
+) -> Embedding:
+    """A new word from several for the same model family; vectors are computed in float64.
+
+    Args:
+      token: the new word.
+      method: "sum": ``w_1 v_1 + ... + w_k v_k``, vector by vector; all words have the same number of vectors.
+        "concat": all vectors one behind the other, unchanged, so their numbers add up.
+        "slerp": vector by vector along the great circle (Shoemake 1985): the direction is interpolated at constant
+        angle, the length linearly; of more than two words each next one is taken into what came before it.
+      weights: for "sum" used as they are, and 1/k each if None; for "slerp" shares of the whole, none negative,
+        equal if None; none for "concat".
+      names: where the words come from, for messages and the metadata; None: the words themselves.
+
+    Raises:
+      InputError: fewer than two words, of different families, of different numbers of vectors; weights that cannot be;
+        vectors that point in opposite directions, or have no direction, for "slerp".
+    """
+    labels = [str(name) for name in names] if names is not None else [embedding.token for embedding in embeddings]
+    if len(embeddings) < 2:
+        raise InputError(f"{len(embeddings)} word to merge; give two or more")
+    if method not in METHODS:
+        raise InputError(f"unknown method {method!r}; known are {', '.join(METHODS)}")
+    first = embeddings[0]
+    for label, embedding in zip(labels[1:], embeddings[1:], strict=True):
+        if embedding.dims != first.dims:
+            raise InputError(
+                f"{labels[0]} is for {describe(first.dims, first.metadata)}, and {label} for "
+                f"{describe(embedding.dims, embedding.metadata)}; merge words of one family"
+            )
+        if method != "concat" and embedding.num_vectors != first.num_vectors:
+            raise InputError(
+                f"{labels[0]} has {first.num_vectors} vectors, and {label} {embedding.num_vectors}; prune the longer "
+                "one first, or merge them with concat"
+            )
+    shares = _checked_weights(method, weights, len(embeddings))
+    combine: Callable[[list[np.ndarray]], np.ndarray]
+    if method == "concat":
+        combine = np.concatenate
+    elif method == "sum":
+
+        def combine(parts: list[np.ndarray]) -> np.ndarray:
+            return np.tensordot(np.array(shares), np.stack(parts), axes=1)
+    else:
+
+        def combine(parts: list[np.ndarray]) -> np.ndarray:
+            return _arc(parts, shares, labels)
+
+    vectors = {
+        name: combine([embedding.vectors[name].astype(np.float64) for embedding in embeddings])
+        for name in first.vectors
+    }
+    metadata = {"token": token, "merged_from": ", ".join(labels), "merge_method": method}
+    if method != "concat":
+        metadata["merge_weights"] = " ".join(f"{share:g}" for share in shares)
+    caveats = [f"{label}: {e.caveat}" for label, e in zip(labels, embeddings, strict=True) if e.caveat]
+    if caveats:
+        metadata[CAVEAT] = "; ".join(caveats)
+    # What all words have in common holds for the new one too.
+    for entry in ("base_model", "base_model_hash"):
+        if entry in first.metadata and all(e.metadata.get(entry) == first.metadata[entry] for e in embeddings):
+            metadata[entry] = first.metadata[entry]
+    return Embedding(token, vectors, metadata)
+
+
+def _checked_weights(method: str, weights: Sequence[float] | None, count: int) -> list[float]:
+    if method == "concat":
+        if weights is not None:
+            raise InputError("concat leaves the vectors as they are and has no weights; leave --weights out")
+        return [1.0] * count
+    if weights is None:
+        return [1.0 / count] * count
+    if len(weights) != count:
+        raise InputError(f"{len(weights)} weights for {count} words; give one for each, in their order")
+    if not np.isfinite(weights).all() or not any(weights):
+        raise InputError(f"weights {' '.join(f'{w:g}' for w in weights)}: must be finite, and not all 0")
+    if method == "slerp" and min(weights) < 0:
+        raise InputError(f"weights {' '.join(f'{w:g}' for w in weights)}: an arc has none below 0; use sum")
+    return [float(weight) for weight in weights]
+
+
+def _arc(parts: list[np.ndarray], shares: Sequence[float], labels: Sequence[str]) -> np.ndarray:
+    """Words float64 [n, D] taken one after the other into the one before, each by its share of the sum so far."""
+    # A word of no weight takes no part; nor must its direction.
+    kept = [(part, share, label) for part, share, label in zip(parts, shares, labels, strict=True) if share]
+    result, total, _ = kept[0]
+    for part, share, label in kept[1:]:
+        total += share
+        result = slerp(result, part, share / total, label)
+    return result
+
+
+def slerp(start: np.ndarray, end: np.ndarray, t: float, label: object) -> np.ndarray:
+    """From ``start`` (t = 0) to ``end`` (t = 1), float64 [n, D], row by row.
+
+    Args:
+      label: what to call ``end`` in a message.
+
+    Raises:
+      InputError: a row that is zero, or two that point in opposite directions: no arc is the shortest.
+    """
+    rows = []
+    for number, (a, b) in enumerate(zip(start, end, strict=True)):
+        length_a, length_b = np.linalg.norm(a), np.linalg.norm(b)
+        if length_a == 0 or length_b == 0:
+            raise InputError(f"{label}: vector {number} has no direction to turn to or from; use sum")
+        unit_a, unit_b = a / length_a, b / length_b
+        # By the half chords, which are exact where the cosine loses the small angles.
+        angle = 2 * np.arctan2(np.linalg.norm(unit_a - unit_b), np.linalg.norm(unit_a + unit_b))
+        if angle > np.pi - 1e-6:
+            raise InputError(f"{label}: vector {number} points the opposite way; there is no arc between them, use sum")
+        if angle < 1e-12:
+            direction = unit_a
+        else:
+            direction = (np.sin((1 - t) * angle) * unit_a + np.sin(t * angle) * unit_b) / np.sin(angle)
+        rows.append(direction * ((1 - t) * length_a + t * length_b))
+    return np.stack(rows)

@@ -1,0 +1,142 @@
+"""A model's text encoders alone: what tools that look at words need, without the gigabytes of its UNet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import tokens
+from .embeddings.embedding import Embedding, check_fits
+from .embeddings.inspect import Vocabulary
+from .errors import InputError
+from .models.clip_text import CLIPTextConfig, CLIPTextModel
+from .weights.config_files import read_component_config
+from .weights.hub import resolve
+from .weights.load import load_component, param_shapes
+from .weights.tokenizers import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+BATCH = 8  # prompts encoded at once; a fixed number, so that one program serves all
+
+
+@partial(jax.jit, static_argnums=0)
+def _encode(module: CLIPTextModel, params: Any, ids: jax.Array, rows: jax.Array) -> Any:
+    return module.apply({"params": params}, ids, rows)
+
+
+@dataclass(frozen=True)
+class TextEncoders:
+    """The text encoders of one Stable Diffusion, in float32, with their tokenizers.
+
+    Attributes:
+      modules, params, tokenizers: by text encoder: "text_encoder", and for SDXL "text_encoder_2".
+      name: what the user called the model, or "mini-sd" for the embedded default.
+    """
+
+    modules: Mapping[str, CLIPTextModel]
+    params: Mapping[str, Any]
+    tokenizers: Mapping[str, CLIPTokenizer]
+    name: str
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_hub_id: str | None = None, revision: str | None = None, variant: str | None = None
+    ) -> TextEncoders:
+        """Read them from a diffusers folder or hub repository; ``None`` is the embedded default.
+
+        Raises:
+          InputError: as `StableDiffusion.from_pretrained`, of the text encoders.
+        """
+        folder = resolve(path_or_hub_id, revision, variant)
+        index = read_component_config(folder, None)
+        names = [name for name in ("text_encoder", "text_encoder_2") if (index.get(name) or [None])[0]]
+        modules = {
+            name: CLIPTextModel(CLIPTextConfig.from_dict(read_component_config(folder, name)), jnp.float32)
+            for name in names
+        }
+        shapes = {
+            name: param_shapes(module, jax.ShapeDtypeStruct((1, 4), jnp.int32)) for name, module in modules.items()
+        }
+        return cls(
+            modules=modules,
+            params={name: load_component(folder, name, shapes[name], jnp.float32, variant) for name in names},
+            tokenizers={name: load_tokenizer(folder, name.replace("text_encoder", "tokenizer")) for name in names},
+            name="mini-sd" if path_or_hub_id is None else path_or_hub_id,
+        )
+
+    @property
+    def embedding_dims(self) -> dict[str, int]:
+        """Length of a token embedding, by text encoder."""
+        return {name: module.config.hidden_size for name, module in self.modules.items()}
+
+    def vocabulary(self, name: str) -> Vocabulary:
+        """Whole words of one text encoder (no pieces of words, no start and end tokens), with their rows."""
+        table = np.asarray(self.params[name]["embeddings"]["token_embedding"]["embedding"], np.float32)
+        tokenizer = self.tokenizers[name]
+        words, numbers = [], []
+        for token, number in tokenizer.get_vocab().items():
+            if not token.endswith("</w>") or number >= len(table):
+                continue
+            word = str(tokenizer.decode([number])).strip()
+            if word.isprintable() and word and "\ufffd" not in word:  # else a byte that is no character by itself
+                words.append(word)
+                numbers.append(number)
+        usual = float(np.median(np.linalg.norm(table, axis=1)))
+        return Vocabulary(self.name, words, table[numbers], usual)
+
+    def end_states(
+        self, prompt: str, embedding: Embedding, selections: Sequence[Sequence[int]]
+    ) -> dict[str, np.ndarray]:
+        """What the text encoders make of a prompt with a word of which only some vectors are there.
+
+        Args:
+          prompt: holds the word, or ``{}`` in its place.
+          selections: for each result, the numbers of the vectors that are there.
+
+        Returns:
+          By text encoder, float32 [B, D]: the state that the UNet is given at the end-of-text token (the last one for
+          SD1.x and SD2.x; the penultimate ones for SDXL).
+
+        Raises:
+          InputError: the word does not fit the model, is not in the prompt, or makes it too long.
+        """
+        check_fits(embedding, self.embedding_dims, embedding.token)
+        prompt = prompt.replace("{}", embedding.token)
+        states = {}
+        for name, module in self.modules.items():
+            tokenizer, vocab_size = self.tokenizers[name], module.config.vocab_size
+            longest = min(module.config.max_position_embeddings, tokenizer.model_max_length)
+            words = {embedding.token: embedding.num_vectors}
+            (whole,) = tokens.tokenize(tokenizer, [prompt], words, vocab_size, longest)
+            if not np.isin(vocab_size + np.arange(embedding.num_vectors), whole).all():
+                raise InputError(f"--prompt {prompt!r}: the word {embedding.token} is not in it; write it, or {{}}")
+            end = int(np.argmax(whole == tokenizer.eos_token_id))
+            batch = np.full((len(selections), longest), tokenizer.pad_token_id, np.int32)
+            ends = np.empty(len(selections), np.int64)
+            for number, selection in enumerate(selections):
+                staying = {vocab_size + row for row in selection}
+                ids = [i for i in whole[: end + 1] if i < vocab_size or i in staying]
+                batch[number, : len(ids)] = ids
+                ends[number] = len(ids) - 1
+            hidden = self._hidden(name, batch, embedding.vectors[name])
+            states[name] = hidden[np.arange(len(batch)), ends]
+        return states
+
+    def _hidden(self, name: str, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Ids int32 [B, L] and rows [n, D] -> states that the UNet is given, float32 [B, L, D]."""
+        parts = []
+        for start in range(0, len(ids), BATCH):
+            part = ids[start : start + BATCH]
+            full = np.concatenate([part, np.repeat(part[:1], BATCH - len(part), axis=0)])
+            output = _encode(self.modules[name], self.params[name], jnp.asarray(full), jnp.asarray(rows))
+            hidden = output.last_hidden_state if len(self.modules) == 1 else output.penultimate_hidden_state
+            parts.append(np.asarray(hidden)[: len(part)])
+        return np.concatenate(parts)

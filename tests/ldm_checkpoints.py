@@ -1,7 +1,7 @@
 """Tiny random Stable Diffusions on PyTorch, saved as a diffusers folder, and the same in the original layout.
 
-The writer goes from diffusers' names to the original ones by arithmetic on block numbers, as the programs do that export
-such files; the loader goes the other way, by counting what is there.
+The writer goes from diffusers' names to the original ones by arithmetic on block numbers, as the programs do that
+export such files; the loader goes the other way, by counting what is there.
 """
 
 import re
@@ -194,7 +194,7 @@ def open_clip(text_encoder, prefix, spare_layer=False):
 
 
 def torch_outputs(family, networks, prompt, latents, timestep, pixels):
-    """What PyTorch makes of a prompt, latents [B, 4, h, w] and pixels [B, 3, H, W]: context, pooled, noise, and so on."""
+    """What PyTorch makes of prompts, latents [B, 4, h, w] and pixels [B, 3, H, W]."""
     pipe = pipeline(family, networks, "epsilon")
     with torch.no_grad():
         encoded = pipe.encode_prompt(
@@ -204,7 +204,8 @@ def torch_outputs(family, networks, prompt, latents, timestep, pixels):
         pooled = encoded[2] if family == "sdxl" else None
         if pooled is not None:
             height, width = 2 * latents.shape[2], 2 * latents.shape[3]
-            added = {"text_embeds": pooled, "time_ids": torch.tensor([[height, width, 0, 0, height, width]] * len(prompt))}
+            sizes = [height, width, 0, 0, height, width]
+            added = {"text_embeds": pooled, "time_ids": torch.tensor([sizes] * len(prompt))}
         noise = networks["unet"](latents, timestep, context, added_cond_kwargs=added).sample
         moments = networks["vae"].encode(pixels).latent_dist.parameters
         decoded = networks["vae"].decode(latents / networks["vae"].config.scaling_factor).sample

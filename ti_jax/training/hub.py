@@ -64,6 +64,7 @@ def model_card(config: TrainConfig, embedding: Embedding) -> str:
     """The README.md of a pushed word, with the hub's front matter."""
     base = embedding.metadata["base_model"]
     base_line = f"base_model: {base}\n" if config.pretrained_model_name_or_path and not Path(base).exists() else ""
+    loader = "from_single_file" if Path(base).is_file() else "from_pretrained"
     return f"""---
 {base_line}tags:
 - textual_inversion
@@ -79,7 +80,7 @@ A word for Stable Diffusion ({base}), learned with Textual Inversion: {embedding
 ```python
 from diffusers import StableDiffusionPipeline
 
-pipe = StableDiffusionPipeline.from_pretrained("{base}")
+pipe = StableDiffusionPipeline.{loader}("{base}")
 pipe.load_textual_inversion("learned_embeds.safetensors")
 pipe("a picture of {embedding.token}").images[0].save("out.png")
 ```

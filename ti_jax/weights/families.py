@@ -113,10 +113,14 @@ SDXL = Family(
 # Number of channels that a UNet takes where a text-to-image model takes 4 -> what it is.
 OTHER_INPUTS = {5: "a depth-to-image model", 7: "an upscaler", 8: "an image-editing model", 9: "an inpainting model"}
 
-# What else is published as a .safetensors or .ckpt file: names of which any shows it, where in the name they stand, and
-# what it is.
+# What else is published as a .safetensors or .ckpt file: words of which any shows it, where in a tensor's name it
+# stands, and what it is.
 _OTHER_KINDS: tuple[tuple[tuple[str, ...], Literal["start", "anywhere"], str], ...] = (
-    (("lora_", "lycoris_", ".hada_w", ".lokr_w", ".oft_blocks"), "anywhere", "a LoRA, which changes a model and is none; give the model"),
+    (
+        ("lora_", "lycoris_", ".hada_w", ".lokr_w", ".oft_blocks"),
+        "anywhere",
+        "a LoRA, which changes a model and is none; give the model",
+    ),
     (("control_model.", "controlnet_cond_embedding."), "start", "a ControlNet, which ti_jax does not read"),
     (("joint_blocks.", f"{UNET}joint_blocks."), "start", "a Stable Diffusion 3 model, which ti_jax does not read"),
     (("double_blocks.", f"{UNET}double_blocks."), "start", "a Flux model, which ti_jax does not read"),

@@ -191,8 +191,8 @@ class PickleFile(Tensors):
         # Dropped from the state dict: where the file could not be mapped, it holds the tensors in memory.
         stored = self._state_dict.pop(name).detach()
         # A few stored numbers can be declared a tensor of any size (stride 0), which would fill the memory.
-        if stored.layout != torch.strided or stored.numel() * stored.itemsize > stored.untyped_storage().nbytes():
-            raise InputError(f"{self._path}: {name} is not stored number by number; get it as .safetensors")
+        if stored.numel() * stored.itemsize > stored.untyped_storage().nbytes():
+            raise InputError(f"{self._path}: {name} has more numbers than the file; get it as .safetensors")
         if stored.dtype == torch.bfloat16:  # which PyTorch cannot hand to NumPy
             stored = stored.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         else:
@@ -272,8 +272,17 @@ def state_dict(path: Path, content: Any) -> dict[str, Any]:
     """`content` of the pickle at `path`, if it is a dict of tensors; else InputError."""
     import torch
 
+    def is_plain(tensor: Any) -> bool:
+        return (
+            isinstance(tensor, torch.Tensor)
+            and not tensor.is_nested
+            and not tensor.is_neg()
+            and tensor.layout == torch.strided
+            and tensor.device.type == "cpu"
+        )
+
     if not isinstance(content, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in content.items()
+        isinstance(name, str) and is_plain(tensor) for name, tensor in content.items()
     ):
         raise InputError(f"{path}: not a dict of tensors, as a model's state dict is; get the model as .safetensors")
     return content

@@ -30,8 +30,8 @@ def resolve(
     (``HF_HUB_OFFLINE=1``, or none to be had).
 
     Args:
-      path_or_hub_id: a folder or a file; else a hub id (``stable-diffusion-v1-5/stable-diffusion-v1-5``); None: the embedded
-        default.
+      path_or_hub_id: a folder or a file; else a hub id (``stable-diffusion-v1-5/stable-diffusion-v1-5``); None: the
+        embedded default.
       revision: branch, tag or commit of the hub repository.
       variant: of the weight files, e.g. ``fp16``.
       token: for the hub. None: the one that ``hf auth login`` has stored.
@@ -54,7 +54,8 @@ def resolve(
     if folder.is_dir():
         if not (folder / MODEL_INDEX).is_file():
             raise InputError(
-                f"{path_or_hub_id}: a folder without {MODEL_INDEX}, so not a diffusers model; give the one that has it, or a checkpoint file"
+                f"{path_or_hub_id}: a folder without {MODEL_INDEX}, so not a diffusers model; give the one that has it "
+                "(or the file, if a single checkpoint lies in there)"
             )
         pipeline_components(read_component_config(folder, None), folder)
         return folder

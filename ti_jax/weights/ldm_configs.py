@@ -11,6 +11,7 @@ from typing import Any
 
 from ti_jax.errors import InputError
 from ti_jax.weights.families import SDXL, UNET, VAE, Family, Shapes, TextEncoder
+from ti_jax.weights.files import listed
 
 # Far beyond any Stable Diffusion. A damaged header may name a million layers, and a tensor of no numbers any size.
 MAX_LAYERS = 200
@@ -149,7 +150,7 @@ def _shape(shapes: Shapes, name: str, ndim: int) -> tuple[int, ...]:
         raise InputError(f"{name} is missing")
     shape = shapes[name]
     if len(shape) != ndim or not all(1 <= size <= MAX_SIZE for size in shape):
-        raise InputError(f"{name} has the shape {list(shape)}")
+        raise InputError(f"{listed([name])} has the shape {list(shape)}")
     return shape
 
 

@@ -158,14 +158,16 @@ def open_clip_parts(name: str) -> list[Part]:
 BUFFER_PREFIXES = ("model_ema.", "first_stage_model.model_ema.", "first_stage_model.loss.")
 
 # What latent-diffusion keeps of the noise schedule, and markers of what the UNet predicts.
-_SCHEDULE = (
-    "betas alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod "
-    "log_one_minus_alphas_cumprod sqrt_recip_alphas_cumprod sqrt_recipm1_alphas_cumprod posterior_variance "
-    "posterior_log_variance_clipped posterior_mean_coef1 posterior_mean_coef2 lvlb_weights logvar scale_factor "
-    "denoiser.sigmas v_pred ztsnr"
-).split()
-# Positions 0, 1, 2, ...; the causal mask; of CLIP's loss, the temperature; and ViT-L's projection into the space that it
-# shares with pictures, which no Stable Diffusion uses.
+# fmt: off
+_SCHEDULE = [
+    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
+    "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2", "lvlb_weights", "logvar",
+    "scale_factor", "denoiser.sigmas", "v_pred", "ztsnr",
+]
+# fmt: on
+# Positions 0, 1, 2, ...; the causal mask; of CLIP's loss, the temperature; and ViT-L's projection into the space that
+# it shares with pictures, which no Stable Diffusion uses.
 _OF_TEXT_ENCODERS = [
     f"{encoder}.{name}"
     for encoder in ("cond_stage_model", "conditioner.embedders.0", "conditioner.embedders.1")

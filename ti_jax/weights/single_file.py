@@ -135,8 +135,8 @@ def component_names(shapes: Shapes, family: Family, configs: Components) -> dict
     """
     parts: dict[str, dict[str, list[Part]]] = {}
     for encoder in family.text_encoders:
-        found = {}
-        unused = []
+        found: dict[str, list[Part]] = {}
+        unused: list[str] = []
         if encoder.layers_unused:
             # The layer behind the last one that is used, and the projection behind that.
             last = configs[encoder.name]["num_hidden_layers"]

@@ -62,15 +62,18 @@ class _Folder(Source):
         index = read_component_config(path, None)
         self.path, self._variant = path, variant
         text_encoders = [name for name in TEXT_ENCODERS if (index.get(name) or [None])[0]]
-        self.configs = {name: read_component_config(path, name) for name in (*text_encoders, "unet", "vae", "scheduler")}
+        components = (*text_encoders, "unet", "vae", "scheduler")
+        self.configs = {name: read_component_config(path, name) for name in components}
         self.zeros_for_empty_prompt = bool(index.get("force_zeros_for_empty_prompt", False))
 
     def load(self, shapes: Mapping[str, Tree], dtype: Any, identity: Identity) -> dict[str, Tree]:
+        """One component after the other."""
         return {
             name: load_component(self.path, name, tree, dtype, self._variant, identity) for name, tree in shapes.items()
         }
 
     def tokenizer(self, text_encoder: str) -> CLIPTokenizer:
+        """From the files in its folder."""
         return load_tokenizer(self.path, text_encoder.replace("text_encoder", "tokenizer"))
 
 
@@ -81,6 +84,7 @@ class _SingleFile(Source):
         self.zeros_for_empty_prompt = checkpoint.family.zeros_for_empty_prompt
 
     def load(self, shapes: Mapping[str, Tree], dtype: Any, identity: Identity) -> dict[str, Tree]:
+        """All is checked before any is read: a file that lacks a VAE's tensor is refused at once."""
         faults: dict[str, list[str]] = {kind: [] for kind in FAULTS}
         faults["unexpected"] += self._checkpoint.unexpected
         placed, targets = {}, {name: flatten_dict(tree) for name, tree in shapes.items()}
@@ -93,6 +97,7 @@ class _SingleFile(Source):
         return {name: read_tree(placed[name], name, targets[name], dtype, identity) for name in shapes}
 
     def tokenizer(self, text_encoder: str) -> CLIPTokenizer:
+        """CLIP's own, since the file has none."""
         pad_tokens = {encoder.name: encoder.pad_token for encoder in self._checkpoint.family.text_encoders}
         return clip_tokenizer(pad_tokens[text_encoder])
 
@@ -116,7 +121,7 @@ def open_source(path: Path, variant: str | None = None, prediction_type: str | N
     said = folder.configs["scheduler"].get("prediction_type", "epsilon")
     if prediction_type not in (None, said):
         raise InputError(
-            f"--prediction_type {prediction_type}: {path} says {said} in its scheduler/scheduler_config.json; leave the "
-            "flag out, or correct the file"
+            f"--prediction_type {prediction_type}: {path} says {said} in its scheduler/scheduler_config.json; leave "
+            "the flag out, or correct that file"
         )
     yield folder

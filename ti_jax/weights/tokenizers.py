@@ -1,11 +1,11 @@
-"""Tokenizers of a diffusers folder, or the one of CLIP itself, as transformers' CLIPTokenizer (it needs no PyTorch)."""
+"""Tokenizers of a diffusers folder, or the one of CLIP itself, as transformers' CLIPTokenizer (needs no PyTorch)."""
 
 from __future__ import annotations
 
 import gzip
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ti_jax.config import ASSETS
 from ti_jax.errors import InputError
@@ -79,4 +79,5 @@ def clip_tokenizer(pad_token: str) -> CLIPTokenizer:
     merges = [tuple(line.split()) for line in lines[: VOCABULARY_SIZE - len(tokens) - 2]]
     tokens += ["".join(pair) for pair in merges] + [START, END]
     vocabulary = {token: number for number, token in enumerate(tokens)}
-    return _tokenizer_class()(vocabulary, merges, pad_token=pad_token, model_max_length=MAX_LENGTH)
+    # transformers' annotation knows only merges as text, which the library below takes no more.
+    return _tokenizer_class()(vocabulary, cast("list[str]", merges), pad_token=pad_token, model_max_length=MAX_LENGTH)

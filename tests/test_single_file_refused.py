@@ -51,7 +51,7 @@ def load(path, prediction_type="epsilon"):
 
 
 def write(path, state):
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    save_file({name: tensor.clone().contiguous() for name, tensor in state.items()}, path)
     return path
 
 
@@ -173,6 +173,7 @@ def test_given_twice(tmp_path):
         ("sd1", f"{UNET}input_blocks.1.0.out_layers.3.weight", torch.ones(48, 48, 3, 3), "does not divide 48"),
         ("sd2", "cond_stage_model.model.token_embedding.weight", torch.ones(300, 0), "has the shape [300, 0]"),
         ("sd2", "cond_stage_model.model.token_embedding.weight", torch.ones(300, 40), "num_attention_heads is 0"),
+        ("sd2", "cond_stage_model.model.token_embedding.weight", torch.ones(300, 64), "text of width 128 where the"),
         ("sdxl", f"{UNET}label_emb.0.0.weight", torch.ones(128, 81), "its UNet takes 81 numbers beside the text"),
     ],
 )

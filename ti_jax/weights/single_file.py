@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ti_jax.errors import InputError
+from ti_jax.models.clip_text import CLIPTextConfig
 from ti_jax.models.unet_config import UNetConfig
 from ti_jax.models.vae import VAEConfig
 from ti_jax.weights import ldm_configs
@@ -60,6 +61,7 @@ def open_checkpoint(path: Path, prediction_type: str | None) -> Iterator[Checkpo
         scheduler = scheduler_config(path, file, family, prediction_type)
         try:
             configs = component_configs(file.shapes, family, scheduler["prediction_type"])
+            check_widths(family, configs)
             renames = component_names(file.shapes, family, configs)
         except InputError as error:
             raise InputError(f"{path}: not a {family.name} checkpoint that ti_jax reads: {error}") from error
@@ -126,6 +128,14 @@ def component_configs(shapes: Shapes, family: Family, prediction_type: str) -> d
     configs["unet"] = ldm_configs.unet_config(shapes, family, prediction_type)
     configs["vae"] = ldm_configs.vae_config(shapes, family)
     return configs
+
+
+def check_widths(family: Family, configs: Components) -> None:
+    """Raise InputError if the text encoders are not of sizes that there are, or not those that the UNet listens to."""
+    width = sum(CLIPTextConfig.from_dict(configs[encoder.name]).hidden_size for encoder in family.text_encoders)
+    wanted = configs["unet"]["cross_attention_dim"]
+    if width != wanted:
+        raise InputError(f"its UNet takes a text of width {wanted} where the text encoder gives {width}")
 
 
 def component_names(shapes: Shapes, family: Family, configs: Components) -> dict[str, dict[str, list[Part]]]:

@@ -67,7 +67,8 @@ def clip_tokenizer(pad_token: str) -> CLIPTokenizer:
     the order of OpenAI's ``simple_tokenizer.py``.
 
     Args:
-      pad_token: what a prompt is filled up with: ``<|endoftext|>`` beside ViT-L, ``!`` beside OpenCLIP's encoders.
+      pad_token: what a prompt is filled up with: ``<|endoftext|>`` beside ViT-L, ``!`` beside OpenCLIP's encoders. An
+        exclamation mark in a prompt is the padding's id then: that of a diffusers folder, and not OpenCLIP's own.
     """
     # The bytes that print as themselves come first. The others get letters from 256 on, because no space or control
     # character may stand in a token.

@@ -233,13 +233,15 @@ def test_configs_made_in_python_are_checked_too(values, message):
     assert str(error.value).startswith(message)
 
 
-@pytest.mark.parametrize("name", ["revision", "variant"])
+@pytest.mark.parametrize(
+    ("name", "value"), [("revision", "fp16"), ("variant", "fp16"), ("prediction_type", "v_prediction")]
+)
 @pytest.mark.parametrize(
     "make", [lambda **v: resolve(TrainConfig(**v)), lambda **v: resolve_infer(InferConfig(("a",), **v))]
 )
-def test_embedded_model_has_no_variants(make, name):
-    with pytest.raises(InputError, match=f"^--{name} fp16: the embedded model has only one"):
-        make(**{name: "fp16"})
+def test_embedded_model_has_no_variants(make, name, value):
+    with pytest.raises(InputError, match=f"^--{name} {value}: the embedded model has only one"):
+        make(**{name: value})
 
 
 @pytest.mark.parametrize("values", [{"validation_prompt": "a photo of"}, {"overview_prompts": ("a {}", "a cat")}])

@@ -199,8 +199,14 @@ def test_folders_of_something_else(tmp_path, index, said):
 def test_single_file_and_not_an_id(tmp_path):
     file = tmp_path / "v1-5-pruned.safetensors"
     file.touch()
-    with pytest.raises(InputError, match="a file; expected the folder of a diffusers model"):
-        resolve(str(file))
+    assert resolve(str(file)) == file
+    for flag in ("revision", "variant"):
+        with pytest.raises(InputError, match=f"--{flag} fp16: .*is a single file and has only one; leave it out"):
+            resolve(str(file), **{flag: "fp16"})
+    # The hub is not asked for it.
+    for name in ("v1-5-pruned.safetensors", "models/v1-5-pruned.ckpt"):
+        with pytest.raises(InputError, match="no such file; check the path"):
+            resolve(name)
     for name in (str(tmp_path / "nothing"), "./here", "a/b/c", "two words/x"):
         with pytest.raises(InputError, match="no such folder, and not a hub id either"):
             resolve(name)

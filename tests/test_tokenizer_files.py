@@ -1,5 +1,7 @@
 """Tokenizers load from either generation of files, without PyTorch and without a word."""
 
+import gzip
+import hashlib
 import json
 import shutil
 import subprocess
@@ -11,7 +13,7 @@ import pytest
 
 from ti_jax.config import ASSETS
 from ti_jax.errors import InputError
-from ti_jax.weights.tokenizers import load_tokenizer
+from ti_jax.weights.tokenizers import MERGES, clip_tokenizer, load_tokenizer
 
 MINI_SD = ASSETS / "mini-sd"
 PROMPTS = [
@@ -99,7 +101,7 @@ QUIET = """
     found = importlib.util.find_spec
     importlib.util.find_spec = lambda name, package=None: None if name == "torch" else found(name, package)
     from ti_jax.weights.hub import EMBEDDED_DEFAULT
-    from ti_jax.weights.tokenizers import load_tokenizer
+    from ti_jax.weights.tokenizers import MERGES, clip_tokenizer, load_tokenizer
     print(load_tokenizer(EMBEDDED_DEFAULT, "tokenizer")("a person").input_ids)
     assert "torch" not in sys.modules
 """
@@ -110,3 +112,59 @@ def test_silent_without_pytorch():
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert done.stdout == "[779, 320, 693, 780]\n"
     assert done.stderr == ""
+
+
+# -- CLIP's own, which comes with the package
+
+CLIP_IDS = {
+    "a photo of a cat": [49406, 320, 1125, 539, 320, 2368, 49407],
+    "": [49406, 49407],
+    "Hello, World?": [49406, 3306, 267, 1002, 286, 49407],
+}
+
+
+@pytest.mark.parametrize(("pad_token", "pad_id"), [("<|endoftext|>", 49407), ("!", 0)])
+def test_clip_ids(pad_token, pad_id):
+    tokenizer = clip_tokenizer(pad_token)
+    assert {prompt: tokenizer(prompt).input_ids for prompt in CLIP_IDS} == CLIP_IDS
+    assert (len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id) == (49408, 49406, 49407)
+    assert (tokenizer.pad_token_id, tokenizer.model_max_length) == (pad_id, 77)
+    # The padding is a special token, so it is found in a prompt too: as in diffusers, with the published folders.
+    assert tokenizer("no!").input_ids[2:-1] == ([0] if pad_token == "!" else [256])
+    padded = tokenizer("a cat", padding="max_length").input_ids
+    assert padded == [49406, 320, 2368, 49407] + [pad_id] * 73
+    # Every token is text, and goes there and back.
+    assert sorted(tokenizer.get_vocab().values()) == list(range(49408))
+
+
+@pytest.mark.parametrize("pad_token", ["<|endoftext|>", "!"])
+def test_clip_is_what_a_folder_with_the_same_files_gives(tmp_path, pad_token):
+    """As the published folders have it: ``vocab.json``, ``merges.txt`` with a line of title, and the special tokens."""
+    ours = clip_tokenizer(pad_token)
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps(ours.get_vocab()))
+    lines = gzip.decompress(MERGES.read_bytes()).decode("utf-8").splitlines()
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *lines[1:48895]]), encoding="utf-8")
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    settings = {**special, "pad_token": pad_token, "model_max_length": 77, "tokenizer_class": "CLIPTokenizer"}
+    (folder / "special_tokens_map.json").write_text(json.dumps(special | {"pad_token": pad_token}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    theirs = load_tokenizer(tmp_path, "tokenizer")
+    prompts = [
+        "no! wait",
+        *PROMPTS,
+        "naïve café, 3.14 don't we'll",
+        "ｆｕｌｌ width",
+        "emoji 👩‍👩‍👧 ok",
+        "tab\tand\nline",
+        "ﬁ ǅ İ",
+    ]
+    assert [ours(prompt).input_ids for prompt in prompts] == [theirs(prompt).input_ids for prompt in prompts]
+    assert ours.get_vocab() == theirs.get_vocab()
+
+
+def test_clip_vocabulary_is_openais():
+    digest = hashlib.sha256(MERGES.read_bytes()).hexdigest()
+    assert digest == "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
+    assert "Copyright (c) 2021 OpenAI" in (MERGES.parent / "LICENSE").read_text()

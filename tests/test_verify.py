@@ -185,3 +185,13 @@ def test_verify_without_pytorch_or_diffusers(tmp_path, monkeypatch, missing):
     said = refusal(tmp_path / "a.safetensors")
     assert said == f"verifying needs PyTorch and diffusers, and {missing} is missing: pip install 'ti_jax[torch]'"
     assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def test_single_file_models_are_not_for_diffusers(tmp_path):
+    word(1).save(tmp_path / "a.safetensors", format="diffusers")
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(
+        InputError, match=r"model\.safetensors: a single file, of which diffusers asks the hub"
+    ) as error:
+        verify(tmp_path / "a.safetensors", tmp_path / "model.safetensors")
+    assert "\n" not in str(error.value)

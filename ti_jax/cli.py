@@ -53,7 +53,7 @@ class VerifyConfig:
 
     pretrained_model_name_or_path: str | None = None
     """The model that the word was learned for: a diffusers folder or a Hugging Face Hub id. Left out: the small model
-    that comes with ti_jax."""
+    that comes with ti_jax. A single-file checkpoint is not possible here, since diffusers cannot read one offline."""
     prompt: str | None = None
     """Prompt with the word in it, or {} in its place. Left out: the word alone."""
 

@@ -30,6 +30,7 @@ PAPER_STEPS, EMBEDDED_STEPS = 50, 25  # of the sampler, when a word is measured
 
 LearnableProperty = Literal["object", "style"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+PredictionType = Literal["epsilon", "v_prediction"]
 SamplerName = Literal["ddim", "euler", "euler_a", "dpm++"]
 Measure = Literal["identity", "editability", "clip_i", "clip_t"]
 
@@ -59,12 +60,15 @@ class TrainConfig:
 
     # -- the model
     pretrained_model_name_or_path: str | None = None
-    """A diffusers folder or a Hugging Face Hub id, e.g. stable-diffusion-v1-5/stable-diffusion-v1-5. Left out: the
-    small model that comes with ti_jax."""
+    """A diffusers folder, a Hugging Face Hub id, e.g. stable-diffusion-v1-5/stable-diffusion-v1-5, or a single
+    .safetensors or .ckpt checkpoint. Left out: the small model that comes with ti_jax."""
     revision: str | None = None
     """Branch, tag or commit of the hub repository."""
     variant: str | None = None
     """Variant of the weight files, e.g. fp16."""
+    prediction_type: PredictionType | None = None
+    """What the UNet predicts, for a single checkpoint that does not say it. Left out: what the model says; else epsilon
+    (noise), but an SD2.x file must be told."""
     mixed_precision: Literal["no", "bf16"] | None = None
     """Precision of the frozen weights and their activations; rows, loss and optimizer are always float32. Left out:
     bf16 on TPU and GPU, no (float32) on CPU."""
@@ -200,12 +204,15 @@ class InferConfig:
 
     # -- the model
     pretrained_model_name_or_path: str | None = None
-    """The model that the words were learned for: a diffusers folder or a Hugging Face Hub id. Left out: the small model
-    that comes with ti_jax."""
+    """The model that the words were learned for: a diffusers folder, a Hugging Face Hub id, or a single .safetensors or
+    .ckpt checkpoint. Left out: the small model that comes with ti_jax."""
     revision: str | None = None
     """Branch, tag or commit of the hub repository."""
     variant: str | None = None
     """Variant of the weight files, e.g. fp16."""
+    prediction_type: PredictionType | None = None
+    """What the UNet predicts, for a single checkpoint that does not say it. Left out: what the model says; else epsilon
+    (noise), but an SD2.x file must be told."""
     mixed_precision: Literal["no", "bf16"] | None = None
     """Precision of the weights and activations. Left out: bf16 on TPU and GPU, no (float32) on CPU."""
 

@@ -186,7 +186,7 @@ def _check_fields(config: Any, rules: dict[str, Rule]) -> None:
 
 def _check_model(config: TrainConfig | InferConfig | EvaluateConfig) -> None:
     if config.pretrained_model_name_or_path is None:
-        for name in ("revision", "variant"):
+        for name in ("revision", "variant", "prediction_type"):
             if getattr(config, name) is not None:
                 raise InputError(
                     f"--{name} {getattr(config, name)}: the embedded model has only one; leave it out, or give the "

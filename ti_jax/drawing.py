@@ -45,6 +45,7 @@ def draw(config: InferConfig) -> list[Path]:
         {None: None, "no": jnp.float32, "bf16": jnp.bfloat16}[config.mixed_precision],
         revision=config.revision,
         variant=config.variant,
+        prediction_type=config.prediction_type,
     )
     for file, embedding in zip(config.embedding, embeddings, strict=True):
         check_fits(embedding, sd.embedding_dims, file)

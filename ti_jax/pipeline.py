@@ -22,11 +22,9 @@ from .models.clip_text import CLIPTextConfig, CLIPTextModel
 from .models.unet import UNet2DConditionModel, UNetConfig
 from .models.vae import AutoencoderKL, VAEConfig
 from .networks import Condition, Networks, Params, network_shapes
-from .weights.config_files import read_component_config
 from .weights.hub import resolve
 from .weights.identity import Identity
-from .weights.load import load_component
-from .weights.tokenizers import load_tokenizer
+from .weights.sources import open_source
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -46,10 +44,10 @@ class StableDiffusion:
       params: ``{"text_encoder": tree, ["text_encoder_2": tree,] "unet": tree, "vae": tree}``, on the default device.
       tokenizers: one for each text encoder, by the encoder's name.
       schedule: betas and prediction type that the model was trained with.
-      scheduler_config: the checkpoint's ``scheduler_config.json``.
+      scheduler_config: the checkpoint's ``scheduler_config.json``, or what stands for it with a single file.
       zeros_for_empty_prompt: guidance without a negative prompt starts from zeros (SDXL) and not from the empty prompt.
-      identity: a hash of the weights; two folders with the same weights have the same.
-      path: the folder that it was read from.
+      identity: a hash of the weights; two folders, or a folder and a file, with the same weights have the same.
+      path: the folder or file that it was read from.
       name: what the user called it: a path, a hub id, or "mini-sd" for the embedded default.
     """
 
@@ -72,13 +70,18 @@ class StableDiffusion:
         *,
         revision: str | None = None,
         variant: str | None = None,
+        prediction_type: str | None = None,
         gradient_checkpointing: bool = False,
     ) -> StableDiffusion:
-        """Read a diffusers folder or hub repository (PyTorch weights); ``None`` is the embedded default.
+        """Read a diffusers folder, hub repository or single-file checkpoint; ``None`` is the embedded default.
+
+        A single file is a ``.safetensors`` or ``.ckpt`` of Stable Diffusion 1.x, 2.x or XL in the original layout
+        (`ti_jax.weights.single_file`).
 
         Args:
           dtype: of the frozen weights and activations. ``None``: bfloat16 on TPU and GPU, float32 on CPU.
-          revision, variant: as in diffusers.
+          revision, variant: as in diffusers, for folders and repositories.
+          prediction_type: ``epsilon`` or ``v_prediction``, for a single file that does not say what it predicts.
           gradient_checkpointing: the UNet recomputes its activations in a backward pass.
 
         Raises:
@@ -87,32 +90,24 @@ class StableDiffusion:
         """
         if dtype is None:
             dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-        folder = resolve(None if path_or_hub_id is None else str(path_or_hub_id), revision, variant)
-        index = read_component_config(folder, None)
-        text_names = [name for name in ("text_encoder", "text_encoder_2") if (index.get(name) or [None])[0]]
+        path = resolve(None if path_or_hub_id is None else str(path_or_hub_id), revision, variant)
+        with open_source(path, variant, prediction_type) as source:
+            text_encoders = tuple(
+                (name, CLIPTextModel(CLIPTextConfig.from_dict(source.configs[name]), dtype))
+                for name in source.text_encoders
+            )
+            unet = UNet2DConditionModel(UNetConfig.from_dict(source.configs["unet"]), dtype, gradient_checkpointing)
+            vae = AutoencoderKL(VAEConfig.from_dict(source.configs["vae"]), dtype)
+            schedule = NoiseSchedule.from_config(source.configs["scheduler"])
 
-        text_encoders = tuple(
-            (name, CLIPTextModel(CLIPTextConfig.from_dict(read_component_config(folder, name)), dtype))
-            for name in text_names
-        )
-        unet = UNet2DConditionModel(
-            UNetConfig.from_dict(read_component_config(folder, "unet")), dtype, gradient_checkpointing
-        )
-        vae = AutoencoderKL(VAEConfig.from_dict(read_component_config(folder, "vae")), dtype)
-        scheduler_config = read_component_config(folder, "scheduler")
-        schedule = NoiseSchedule.from_config(scheduler_config)
-
-        identity = Identity()
-        params = {
-            name: load_component(folder, name, shapes, dtype, variant, identity)
-            for name, shapes in network_shapes(text_encoders, unet, vae).items()
-        }
-        tokenizers = {name: load_tokenizer(folder, name.replace("text_encoder", "tokenizer")) for name in text_names}
+            identity = Identity()
+            params = source.load(network_shapes(text_encoders, unet, vae), dtype, identity)
+            tokenizers = {name: source.tokenizer(name) for name in source.text_encoders}
         for name, module in text_encoders:
             # Ids past the table are those of learned rows; a word of the tokenizer's own there would be taken for one.
             if len(tokenizers[name]) > module.config.vocab_size:
                 raise InputError(
-                    f"{folder}: the tokenizer has {len(tokenizers[name])} tokens where {name} has "
+                    f"{path}: the tokenizer has {len(tokenizers[name])} tokens where {name} has "
                     f"{module.config.vocab_size} rows; words were added to one of them only, use the original model"
                 )
         return cls(
@@ -120,11 +115,11 @@ class StableDiffusion:
             params=params,
             tokenizers=tokenizers,
             schedule=schedule,
-            scheduler_config=scheduler_config,
-            zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", False)),
+            scheduler_config=source.configs["scheduler"],
+            zeros_for_empty_prompt=source.zeros_for_empty_prompt,
             dtype=dtype,
             identity=identity.hexdigest(),
-            path=folder,
+            path=path,
             name="mini-sd" if path_or_hub_id is None else str(path_or_hub_id),
         )
 

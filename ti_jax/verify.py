@@ -82,6 +82,11 @@ def verify(embedding_path: str | Path, model_path: str | Path | None = None, pro
         prompt does not hold the word; diffusers does not load the file.
     """
     _check_installed()
+    if model_path is not None and Path(model_path).expanduser().is_file():
+        raise InputError(
+            f"{model_path}: a single file, of which diffusers asks the hub for the configuration; to verify, give the "
+            "model as a diffusers folder (diffusers' from_single_file(...).save_pretrained(...) makes one of it)"
+        )
     path = word_file(Path(embedding_path))
     embedding = Embedding.load(path)
     # On a TPU or GPU the default would be half-precision products.

@@ -34,6 +34,7 @@ def fingerprint(
     config: TrainConfig,
     *,
     model_identity: str,
+    prediction_type: str,
     dtype: Any,
     pixels: np.ndarray,
     prompts: Sequence[str],
@@ -50,6 +51,7 @@ def fingerprint(
     constant = config.lr_scheduler in ("constant", "constant_with_warmup")
     return {
         "base model": model_identity,
+        "prediction_type": prediction_type,  # which a single-file checkpoint may not say, and the user does
         "precision": np.dtype(dtype).name,
         "pictures": hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest(),
         "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
@@ -138,7 +140,8 @@ class Checkpoints:
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"{where} cannot be read ({one_line(error)}); resume from another one") from error
         wanted = json.loads(json.dumps(self.identity))
-        different = [name for name in wanted if found.get(name) != wanted[name]]
+        # What an older checkpoint does not have was not a choice yet.
+        different = [name for name in wanted if found.get(name, wanted[name]) != wanted[name]]
         if different:
             details = ", ".join(_difference(name, found.get(name), wanted[name]) for name in different)
             raise InputError(

@@ -68,6 +68,7 @@ def model_card(config: TrainConfig, embedding: Embedding) -> str:
         f'"{token}"' if token else f"another learned word, `{Path(embedding.metadata['initializer_embedding']).name}`"
     )
     base_line = f"base_model: {base}\n" if config.pretrained_model_name_or_path and not Path(base).exists() else ""
+    loader = "from_single_file" if Path(base).is_file() else "from_pretrained"
     return f"""---
 {base_line}tags:
 - textual_inversion
@@ -83,7 +84,7 @@ A word for Stable Diffusion ({base}), learned with Textual Inversion: {embedding
 ```python
 from diffusers import StableDiffusionPipeline
 
-pipe = StableDiffusionPipeline.from_pretrained("{base}")
+pipe = StableDiffusionPipeline.{loader}("{base}")
 pipe.load_textual_inversion("learned_embeds.safetensors")
 pipe("a picture of {embedding.token}").images[0].save("out.png")
 ```

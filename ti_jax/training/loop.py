@@ -166,6 +166,7 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> T
         fingerprint(
             config,
             model_identity=sd.identity,
+            prediction_type=sd.schedule.prediction_type,
             dtype=sd.dtype,
             pixels=concept.pictures.pixels,
             prompts=concept.prompts,

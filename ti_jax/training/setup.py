@@ -65,6 +65,7 @@ def load_model(config: TrainConfig) -> StableDiffusion:
         dtype,
         revision=config.revision,
         variant=config.variant,
+        prediction_type=config.prediction_type,
         gradient_checkpointing=config.gradient_checkpointing,
     )
     if len(sd.networks.text_encoders) > 1:

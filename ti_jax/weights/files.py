@@ -10,7 +10,7 @@ import mmap
 import pickle
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +135,12 @@ class Tensors:
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, np.dtype | str]
     """A dtype that is read, or the name of one that is not."""
+    metadata: Mapping[str, str] = {}
+    """What the file says beside its tensors."""
+
+    def label(self, name: str) -> str:
+        """What a message calls a tensor."""
+        return name
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, in memory of its own."""
@@ -152,7 +158,7 @@ class SafetensorsFile(Tensors):
         self._path, self._file = path, file
         length = int.from_bytes(file.read(8), "little")
         self._entries = json.loads(file.read(length))
-        self._entries.pop("__metadata__", None)
+        self.metadata = self._entries.pop("__metadata__", None) or {}
         self._start = 8 + length
         self.shapes = {name: tuple(entry["shape"]) for name, entry in self._entries.items()}
         self.dtypes = {name: DTYPES.get(entry["dtype"], entry["dtype"]) for name, entry in self._entries.items()}
@@ -169,8 +175,8 @@ class SafetensorsFile(Tensors):
 class PickleFile(Tensors):
     """A state dict that PyTorch pickled."""
 
-    def __init__(self, state_dict: dict[str, Any]) -> None:
-        self._state_dict = state_dict
+    def __init__(self, path: Path, state_dict: dict[str, Any]) -> None:
+        self._path, self._state_dict = path, state_dict
         self.shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
         names = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
         self.dtypes = {}
@@ -184,6 +190,9 @@ class PickleFile(Tensors):
 
         # Dropped from the state dict: where the file could not be mapped, it holds the tensors in memory.
         stored = self._state_dict.pop(name).detach()
+        # A few stored numbers can be declared a tensor of any size (stride 0), which would fill the memory.
+        if stored.numel() * stored.itemsize > stored.untyped_storage().nbytes():
+            raise InputError(f"{self._path}: {name} has more numbers than the file; get it as .safetensors")
         if stored.dtype == torch.bfloat16:  # which PyTorch cannot hand to NumPy
             stored = stored.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         else:
@@ -215,44 +224,68 @@ def open_tensors(path: Path) -> Iterator[Tensors]:
     """
     refuse_git_lfs_pointer(path)
     if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="np"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"{path}: not a complete safetensors file ({one_line(error)}); download it again"
-            ) from error
-        with path.open("rb") as file:
-            yield SafetensorsFile(path, file)
+        with open_safetensors(path) as file:
+            yield file
     else:
-        yield PickleFile(load_pickle(path))
+        yield PickleFile(path, state_dict(path, load_pickle(path)))
 
 
-def load_pickle(path: Path) -> dict[str, Any]:
-    """State dict of a PyTorch pickle; its tensors are mapped from the file where its format allows."""
+@contextlib.contextmanager
+def open_safetensors(path: Path) -> Iterator[SafetensorsFile]:
+    """Open a safetensors file; InputError if it is not a whole one."""
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a complete safetensors file ({one_line(error)}); download it again") from error
+    with path.open("rb") as file:
+        yield SafetensorsFile(path, file)
+
+
+def load_pickle(path: Path, stand_ins: Sequence[Any] = ()) -> Any:
+    """Contents of a PyTorch pickle; its tensors are mapped from the file where its format allows.
+
+    `stand_ins` are the classes beside PyTorch's that it may name, as `torch.serialization.safe_globals` takes them.
+    """
     try:
         import torch
     except ImportError as error:
         raise InputError(
-            f"{path}: reading a .bin file needs PyTorch (pip install 'ti_jax[torch]'); or get the model as .safetensors"
+            f"{path}: reading a {path.suffix} file needs PyTorch (pip install 'ti_jax[torch]'); or get the model as "
+            ".safetensors"
         ) from error
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(list(stand_ins)):
             # Of pickles that PyTorch did not write; if it cannot read one, an error says so.
             warnings.simplefilter("ignore", UserWarning)
             # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
-            state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{path}: refused, it is broken or holds more than tensors ({one_line(error)}); get it as .safetensors"
         ) from error
     except Exception as error:  # a file cut short fails wherever the unpickler was just then, with IndexError and all
         raise InputError(f"{path}: not a complete PyTorch file ({one_line(error)}); download it again") from error
-    if not isinstance(state_dict, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state_dict.items()
+
+
+def state_dict(path: Path, content: Any) -> dict[str, Any]:
+    """`content` of the pickle at `path`, if it is a dict of tensors; else InputError."""
+    import torch
+
+    def is_plain(tensor: Any) -> bool:
+        return (
+            isinstance(tensor, torch.Tensor)
+            and not tensor.is_nested
+            and not tensor.is_neg()
+            and tensor.layout == torch.strided
+            and tensor.device.type == "cpu"
+        )
+
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and is_plain(tensor) for name, tensor in content.items()
     ):
         raise InputError(f"{path}: not a dict of tensors, as a model's state dict is; get the model as .safetensors")
-    return state_dict
+    return content
 
 
 def is_zip(path: Path) -> bool:

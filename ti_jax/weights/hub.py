@@ -14,21 +14,24 @@ from ti_jax.weights.tokenizers import TOKENIZER_FILES
 
 logger = logging.getLogger(__name__)
 
+# No repository is called so; a name like this is that of a file, and the hub need not be asked for it.
+CHECKPOINT_SUFFIXES = (".safetensors", ".ckpt")
+
 EMBEDDED_DEFAULT = ASSETS / "mini-sd"
 
 
 def resolve(
     path_or_hub_id: str | None, revision: str | None = None, variant: str | None = None, token: str | None = None
 ) -> Path:
-    """Local diffusers folder of a model, downloaded first if it is on the Hugging Face Hub.
+    """Local diffusers folder or single-file checkpoint of a model, downloaded first if it is on the Hugging Face Hub.
 
     Of a hub repository only what ti_jax reads comes down: the components' configurations, tokenizers, and one set of
     weight files, safetensors if there are any. It stays in the hub's cache, and is found there without network
     (``HF_HUB_OFFLINE=1``, or none to be had).
 
     Args:
-      path_or_hub_id: a folder; else a hub id (``stable-diffusion-v1-5/stable-diffusion-v1-5``); None: the embedded
-        default.
+      path_or_hub_id: a folder or a file; else a hub id (``stable-diffusion-v1-5/stable-diffusion-v1-5``); None: the
+        embedded default.
       revision: branch, tag or commit of the hub repository.
       variant: of the weight files, e.g. ``fp16``.
       token: for the hub. None: the one that ``hf auth login`` has stored.
@@ -39,17 +42,20 @@ def resolve(
     if path_or_hub_id is None:
         return EMBEDDED_DEFAULT
     if not path_or_hub_id.strip():
-        raise InputError("the model's name is empty; give a diffusers folder or a hub id (owner/name)")
+        raise InputError("the model's name is empty; give a diffusers folder, a checkpoint or a hub id (owner/name)")
     folder = Path(path_or_hub_id).expanduser()
     if folder.is_file():
-        raise InputError(
-            f"{path_or_hub_id}: a file; expected the folder of a diffusers model, with {MODEL_INDEX} (single-file "
-            "checkpoints are not read; diffusers' from_single_file(...).save_pretrained(...) makes a folder of one)"
-        )
+        for flag, value in (("revision", revision), ("variant", variant)):
+            if value is not None:
+                raise InputError(f"--{flag} {value}: {path_or_hub_id} is a single file and has only one; leave it out")
+        return folder
+    if folder.suffix.lower() in CHECKPOINT_SUFFIXES and not folder.is_dir():
+        raise InputError(f"{path_or_hub_id}: no such file; check the path")
     if folder.is_dir():
         if not (folder / MODEL_INDEX).is_file():
             raise InputError(
-                f"{path_or_hub_id}: a folder without {MODEL_INDEX}, so not a diffusers model; give the one that has it"
+                f"{path_or_hub_id}: a folder without {MODEL_INDEX}, so not a diffusers model; give the one that has it "
+                "(or the file, if a single checkpoint lies in there)"
             )
         pipeline_components(read_component_config(folder, None), folder)
         return folder

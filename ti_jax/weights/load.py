@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,16 +65,29 @@ def load_component(
     """
     where = Path(folder) / (component if subfolder is None else subfolder)
     targets: dict[TreePath, jax.ShapeDtypeStruct] = flatten_dict(shapes)
-    leaves: dict[TreePath, jax.Array] = {}
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(open_tensors(path)) for path in weight_files(where, variant)]
-        for file, name, path in plan(files, component, targets, where):
-            tensor = file.read(name)
-            if identity is not None:
-                identity.add(component, path, targets[path].shape, tensor)
-            tensor = in_tree_layout(tensor, path, len(targets[path].shape), dtype)
-            # Blocking, so that no queue of host buffers builds up behind a slow transfer.
-            leaves[path] = jax.device_put(tensor).block_until_ready()
+        placed, faults = plan(files, component, targets)
+        refuse_faults(faults, f"{where}: weights that do not fit the model of config.json")
+        return read_tree(placed, component, targets, dtype, identity)
+
+
+def read_tree(
+    placed: list[tuple[Tensors, str, TreePath]],
+    component: str,
+    targets: dict[TreePath, jax.ShapeDtypeStruct],
+    dtype: Any,
+    identity: Identity | None,
+) -> Tree:
+    """Parameter tree on the default device of what `plan` has `placed`, read one tensor at a time."""
+    leaves: dict[TreePath, jax.Array] = {}
+    for file, name, path in placed:
+        tensor = file.read(name)
+        if identity is not None:
+            identity.add(component, path, targets[path].shape, tensor)
+        tensor = in_tree_layout(tensor, path, len(targets[path].shape), dtype)
+        # Blocking, so that no queue of host buffers builds up behind a slow transfer.
+        leaves[path] = jax.device_put(tensor).block_until_ready()
     return unflatten_dict(leaves)
 
 
@@ -94,36 +108,44 @@ def in_tree_layout(tensor: np.ndarray, path: TreePath, target_ndim: int, dtype: 
     return converted
 
 
-def plan(
-    files: list[Tensors], component: str, targets: dict[TreePath, jax.ShapeDtypeStruct], where: Path
-) -> list[tuple[Tensors, str, TreePath]]:
-    """Where each tensor of `files` goes: (file, name in it, tree path), each leaf of `targets` exactly once.
+FAULTS = ("missing", "unexpected", "given twice", "mis-shaped", "of a dtype that is not read")
 
-    Raises:
-      InputError: one line with all names that are missing, unexpected, given twice, or of another shape or dtype.
+
+def plan(
+    files: Sequence[Tensors], component: str, targets: dict[TreePath, jax.ShapeDtypeStruct]
+) -> tuple[list[tuple[Tensors, str, TreePath]], dict[str, list[str]]]:
+    """Where each tensor of `files` goes, and what stands against it.
+
+    Returns:
+      (file, name in it, tree path) for each leaf of `targets`; and names by what is wrong with them (`FAULTS`): only if
+      there are none has each leaf exactly one tensor, and each tensor a leaf.
     """
     placed: dict[TreePath, tuple[Tensors, str, TreePath]] = {}
-    kinds = ("missing", "unexpected", "given twice", "mis-shaped", "of a dtype that is not read")
-    faults: dict[str, list[str]] = {kind: [] for kind in kinds}
+    faults: dict[str, list[str]] = {kind: [] for kind in FAULTS}
     for file in files:
         for name, shape in file.shapes.items():
             path = tree_path(name, component, targets)
             if path is None:
                 continue
+            label = file.label(name)
             if path not in targets:
-                faults["unexpected"].append(name)
+                faults["unexpected"].append(label)
                 continue
             if path in placed:
-                faults["given twice"].append(name)
+                faults["given twice"].append(label)
             placed[path] = (file, name, path)
             wanted = targets[path].shape
             got = shape_in_tree(shape, path, len(wanted))
             if got != wanted:
-                faults["mis-shaped"].append(f"{name} {list(shape)}: {list(got)} where the model has {list(wanted)}")
+                faults["mis-shaped"].append(f"{label} {list(shape)}: {list(got)} where the model has {list(wanted)}")
             if isinstance(file.dtypes[name], str):
-                faults["of a dtype that is not read"].append(f"{name} {file.dtypes[name]}")
+                faults["of a dtype that is not read"].append(f"{label} {file.dtypes[name]}")
     faults["missing"] = ["/".join(path) for path in targets if path not in placed]
+    return list(placed.values()), faults
+
+
+def refuse_faults(faults: Mapping[str, list[str]], what: str) -> None:
+    """Raise InputError if there are any faults: one line, `what` and all the names."""
     if any(faults.values()):
         found = "; ".join(f"{len(names)} {fault}: {listed(names)}" for fault, names in faults.items() if names)
-        raise InputError(f"{where}: weights that do not fit the model of config.json: {found}")
-    return list(placed.values())
+        raise InputError(f"{what}: {found}")

@@ -1,11 +1,13 @@
-"""Tokenizers of a diffusers folder, as transformers' CLIPTokenizer (which needs no PyTorch)."""
+"""Tokenizers of a diffusers folder, or the one of CLIP itself, as transformers' CLIPTokenizer (needs no PyTorch)."""
 
 from __future__ import annotations
 
+import gzip
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
+from ti_jax.config import ASSETS
 from ti_jax.errors import InputError
 from ti_jax.weights.files import one_line, refuse_git_lfs_pointer
 
@@ -30,12 +32,8 @@ def load_tokenizer(folder: Path, name: str) -> CLIPTokenizer:
     for file in there:
         refuse_git_lfs_pointer(where / file)
 
-    # transformers advises to install PyTorch as it is imported; its tokenizers do without.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import CLIPTokenizer
-
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(where, local_files_only=True)
+        tokenizer = _tokenizer_class().from_pretrained(where, local_files_only=True)
     except Exception as error:  # the library below transformers raises nothing more specific
         raise InputError(f"{where}: not a CLIP tokenizer ({one_line(error)}); download it again") from error
     # transformers would give the missing tokens ids of its own, behind the text encoder's table.
@@ -44,3 +42,43 @@ def load_tokenizer(folder: Path, name: str) -> CLIPTokenizer:
     if missing:
         raise InputError(f"{where}: not CLIP's tokenizer, {' and '.join(missing)} are not in its vocabulary")
     return tokenizer
+
+
+def _tokenizer_class() -> type[CLIPTokenizer]:
+    # transformers advises to install PyTorch as it is imported; its tokenizers do without.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer
+
+
+# -- CLIP's own, for checkpoints that come without
+
+MERGES = ASSETS / "clip_tokenizer" / "bpe_simple_vocab_16e6.txt.gz"
+START, END = "<|startoftext|>", "<|endoftext|>"
+VOCABULARY_SIZE = 49408
+MAX_LENGTH = 77
+
+
+def clip_tokenizer(pad_token: str) -> CLIPTokenizer:
+    """The tokenizer that OpenAI trained CLIP with, and OpenCLIP's models too; it comes with the package.
+
+    Its 49408 tokens are 256 bytes, the same at the end of a word, the results of the first 48894 merges, start and end:
+    the order of OpenAI's ``simple_tokenizer.py``.
+
+    Args:
+      pad_token: what a prompt is filled up with: ``<|endoftext|>`` beside ViT-L, ``!`` beside OpenCLIP's encoders. An
+        exclamation mark in a prompt is the padding's id then: that of a diffusers folder, and not OpenCLIP's own.
+    """
+    # The bytes that print as themselves come first. The others get letters from 256 on, because no space or control
+    # character may stand in a token.
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters)]
+    # Behind a line of title; the file has more merges than CLIP has tokens for.
+    lines = gzip.decompress(MERGES.read_bytes()).decode("utf-8").split("\n")[1:]
+    merges = [tuple(line.split()) for line in lines[: VOCABULARY_SIZE - len(tokens) - 2]]
+    tokens += ["".join(pair) for pair in merges] + [START, END]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    # transformers' annotation knows only merges as text, which the library below takes no more.
+    return _tokenizer_class()(vocabulary, cast("list[str]", merges), pad_token=pad_token, model_max_length=MAX_LENGTH)

@@ -1,0 +1,127 @@
+"""A published model, opened: a diffusers folder and a single-file checkpoint are read in one way from here on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flax.traverse_util import flatten_dict
+
+from ti_jax.errors import InputError
+from ti_jax.weights.config_files import read_component_config
+from ti_jax.weights.identity import Identity
+from ti_jax.weights.load import FAULTS, Tree, load_component, plan, read_tree, refuse_faults
+from ti_jax.weights.single_file import Checkpoint, open_checkpoint
+from ti_jax.weights.tokenizers import clip_tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+
+
+class Source:
+    """An open model.
+
+    Attributes:
+      path: of the folder or file.
+      configs: contents of ``config.json`` by component, and of ``scheduler_config.json`` as ``scheduler``.
+      zeros_for_empty_prompt: as in ``model_index.json`` (``force_zeros_for_empty_prompt``).
+    """
+
+    path: Path
+    configs: Mapping[str, Mapping[str, Any]]
+    zeros_for_empty_prompt: bool
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """Names of the text encoders that it has."""
+        return tuple(name for name in TEXT_ENCODERS if name in self.configs)
+
+    def load(self, shapes: Mapping[str, Tree], dtype: Any, identity: Identity) -> dict[str, Tree]:
+        """Parameter tree of each component on the default device, its leaves of `dtype`.
+
+        Args:
+          shapes: by component, from `ti_jax.weights.load.param_shapes`.
+          identity: takes in each tensor as it passes.
+
+        Raises:
+          InputError: files that are missing or broken; or names, shapes or dtypes that are not the modules'.
+        """
+        raise NotImplementedError
+
+    def tokenizer(self, text_encoder: str) -> CLIPTokenizer:
+        """The tokenizer of one text encoder; InputError if it is missing or broken."""
+        raise NotImplementedError
+
+
+class _Folder(Source):
+    def __init__(self, path: Path, variant: str | None) -> None:
+        index = read_component_config(path, None)
+        self.path, self._variant = path, variant
+        text_encoders = [name for name in TEXT_ENCODERS if (index.get(name) or [None])[0]]
+        components = (*text_encoders, "unet", "vae", "scheduler")
+        self.configs = {name: read_component_config(path, name) for name in components}
+        self.zeros_for_empty_prompt = bool(index.get("force_zeros_for_empty_prompt", False))
+
+    def load(self, shapes: Mapping[str, Tree], dtype: Any, identity: Identity) -> dict[str, Tree]:
+        """One component after the other."""
+        return {
+            name: load_component(self.path, name, tree, dtype, self._variant, identity) for name, tree in shapes.items()
+        }
+
+    def tokenizer(self, text_encoder: str) -> CLIPTokenizer:
+        """From the files in its folder."""
+        return load_tokenizer(self.path, text_encoder.replace("text_encoder", "tokenizer"))
+
+
+class _SingleFile(Source):
+    def __init__(self, path: Path, checkpoint: Checkpoint) -> None:
+        self.path, self._checkpoint = path, checkpoint
+        self.configs = checkpoint.configs
+        self.zeros_for_empty_prompt = checkpoint.family.zeros_for_empty_prompt
+
+    def load(self, shapes: Mapping[str, Tree], dtype: Any, identity: Identity) -> dict[str, Tree]:
+        """All is checked before any is read: a file that lacks a VAE's tensor is refused at once."""
+        faults: dict[str, list[str]] = {kind: [] for kind in FAULTS}
+        faults["unexpected"] += self._checkpoint.unexpected
+        placed, targets = {}, {name: flatten_dict(tree) for name, tree in shapes.items()}
+        for name in shapes:
+            placed[name], of_component = plan([self._checkpoint.components[name]], name, targets[name])
+            of_component["missing"] = [f"{name}/{path}" for path in of_component["missing"]]
+            for kind, names in of_component.items():
+                faults[kind] += dict.fromkeys(names)  # once, of a tensor that holds three
+        refuse_faults(faults, f"{self.path}: tensors that are not those of a {self._checkpoint.family.name} checkpoint")
+        return {name: read_tree(placed[name], name, targets[name], dtype, identity) for name in shapes}
+
+    def tokenizer(self, text_encoder: str) -> CLIPTokenizer:
+        """CLIP's own, since the file has none."""
+        pad_tokens = {encoder.name: encoder.pad_token for encoder in self._checkpoint.family.text_encoders}
+        return clip_tokenizer(pad_tokens[text_encoder])
+
+
+@contextlib.contextmanager
+def open_source(path: Path, variant: str | None = None, prediction_type: str | None = None) -> Iterator[Source]:
+    """Open the diffusers folder or the single-file checkpoint at `path` (see `ti_jax.weights.hub.resolve`).
+
+    Args:
+      variant: of a folder's weight files, e.g. ``fp16``.
+      prediction_type: ``epsilon`` or ``v_prediction``, what the UNet predicts, where the model does not say.
+
+    Raises:
+      InputError: it cannot be read, is another kind of model, or says that it predicts something else.
+    """
+    if path.is_file():
+        with open_checkpoint(path, prediction_type) as checkpoint:
+            yield _SingleFile(path, checkpoint)
+        return
+    folder = _Folder(path, variant)
+    said = folder.configs["scheduler"].get("prediction_type", "epsilon")
+    if prediction_type not in (None, said):
+        raise InputError(
+            f"--prediction_type {prediction_type}: {path} says {said} in its scheduler/scheduler_config.json; leave "
+            "the flag out, or correct that file"
+        )
+    yield folder

@@ -13,6 +13,7 @@ from ti_jax import cli, tokens
 from ti_jax.config import resolve
 from ti_jax.config_yaml import load_yaml
 from ti_jax.pipeline import StableDiffusion
+from ti_jax.training.hub import model_card
 from ti_jax.training.setup import load_model, prepare_concept
 
 
@@ -72,6 +73,12 @@ def test_a_resumed_run_goes_on_from_its_checkpoint_and_not_from_the_file(config,
     small(seed=5).save(config.initializer_embedding, format="a1111")
     with pytest.raises(ti_jax.InputError, match=r"belongs to another run .*initializer_embedding .* there, .* here"):
         train(replace(config, output_dir=other, resume_from_checkpoint="latest"))
+
+
+def test_the_card_of_a_pushed_word_says_where_it_started(config):
+    metadata = {"base_model": "m", "steps": "4", "initializer_embedding": "a/old cat.pt"}
+    card = model_card(config, ti_jax.Embedding("<new>", small().vectors, metadata))
+    assert "starting from another learned word, `old cat.pt`." in card
 
 
 @pytest.mark.parametrize(

@@ -222,9 +222,15 @@ def test_help_into_a_closed_pipe_is_quiet():
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("-m ti_jax", "ti-jax: error: no command given; one of train, infer, verify, embedding, or ti-jax --help"),
+        (
+            "-m ti_jax",
+            "ti-jax: error: no command given; one of train, infer, evaluate, verify, embedding, or ti-jax --help",
+        ),
         ("-m ti_jax trian", "ti-jax: error: unknown command 'trian'; did you mean train?"),
-        ("-m ti_jax xyz --seed", "ti-jax: error: unknown command 'xyz'; known are train, infer, verify, embedding"),
+        (
+            "-m ti_jax xyz --seed",
+            "ti-jax: error: unknown command 'xyz'; known are train, infer, evaluate, verify, embedding",
+        ),
         ("-m ti_jax train --sed 1", "ti-jax: error: unknown flag --sed; did you mean --seed?"),
         (
             "-m ti_jax verify",

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from diffusers.schedulers.scheduling_ddpm import rescale_zero_terminal_snr
 
 from ti_jax.config import ASSETS
 from ti_jax.diffusion.schedule import NoiseSchedule, add_noise, training_target
@@ -28,7 +29,14 @@ def ignoring_unknown(config):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_alphas_equal_diffusers(name):
-    theirs = DDPMScheduler(**ignoring_unknown(CONFIGS[name])).alphas_cumprod.numpy()
+    config = ignoring_unknown(CONFIGS[name])
+    if config.get("rescale_betas_zero_snr"):
+        # diffusers' own function, given float64: in float32 it subtracts nearly equal numbers, and its small alphas
+        # differ from processor to processor by a few parts in a million.
+        betas = DDPMScheduler(**(config | {"rescale_betas_zero_snr": False})).betas.double()
+        theirs = torch.cumprod(1.0 - rescale_zero_terminal_snr(betas), dim=0).numpy()
+    else:
+        theirs = DDPMScheduler(**config).alphas_cumprod.numpy()
     ours = NoiseSchedule.from_config(CONFIGS[name]).alphas_cumprod
     np.testing.assert_allclose(np.asarray(ours), theirs, rtol=1e-6)
 

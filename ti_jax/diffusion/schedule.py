@@ -79,10 +79,7 @@ def alphas_cumprod(config: Mapping[str, Any]) -> np.ndarray:
 
 
 def _linspace(start: float, end: float, steps: int) -> np.ndarray:
-    """``torch.linspace`` in float32, to the last bit: from both ends, each number rounded once.
-
-    The last bit matters where ``rescale_betas_zero_snr`` subtracts nearly equal numbers.
-    """
+    """``torch.linspace`` in float32, from both ends, each number rounded once."""
     first, last = np.float32(start), np.float32(end)
     step = np.float64((last - first) / np.float32(max(steps - 1, 1)))
     i = np.arange(steps)
@@ -94,8 +91,12 @@ def _cumulative(betas: np.ndarray) -> np.ndarray:
 
 
 def _rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
-    """Shift and scale so that the last timestep is pure noise (Lin et al. 2023, arXiv 2305.08891, algorithm 1)."""
-    roots = np.sqrt(_cumulative(betas))
+    """Shift and scale so that the last timestep is pure noise (Lin et al. 2023, arXiv 2305.08891, algorithm 1).
+
+    In float64: nearly equal numbers are subtracted, and in float32 the small alphas at the end would be rounding noise,
+    which differs from processor to processor.
+    """
+    roots = np.sqrt(np.cumprod(1.0 - betas.astype(np.float64)))
     first, last = roots[0].copy(), roots[-1].copy()
     roots = (roots - last) * (first / (first - last))
     bars = roots**2

@@ -270,6 +270,25 @@ def test_settings_that_cannot_be(changes, message):
         resolve_evaluate(EvaluateConfig(**dict(train_data_dir="x") | changes))
 
 
+def test_the_command_line_says_what_is_missing(tmp_path, capsys):
+    """On the embedded model, which has no judge: a real file, a real command line, one line."""
+    from ti_jax.cli import main
+
+    dim = ti_jax.StableDiffusion.from_pretrained().embedding_dims["text_encoder"]
+    word = ti_jax.Embedding("<x>", {"text_encoder": np.zeros((1, dim), np.float32)})
+    word.save(tmp_path / "x.safetensors", format="diffusers")
+    pixels = Image.fromarray(picture("red", "blue"))
+    (tmp_path / "pictures").mkdir()
+    pixels.save(tmp_path / "pictures" / "0.png")
+    command = ["evaluate", str(tmp_path / "x.safetensors")]
+    assert main([*command, "--train_data_dir", str(tmp_path / "pictures")]) == 2
+    assert "no judge comes with this model" in capsys.readouterr().err
+    assert main(["evaluate", "--train_data_dir", str(tmp_path / "pictures")]) == 2
+    assert "the embedding file is missing" in capsys.readouterr().err
+    assert main(command) == 2
+    assert "--train_data_dir is missing" in capsys.readouterr().err
+
+
 def test_a_model_without_a_judge_needs_clip(tiny_sd, pictures, tmp_path):
     with pytest.raises(InputError, match="no judge comes with this model"):
         ti_jax.train(settings(tiny_sd, pictures, tmp_path, evaluate=True))

@@ -262,6 +262,9 @@ class EvaluateConfig:
     """Branch, tag or commit of the hub repository."""
     variant: str | None = None
     """Variant of the weight files, e.g. fp16."""
+    prediction_type: PredictionType | None = None
+    """What the UNet predicts, for a single checkpoint that does not say it. Left out: what the model says; else epsilon
+    (noise), but an SD2.x file must be told."""
     mixed_precision: Literal["no", "bf16"] | None = None
     """Precision of the weights and activations. Left out: bf16 on TPU and GPU, no (float32) on CPU."""
 

@@ -120,6 +120,7 @@ def evaluate(file: str, config: EvaluateConfig) -> Scores:
         {None: None, "no": jnp.float32, "bf16": jnp.bfloat16}[config.mixed_precision],
         revision=config.revision,
         variant=config.variant,
+        prediction_type=config.prediction_type,
     )
     check_fits(embedding, sd.embedding_dims, file)
     measure = load_measure(sd, config.evaluation_clip)

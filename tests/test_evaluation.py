@@ -262,6 +262,7 @@ def test_a_resumed_run_remembers_the_best(judged_sd, pictures, tmp_path):
     [
         (dict(train_data_dir=None), "--train_data_dir is missing"),
         (dict(evaluation_images=0), "--evaluation_images 0: must be 1 or more"),
+        (dict(num_inference_steps=0), "--num_inference_steps 0: must be 1 or more"),
         (dict(output="scores.txt"), "must be the path of a .json file"),
     ],
 )

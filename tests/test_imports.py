@@ -7,9 +7,9 @@ PACKAGE = Path(__file__).parent.parent / "ti_jax"
 
 # From the bottom up; a package stands for all its modules.
 ORDER = [
-    "errors", "files", "config_yaml", "config_checks", "config", "flags", "diffusion", "models", "weights", "networks",
-    "sampling", "embeddings", "tokens", "text_encoders", "pictures", "pipeline", "data", "evaluation", "training",
-    "drawing", "verify", "embedding_commands", "compilation_cache", "cli",
+    "errors", "files", "batches", "config_yaml", "config_checks", "config", "flags", "diffusion", "models", "weights",
+    "networks", "sampling", "embeddings", "tokens", "text_encoders", "pictures", "pipeline", "data", "evaluation",
+    "training", "drawing", "verify", "embedding_commands", "compilation_cache", "cli",
 ]  # fmt: skip
 
 

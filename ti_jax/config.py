@@ -159,7 +159,7 @@ class TrainConfig:
     """Measure the word at the end, as `ti-jax evaluate` does: scores.json and a line on the screen."""
     evaluation_clip: str | None = input_path()
     """Folder of a CLIP model (hf download openai/clip-vit-large-patch14 --local-dir ...) to measure with. Left out: the
-    judge that comes with the model; the embedded one has one."""
+    judge that comes with the model, if it has one (the embedded model has none yet)."""
     evaluation_images: int | None = None
     """Pictures of each prompt that the word is measured with. Left out: 64 with a CLIP model, as in the paper; 4 with a
     judge."""
@@ -250,7 +250,8 @@ class EvaluateConfig:
     """Folder with a folder of pictures for each of some other concepts, among which the word should find its own."""
     evaluation_clip: str | None = input_path()
     """Folder of a CLIP model (hf download openai/clip-vit-large-patch14 --local-dir ...): CLIP-I and CLIP-T as in the
-    textual inversion paper. Left out: the judge that comes with the model; the embedded one has one."""
+    textual inversion paper. Left out: the judge that comes with the model, if it has one (the embedded model has
+    none yet)."""
     evaluation_images: int | None = None
     """Pictures of each prompt. Left out: 64 with a CLIP model, as in the paper; 4 with a judge."""
 
@@ -289,11 +290,11 @@ def resolve_evaluate(config: EvaluateConfig) -> EvaluateConfig:
     Raises:
       InputError: a value that cannot be, or no pictures.
     """
-    embedded = config.pretrained_model_name_or_path is None
+    steps = EMBEDDED_STEPS if config.pretrained_model_name_or_path is None else PAPER_STEPS
     scale = _model_defaults(config.pretrained_model_name_or_path)["validation_guidance_scale"]
     config = dataclasses.replace(
         config,
-        num_inference_steps=config.num_inference_steps or (EMBEDDED_STEPS if embedded else PAPER_STEPS),
+        num_inference_steps=steps if config.num_inference_steps is None else config.num_inference_steps,
         guidance_scale=scale if config.guidance_scale is None else config.guidance_scale,
     )
     paths = ("pretrained_model_name_or_path", "train_data_dir", "distractors", "evaluation_clip", "output")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import jax.numpy as jnp
-
 from .config import InferConfig
 from .embeddings import Embedding, check_fits
 from .errors import InputError
@@ -40,13 +38,7 @@ def draw(config: InferConfig) -> list[Path]:
             print(f"note: {file}: read as {embedding.caveat}", file=sys.stderr)
 
     assert config.num_inference_steps is not None and config.guidance_scale is not None, "the config is resolved"
-    sd = StableDiffusion.from_pretrained(
-        config.pretrained_model_name_or_path,
-        {None: None, "no": jnp.float32, "bf16": jnp.bfloat16}[config.mixed_precision],
-        revision=config.revision,
-        variant=config.variant,
-        prediction_type=config.prediction_type,
-    )
+    sd = StableDiffusion.from_config(config)
     for file, embedding in zip(config.embedding, embeddings, strict=True):
         check_fits(embedding, sd.embedding_dims, file)
     prompts = [prompt for prompt in config.prompt for _ in range(config.num_images)]

@@ -206,15 +206,14 @@ def _write(embedding: Embedding, path: Path, format_name: str | None, picture: P
 
 
 def _read_picture(path: Path) -> Any:
-    from PIL import Image
+    from .data.images import read_picture
 
+    if not path.exists():
+        raise InputError(f"--picture {path}: no such file")
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError as error:
-        raise InputError(f"--picture {path}: no such file") from error
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise InputError(f"--picture {path}: not a picture that can be read") from error
+        return read_picture(path)
+    except InputError as error:
+        raise InputError(f"--picture {error}") from error
 
 
 def _convert(paths: Sequence[Path], config: ConvertConfig, usage: str) -> str:

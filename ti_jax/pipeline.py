@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from . import sampling, tokens
+from .config import EvaluateConfig, InferConfig, TrainConfig
 from .diffusion.samplers import make_sampler
 from .diffusion.schedule import NoiseSchedule
 from .embeddings import Embedding, check_fits
@@ -121,6 +122,20 @@ class StableDiffusion:
             identity=identity.hexdigest(),
             path=path,
             name="mini-sd" if path_or_hub_id is None else str(path_or_hub_id),
+        )
+
+    @classmethod
+    def from_config(
+        cls, config: TrainConfig | InferConfig | EvaluateConfig, gradient_checkpointing: bool = False
+    ) -> StableDiffusion:
+        """The model that a config names, in the precision that it names; arguments and errors of `from_pretrained`."""
+        return cls.from_pretrained(
+            config.pretrained_model_name_or_path,
+            {None: None, "no": jnp.float32, "bf16": jnp.bfloat16}[config.mixed_precision],
+            revision=config.revision,
+            variant=config.variant,
+            prediction_type=config.prediction_type,
+            gradient_checkpointing=gradient_checkpointing,
         )
 
     # -- sizes

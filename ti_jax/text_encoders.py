@@ -12,14 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import tokens
+from .batches import in_batches
 from .embeddings.embedding import Embedding, check_fits
 from .embeddings.inspect import Vocabulary
 from .errors import InputError
 from .models.clip_text import CLIPTextConfig, CLIPTextModel
-from .weights.config_files import read_component_config
 from .weights.hub import resolve
-from .weights.load import load_component, param_shapes
-from .weights.tokenizers import load_tokenizer
+from .weights.identity import Identity
+from .weights.load import param_shapes
+from .weights.sources import open_source
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -55,22 +56,22 @@ class TextEncoders:
         Raises:
           InputError: as `StableDiffusion.from_pretrained`, of the text encoders.
         """
-        folder = resolve(path_or_hub_id, revision, variant)
-        index = read_component_config(folder, None)
-        names = [name for name in ("text_encoder", "text_encoder_2") if (index.get(name) or [None])[0]]
-        modules = {
-            name: CLIPTextModel(CLIPTextConfig.from_dict(read_component_config(folder, name)), jnp.float32)
-            for name in names
-        }
-        shapes = {
-            name: param_shapes(module, jax.ShapeDtypeStruct((1, 4), jnp.int32)) for name, module in modules.items()
-        }
-        return cls(
-            modules=modules,
-            params={name: load_component(folder, name, shapes[name], jnp.float32, variant) for name in names},
-            tokenizers={name: load_tokenizer(folder, name.replace("text_encoder", "tokenizer")) for name in names},
-            name="mini-sd" if path_or_hub_id is None else path_or_hub_id,
-        )
+        path = resolve(path_or_hub_id, revision, variant)
+        if path.is_file():
+            raise InputError(f"{path}: a single file; to look at words, give the model as a diffusers folder")
+        with open_source(path, variant) as source:
+            modules = {
+                name: CLIPTextModel(CLIPTextConfig.from_dict(source.configs[name]), jnp.float32)
+                for name in source.text_encoders
+            }
+            ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+            shapes = {name: param_shapes(module, ids) for name, module in modules.items()}
+            return cls(
+                modules=modules,
+                params=source.load(shapes, jnp.float32, Identity()),
+                tokenizers={name: source.tokenizer(name) for name in source.text_encoders},
+                name="mini-sd" if path_or_hub_id is None else path_or_hub_id,
+            )
 
     @property
     def embedding_dims(self) -> dict[str, int]:
@@ -132,11 +133,9 @@ class TextEncoders:
 
     def _hidden(self, name: str, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Ids int32 [B, L] and rows [n, D] -> states that the UNet is given, float32 [B, L, D]."""
-        parts = []
-        for start in range(0, len(ids), BATCH):
-            part = ids[start : start + BATCH]
-            full = np.concatenate([part, np.repeat(part[:1], BATCH - len(part), axis=0)])
-            output = _encode(self.modules[name], self.params[name], jnp.asarray(full), jnp.asarray(rows))
-            hidden = output.last_hidden_state if len(self.modules) == 1 else output.penultimate_hidden_state
-            parts.append(np.asarray(hidden)[: len(part)])
-        return np.concatenate(parts)
+
+        def encode(batch: np.ndarray) -> jax.Array:
+            output = _encode(self.modules[name], self.params[name], jnp.asarray(batch), jnp.asarray(rows))
+            return output.last_hidden_state if len(self.modules) == 1 else output.penultimate_hidden_state
+
+        return in_batches(encode, ids, BATCH)

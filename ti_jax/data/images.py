@@ -116,6 +116,11 @@ def load_images(
     return Pictures(np.stack(pixels), tuple(names), np.array(sizes, np.int32), np.array(offsets, np.int32))
 
 
+def as_uint8(pixels: np.ndarray) -> np.ndarray:
+    """Pixels in [-1, 1] -> uint8: the inverse of what `load_images` does to them."""
+    return np.round((pixels + 1.0) * 127.5).astype(np.uint8)
+
+
 def picture_paths(folder: str | Path) -> list[Path]:
     """Files of ``folder`` that `load_images` reads, sorted by name.
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..batches import in_batches
 from ..pipeline import StableDiffusion
 
 ENCODE_BATCH = 4  # pictures at a time: the VAE's activations at full resolution are what fills the memory here
@@ -24,10 +25,5 @@ def encode_moments(sd: StableDiffusion, pixels: np.ndarray, with_mirrored: bool)
     """
     views = [pixels, pixels[:, :, ::-1]] if with_mirrored else [pixels]
     flat = np.concatenate(views)
-    batch = min(ENCODE_BATCH, len(flat))
-    # The last batch is filled up, so that one compiled program serves all.
-    padded = np.concatenate([flat, np.repeat(flat[-1:], -len(flat) % batch, axis=0)])
-    encoded = jnp.concatenate([sd.encode_image(padded[i : i + batch]) for i in range(0, len(padded), batch)])[
-        : len(flat)
-    ]
-    return jnp.stack(jnp.split(encoded, len(views)), axis=1)
+    encoded = in_batches(sd.encode_image, flat, min(ENCODE_BATCH, len(flat)))
+    return jnp.stack(jnp.split(jnp.asarray(encoded), len(views)), axis=1)

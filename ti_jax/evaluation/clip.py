@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from ..batches import in_batches
 from ..errors import InputError
 from ..models.clip_text import CLIPTextConfig
 from ..models.clip_vision import CLIPModel, CLIPVisionConfig
@@ -79,29 +80,19 @@ class CLIP:
         return cls(model, params, load_tokenizer(folder, ""), tuple(mean), tuple(std))
 
     def image_features(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """Pictures of any size -> float32 [N, projection_dim], each of length 1."""
+        """Pictures of any size, at least one -> float32 [N, projection_dim], each of length 1."""
         side = self.model.vision_config.image_size
         pixels = [preprocess(image, side, self.mean, self.std) for image in images]
-        return self._in_batches("image_features", np.stack(pixels)) if pixels else np.zeros((0, self._width))
+        return self._in_batches("image_features", np.stack(pixels))
 
     def text_features(self, texts: Sequence[str]) -> np.ndarray:
-        """Texts, cut where the model's positions end -> float32 [N, projection_dim], each of length 1."""
+        """Texts, at least one, cut where the model's positions end -> float32 [N, projection_dim], each of length 1."""
         length = self.model.text_config.max_position_embeddings
         ids = self.tokenizer(list(texts), padding="max_length", truncation=True, max_length=length).input_ids
-        return self._in_batches("text_features", np.array(ids, np.int32)) if texts else np.zeros((0, self._width))
-
-    @property
-    def _width(self) -> int:
-        return self.model.projection_dim
+        return self._in_batches("text_features", np.array(ids, np.int32))
 
     def _in_batches(self, method: str, inputs: np.ndarray) -> np.ndarray:
-        parts = []
-        for start in range(0, len(inputs), BATCH):
-            part = inputs[start : start + BATCH]
-            # Filled up to one size, so that one program serves any number.
-            padded = np.concatenate([part, np.repeat(part[-1:], BATCH - len(part), axis=0)])
-            parts.append(np.asarray(_run(self.model, method, self.params, padded))[: len(part)])
-        return np.concatenate(parts)
+        return in_batches(lambda batch: _run(self.model, method, self.params, batch), inputs, BATCH)
 
 
 def preprocess(image: Image.Image, side: int, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
 from ..config import EvaluateConfig
-from ..data.images import load_images
+from ..data.images import as_uint8, load_images
 from ..embeddings import Embedding, check_fits
 from ..errors import InputError
 from ..files import ensure_writable_folder, write_atomically
@@ -100,11 +99,6 @@ def load_measure(sd: StableDiffusion, clip: str | None) -> CLIP | Judge:
     return Judge.load(sd.path)
 
 
-def as_uint8(pixels: np.ndarray) -> np.ndarray:
-    """Pixels in [-1, 1] -> uint8."""
-    return np.round((pixels + 1.0) * 127.5).astype(np.uint8)
-
-
 def evaluate(file: str, config: EvaluateConfig) -> Scores:
     """Measure the word in `file` as a resolved config says; the scores are written to ``config.output`` too.
 
@@ -115,13 +109,7 @@ def evaluate(file: str, config: EvaluateConfig) -> Scores:
     if config.output is not None:
         ensure_writable_folder(Path(config.output).parent)
     embedding = Embedding.load(file)
-    sd = StableDiffusion.from_pretrained(
-        config.pretrained_model_name_or_path,
-        {None: None, "no": jnp.float32, "bf16": jnp.bfloat16}[config.mixed_precision],
-        revision=config.revision,
-        variant=config.variant,
-        prediction_type=config.prediction_type,
-    )
+    sd = StableDiffusion.from_config(config)
     check_fits(embedding, sd.embedding_dims, file)
     measure = load_measure(sd, config.evaluation_clip)
     resolution = sd.default_resolution

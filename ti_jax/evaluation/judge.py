@@ -20,6 +20,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
+from ..batches import in_batches
 from ..errors import InputError
 from ..models.layers import Conv2d, GroupNorm
 
@@ -139,15 +140,9 @@ class Judge:
                 f"the judge reads uint8 pictures [N, {side}, {side}, 3], at least one, not {pixels.dtype} "
                 f"{list(pixels.shape)}"
             )
-        logits, features = [], []
-        for start in range(0, len(pixels), BATCH):
-            batch = pixels[start : start + BATCH]
-            padded = np.zeros((BATCH, side, side, 3), np.float32)  # one size of batch, one compilation
-            padded[: len(batch)] = batch / 127.5 - 1.0
-            answer = _read(self.config, self.params, padded)
-            logits.append(np.asarray(answer[0])[: len(batch)])
-            features.append(np.asarray(answer[1])[: len(batch)])
-        return np.concatenate(logits), np.concatenate(features)
+        return in_batches(
+            lambda batch: _read(self.config, self.params, (batch / 127.5 - 1.0).astype(np.float32)), pixels, BATCH
+        )
 
     def read(self, pixels: np.ndarray) -> list[dict[str, str]]:
         """uint8 pictures [N, side, side, 3] -> the likeliest word of each attribute, for each picture."""
@@ -191,7 +186,7 @@ class Judge:
         except FileNotFoundError as error:
             raise InputError(
                 f"{model_folder}: no judge comes with this model (no {folder / 'config.json'}), so that attributes "
-                "cannot be read off its pictures; the embedded model has one"
+                "cannot be read off its pictures"
             ) from error
         except Exception as error:
             raise InputError(f"{folder}: not a judge that can be read: {error}") from error

@@ -26,6 +26,9 @@ from .step import TrainState
 
 Fingerprint = dict[str, Any]
 
+# Entries of a fingerprint that the first checkpoints do not have.
+ADDED_LATER = ("prediction_type", "initializer_embedding")
+
 # A word of 64 vectors for SDXL, with its moments, takes 1.6 MB.
 ROOM_FOR_A_CHECKPOINT = 2 * 2**20
 
@@ -140,8 +143,9 @@ class Checkpoints:
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"{where} cannot be read ({one_line(error)}); resume from another one") from error
         wanted = json.loads(json.dumps(self.identity))
-        # What an older checkpoint does not have was not a choice yet.
-        different = [name for name in wanted if found.get(name, wanted[name]) != wanted[name]]
+        # What was not a choice yet when an older checkpoint was written cannot differ.
+        found = {name: wanted[name] for name in ADDED_LATER} | found
+        different = [name for name in wanted if found.get(name) != wanted[name]]
         if different:
             details = ", ".join(_difference(name, found.get(name), wanted[name]) for name in different)
             raise InputError(

@@ -155,8 +155,6 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> T
     sd = dataclasses.replace(
         sd, params={**sd.params, **jax.tree.map(lambda leaf: leaf.addressable_data(0), frozen.params)}
     )
-    if measuring is not None:
-        measuring.sd = sd
     rows = {name: jnp.asarray(value) for name, value in concept.rows.items()}
     state = replicate(TrainState(rows, optimizer.init(rows), jnp.int32(0), jnp.bool_(True)), mesh)
 
@@ -184,8 +182,8 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> T
             else:
                 state = restored
                 print(f"resuming at step {int(state.step)} of {total}", file=sys.stderr)
-                if measuring is not None:
-                    measuring.resume(int(state.step))
+            if measuring is not None:
+                measuring.resume(int(state.step))
 
         train_step = make_train_step(
             sd.networks,
@@ -214,7 +212,7 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> T
     if not interrupted:
         if measuring is not None:
             with clock.phase("measure"):
-                embedding, scores = measuring.finish(embedding, final_step)
+                embedding, scores = measuring.finish(sd, embedding, final_step)
             run_folder.save_embedding(embedding, folder)
             print(f"{embedding.token} after {embedding.metadata['steps']} steps: {scores}", file=sys.stderr)
         with clock.phase("pictures"):
@@ -311,7 +309,7 @@ class _Run:
             self.reporter.picture("validation", image, step)
         if self.measuring is not None and self.measuring.due(step):
             with self.clock.phase("measure"):
-                scores = self.measuring.measure(self.concept.embedding(state.rows, step), step)
+                scores = self.measuring.measure(self.sd, self.concept.embedding(state.rows, step), step)
             self.reporter.say(f"step {step}: {scores}")
         self.reporter.pause()
 

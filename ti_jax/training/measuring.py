@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import EMBEDDED_STEPS, PAPER_STEPS, TrainConfig
+from ..data.images import as_uint8
 from ..embeddings import Embedding
 from ..errors import InputError
-from ..evaluation.evaluate import Evaluator, as_uint8, load_measure, write_scores
+from ..evaluation.evaluate import Evaluator, load_measure, write_scores
 from ..evaluation.scores import Scores
 from ..files import disk_errors
 from ..pipeline import StableDiffusion
@@ -26,40 +27,42 @@ class Measuring:
 
     Attributes:
       by: the measure to keep the best by, or None. every: updates between two measurements.
-      best: the highest value of that measure so far. best_step: when that was.
+      best: step and scores of the best state so far, whose vectors are in `BEST_FILE`. last: of the last one measured.
     """
 
     evaluator: Evaluator
-    sd: StableDiffusion
     others: tuple[Embedding, ...]
     folder: Path
     by: str | None
     every: int
-    best: float | None = None
-    best_step: int | None = None
-    last: tuple[int, Scores] | None = field(default=None, repr=False)
+    best: tuple[int, Scores] | None = None
+    last: tuple[int, Scores] | None = None
 
     def due(self, step: int) -> bool:
         """Whether the word is to be measured at this step."""
         return self.by is not None and step % self.every == 0
 
-    def measure(self, embedding: Embedding, step: int) -> Scores:
+    def measure(self, sd: StableDiffusion, embedding: Embedding, step: int) -> Scores:
         """Measure, log, and keep the word if it is the best so far."""
         if self.last is not None and self.last[0] == step:
             return self.last[1]
-        scores = self.evaluator.scores(self.sd, embedding, self.others)
+        scores = self.evaluator.scores(sd, embedding, self.others)
         self.last = (step, scores)
         with disk_errors(self.folder), (self.folder / LOG_FILE).open("a", encoding="utf-8") as log:
             log.write(json.dumps({"step": step, **scores.as_dict()}) + "\n")
-        if self.by is not None:
-            value = getattr(scores, self.by)
-            if value is None:
-                raise InputError(f"--keep_best {self.by}: was not measured; it needs another model to measure with")
-            # Of equals the first: fewer steps keep a word nearer to the language.
-            if self.best is None or value > self.best:
-                self.best, self.best_step = value, step
-                embedding.save(self.folder / BEST_FILE, format="diffusers")
+        if self._is_best(scores):
+            self.best = self.last
+            embedding.save(self.folder / BEST_FILE, format="diffusers")
         return scores
+
+    def _is_best(self, scores: Scores) -> bool:
+        if self.by is None:
+            return False
+        value = getattr(scores, self.by)
+        if value is None:
+            raise InputError(f"--keep_best {self.by}: was not measured; it needs another model to measure with")
+        # Of equals the first: fewer steps keep a word nearer to the language.
+        return self.best is None or value > getattr(self.best[1], self.by)
 
     def resume(self, step: int) -> None:
         """Take up what an earlier part of the run measured, up to `step`; later lines are of steps to be made again."""
@@ -71,15 +74,15 @@ class Measuring:
             kept = [line for line in lines if line["step"] <= step]
             path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         for line in kept:
-            if self.by is not None and (self.best is None or line[self.by] > self.best):
-                self.best, self.best_step = line[self.by], line["step"]
+            scores = Scores(**{name: value for name, value in line.items() if name != "step"})
+            if self._is_best(scores):
+                self.best = (line["step"], scores)
 
-    def finish(self, embedding: Embedding, step: int) -> tuple[Embedding, Scores]:
+    def finish(self, sd: StableDiffusion, embedding: Embedding, step: int) -> tuple[Embedding, Scores]:
         """Measure the last state, and return the word that the run ends with, and its scores."""
-        scores = self.measure(embedding, step)
-        if self.by is not None and self.best_step != step and (self.folder / BEST_FILE).exists():
-            embedding = Embedding.load(self.folder / BEST_FILE)
-            scores = self.evaluator.scores(self.sd, embedding, self.others)
+        scores = self.measure(sd, embedding, step)
+        if self.best is not None and self.best[0] != step:
+            embedding, scores = Embedding.load(self.folder / BEST_FILE), self.best[1]
         write_scores(self.folder / SCORES_FILE, embedding, scores)
         return embedding, scores
 
@@ -101,4 +104,4 @@ def make_measuring(config: TrainConfig, sd: StableDiffusion, concept: Concept, f
         guidance_scale=config.validation_guidance_scale,
         seed=config.seed,
     )
-    return Measuring(evaluator, sd, concept.others, folder, config.keep_best, config.evaluation_steps)
+    return Measuring(evaluator, concept.others, folder, config.keep_best, config.evaluation_steps)

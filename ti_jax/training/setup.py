@@ -59,15 +59,7 @@ class Concept:
 
 def load_model(config: TrainConfig) -> StableDiffusion:
     """The frozen model in the precision of the config; only families that can be trained."""
-    dtype = {None: None, "no": jnp.float32, "bf16": jnp.bfloat16}[config.mixed_precision]
-    sd = StableDiffusion.from_pretrained(
-        config.pretrained_model_name_or_path,
-        dtype,
-        revision=config.revision,
-        variant=config.variant,
-        prediction_type=config.prediction_type,
-        gradient_checkpointing=config.gradient_checkpointing,
-    )
+    sd = StableDiffusion.from_config(config, config.gradient_checkpointing)
     if len(sd.networks.text_encoders) > 1:
         raise InputError(
             f"{sd.name} is a Stable Diffusion XL model; this version trains SD1.x and SD2.x (one text encoder) only"

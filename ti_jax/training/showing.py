@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from ..config import TrainConfig
+from ..data.images import as_uint8
 from ..embeddings import Embedding
 from ..pictures import grid, overview, save_png
 from ..pipeline import StableDiffusion
@@ -78,9 +78,7 @@ def save_overview(
     # The same seeds in every row: what differs down a column is the prompt alone.
     seeds = _seeds(config, columns) * (1 + len(prompts))
     drawn = _draw(config, sd, concept, drawn_prompts, embedding, seeds)
-    shown = [
-        Image.fromarray(np.uint8(np.round((pixels + 1.0) * 127.5))) for pixels in concept.pictures.pixels[:columns]
-    ]
+    shown = [Image.fromarray(pixels) for pixels in as_uint8(concept.pictures.pixels[:columns])]
     rows = [(f"the pictures of {concept.word}", shown), (plain, drawn[:columns])]
     rows += [(prompt, drawn[columns * (i + 1) : columns * (i + 2)]) for i, prompt in enumerate(prompts)]
     for index, (prompt, image) in enumerate(zip(drawn_prompts, drawn, strict=True)):

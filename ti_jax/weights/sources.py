@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
-class Source:
+class Source(abc.ABC):
     """An open model.
 
     Attributes:
@@ -40,6 +41,7 @@ class Source:
         """Names of the text encoders that it has."""
         return tuple(name for name in TEXT_ENCODERS if name in self.configs)
 
+    @abc.abstractmethod
     def load(self, shapes: Mapping[str, Tree], dtype: Any, identity: Identity) -> dict[str, Tree]:
         """Parameter tree of each component on the default device, its leaves of `dtype`.
 
@@ -50,11 +52,10 @@ class Source:
         Raises:
           InputError: files that are missing or broken; or names, shapes or dtypes that are not the modules'.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def tokenizer(self, text_encoder: str) -> CLIPTokenizer:
         """The tokenizer of one text encoder; InputError if it is missing or broken."""
-        raise NotImplementedError
 
 
 class _Folder(Source):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -70,15 +71,23 @@ def clip_tokenizer(pad_token: str) -> CLIPTokenizer:
       pad_token: what a prompt is filled up with: ``<|endoftext|>`` beside ViT-L, ``!`` beside OpenCLIP's encoders. An
         exclamation mark in a prompt is the padding's id then: that of a diffusers folder, and not OpenCLIP's own.
     """
+    # Behind a line of title; the file has more merges than CLIP has tokens for.
+    lines = gzip.decompress(MERGES.read_bytes()).decode("utf-8").split("\n")[1:]
+    merges = [tuple(line.split()) for line in lines[: VOCABULARY_SIZE - 2 * 256 - 2]]
+    return tokenizer_of_merges(merges, pad_token, MAX_LENGTH)
+
+
+def tokenizer_of_merges(merges: Sequence[tuple[str, ...]], pad_token: str, max_length: int) -> CLIPTokenizer:
+    """A CLIPTokenizer whose tokens are the bytes, the bytes at the end of a word, what the merges make, start and end.
+
+    Args:
+      merges: pairs of tokens, in the order in which they are tried.
+    """
     # The bytes that print as themselves come first. The others get letters from 256 on, because no space or control
     # character may stand in a token.
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters)]
-    # Behind a line of title; the file has more merges than CLIP has tokens for.
-    lines = gzip.decompress(MERGES.read_bytes()).decode("utf-8").split("\n")[1:]
-    merges = [tuple(line.split()) for line in lines[: VOCABULARY_SIZE - len(tokens) - 2]]
-    tokens += ["".join(pair) for pair in merges] + [START, END]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges), START, END]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     # transformers' annotation knows only merges as text, which the library below takes no more.
-    return _tokenizer_class()(vocabulary, cast("list[str]", merges), pad_token=pad_token, model_max_length=MAX_LENGTH)
+    return _tokenizer_class()(vocabulary, cast("list[str]", merges), pad_token=pad_token, model_max_length=max_length)

@@ -17,9 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizer as bpe
 import trainer
+import vae
 import world
 from transformers import CLIPTokenizer
 
+from ti_jax.diffusion.schedule import NoiseSchedule, add_noise, training_target
 from ti_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from ti_jax.models.unet import UNet2DConditionModel, UNetConfig
 
@@ -131,14 +133,6 @@ def make_captions(scenes: list[world.Scene], groups: np.ndarray, tokenizer: CLIP
     return np.where(ids == stand_in, codes, ids)
 
 
-def scheduler_levels() -> tuple[np.ndarray, np.ndarray]:
-    """Signal and noise of each timestep: sqrt(alphas_cumprod), sqrt(1 - alphas_cumprod), float32 [1000]."""
-    start, end = SCHEDULER_CONFIG["beta_start"], SCHEDULER_CONFIG["beta_end"]
-    betas = np.linspace(start**0.5, end**0.5, SCHEDULER_CONFIG["num_train_timesteps"]) ** 2
-    product = np.cumprod(1.0 - betas)
-    return np.sqrt(product).astype(np.float32), np.sqrt(1.0 - product).astype(np.float32)
-
-
 def latent_weight(moments: np.ndarray, scaling_factor: float) -> np.ndarray:
     """How much an error in each latent number counts, float32 [h, w, c], mean 1.
 
@@ -175,7 +169,6 @@ def train_base(
     chosen = np.flatnonzero((groups < data.DEV_PEOPLE) & (groups != data.VALIDATION) & (groups != data.UNSEEN_STYLE))
     ids = make_captions([scenes[index] for index in chosen], groups[chosen], tokenizer, config.seed)
     people = int(groups[chosen].max()) + 1
-    signal, noise_level = scheduler_levels()
     unet = UNet2DConditionModel(UNetConfig.from_dict(UNET_CONFIG))
     text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(text_config(len(tokenizer))))
     batch = config.batch // jax.device_count()
@@ -183,8 +176,7 @@ def train_base(
         "moments": moments[chosen],
         "ids": ids,
         "empty": np.array(bpe.encode(tokenizer, [""])[0], np.int16),
-        "signal": signal,
-        "noise": noise_level,
+        "schedule": NoiseSchedule.from_config(SCHEDULER_CONFIG),
         "weight": latent_weight(moments[chosen], scaling_factor),
     }
 
@@ -206,14 +198,15 @@ def train_base(
         rows = shaken(params["codes"], keys["rows"])
         context = text_encoder.apply({"params": text}, tokens, rows).last_hidden_state
 
-        mean, logvar = jnp.split(arrays["moments"][index], 2, axis=-1)
-        latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(keys["latent"], mean.shape)
+        mean, deviation = vae.split(arrays["moments"][index])
+        latents = mean + deviation * jax.random.normal(keys["latent"], mean.shape)
         latents = latents * scaling_factor
         noise = jax.random.normal(keys["noise"], latents.shape)
-        timesteps = jax.random.randint(keys["timestep"], (batch,), 0, len(signal))
-        alpha, sigma = (arrays[name][timesteps][:, None, None, None] for name in ("signal", "noise"))
-        predicted = unet.apply({"params": params["unet"]}, alpha * latents + sigma * noise, timesteps, context)
-        error = jnp.square(predicted - (alpha * noise - sigma * latents))
+        schedule = arrays["schedule"]
+        timesteps = jax.random.randint(keys["timestep"], (batch,), 0, len(schedule.alphas_cumprod))
+        noisy = add_noise(schedule, latents, noise, timesteps)
+        predicted = unet.apply({"params": params["unet"]}, noisy, timesteps, context)
+        error = jnp.square(predicted - training_target(schedule, latents, noise, timesteps))
         return jnp.mean(arrays["weight"] * error), {"mse": jnp.mean(error)}
 
     def init(key):

@@ -30,12 +30,11 @@ import tokenizer as bpe  # noqa: E402
 import vae  # noqa: E402
 import yaml  # noqa: E402
 from flax import serialization  # noqa: E402
-from flax.traverse_util import flatten_dict, unflatten_dict  # noqa: E402
-from safetensors.numpy import load_file  # noqa: E402
 
 from ti_jax.evaluation.judge import FOLDER as JUDGE_FOLDER  # noqa: E402
 from ti_jax.evaluation.judge import Judge  # noqa: E402
-from ti_jax.weights.names import to_tree_layout, tree_path  # noqa: E402
+from ti_jax.files import write_atomically  # noqa: E402
+from ti_jax.weights.load import load_component  # noqa: E402
 
 HERE = Path(__file__).parent
 KEPT = HERE / "kept"
@@ -68,19 +67,8 @@ def read_recipe(path: Path) -> Recipe:
 def keep(path: Path, make) -> Any:
     """The tree in the file `path`, made and written there first where it is not."""
     if not path.exists():
-        tree = make()
-        path.write_bytes(serialization.msgpack_serialize(serialization.to_state_dict(tree)))
+        write_atomically(path, serialization.msgpack_serialize(serialization.to_state_dict(make())))
     return serialization.msgpack_restore(path.read_bytes())
-
-
-def load_tree(path: Path, component: str, shapes: Any) -> Any:
-    """The parameter tree in one file that `export.state_dict` wrote, float32."""
-    targets = flatten_dict(shapes)
-    leaves = {}
-    for name, tensor in load_file(path).items():
-        leaf = tree_path(name, component, targets)
-        leaves[leaf] = np.asarray(to_tree_layout(tensor, leaf, len(targets[leaf].shape)), np.float32)
-    return unflatten_dict(leaves)
 
 
 def make_all(recipe: Recipe, work: Path, out: Path, kept: bool) -> dict[str, Any]:
@@ -91,7 +79,7 @@ def make_all(recipe: Recipe, work: Path, out: Path, kept: bool) -> dict[str, Any
     work.mkdir(parents=True, exist_ok=True)
     # What was made with other settings must not be gone on with.
     settings = work / "recipe.json"
-    wanted = json.dumps(asdict(recipe), indent=2)
+    wanted = json.dumps({**asdict(recipe), "kept": kept}, indent=2)
     if settings.exists() and settings.read_text() != wanted:
         raise SystemExit(f"make.py: {work} holds a run with other settings; give another --work, or delete it")
     settings.write_text(wanted)
@@ -99,7 +87,7 @@ def make_all(recipe: Recipe, work: Path, out: Path, kept: bool) -> dict[str, Any
     data.make_data(recipe.data, work)
     if kept:
         reader = Judge.load(KEPT)
-        vae_params = load_tree(KEPT / "vae.safetensors", "vae", vae.shapes())
+        vae_params = load_component(KEPT, "vae", vae.shapes(), np.float32)
     else:
         critic = judge.train_judge(recipe.critic, work / "critic", work)
         reader = judge.train_judge(recipe.judge, work / "judge", work)

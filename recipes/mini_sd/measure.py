@@ -29,12 +29,7 @@ def measure(folder: Path, judge: Judge, work: Path, captions: int) -> dict[str, 
     scenes = [every[index] for index in valid]
 
     sd = StableDiffusion.from_pretrained(folder)
-    moments = np.concatenate(
-        [
-            np.asarray(sd.encode_image(batch / np.float32(127.5) - 1))
-            for batch in np.array_split(pixels, len(pixels) // 50 or 1)
-        ]
-    )
+    moments = vae.encode(sd.params["vae"], pixels)
     restored = vae.decode(sd.params["vae"], np.split(moments, 2, axis=-1)[0])
     prompts = [world.caption(scene) for scene in scenes[:captions]]
     drawn_images = sd.generate(

@@ -9,8 +9,9 @@ import world
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
+from ti_jax.weights.tokenizers import END, tokenizer_of_merges
+
 MAX_LENGTH = 40
-START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def make_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -23,21 +24,11 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     bpe.train_from_iterator(words, trainer)
     merges = json.loads(bpe.to_str())["model"]["merges"]
-    # As in CLIP: every byte, every byte at the end of a word, what the merges make, and the two ends of a text.
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = alphabet + [letter + "</w>" for letter in alphabet]
-    tokens += [first + second for first, second in merges] + [START, END]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
     folder.mkdir(parents=True, exist_ok=True)
-    CLIPTokenizer(
-        vocab=vocabulary,
-        merges=[tuple(pair) for pair in merges],
-        bos_token=START,
-        eos_token=END,
-        unk_token=END,
-        pad_token=END,
-        model_max_length=MAX_LENGTH,
-    ).save_pretrained(folder)
+    whole = tokenizer_of_merges([tuple(pair) for pair in merges], END, MAX_LENGTH)
+    whole.save_pretrained(folder)
+    # transformers 5 writes tokenizer.json alone; these two are what older programs read.
+    vocabulary = dict(sorted(whole.get_vocab().items(), key=lambda item: item[1]))
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False) + "\n", encoding="utf-8")
     lines = ["#version: 0.2", *(f"{first} {second}" for first, second in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import serialization
-from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-AXIS = "data"
+from ti_jax.files import write_atomically
+from ti_jax.training.parallel import AXIS, make_mesh, replicate
+
 Tree = Any
 
 
@@ -81,8 +81,7 @@ def fit(
     Returns:
       The moving average of the parameters.
     """
-    mesh = Mesh(np.array(jax.devices()), (AXIS,))
-    everywhere = NamedSharding(mesh, P())
+    mesh = make_mesh()
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / "checkpoint.msgpack"
 
@@ -92,7 +91,7 @@ def fit(
         state = serialization.from_bytes(state, checkpoint.read_bytes())
         state = jax.tree.map(jnp.asarray, state)
         print(f"{folder.name}: on from step {int(state.step)}", flush=True)
-    state, data = jax.device_put((state, data), everywhere)
+    state, data = replicate((state, data), mesh)
 
     def step(state: State, data: Tree) -> tuple[State, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.fold_in(root_key(seed), state.step), jax.lax.axis_index(AXIS))
@@ -112,9 +111,7 @@ def fit(
     mapped = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P(), P()), out_specs=(P(), P())), donate_argnums=0)
 
     def save() -> None:
-        partial = checkpoint.with_suffix(".part")
-        partial.write_bytes(serialization.to_bytes(jax.device_get(state)))
-        partial.replace(checkpoint)
+        write_atomically(checkpoint, serialization.to_bytes(jax.device_get(state)))
 
     number = int(state.step)
     saved = began = time.monotonic()

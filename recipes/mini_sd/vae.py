@@ -16,11 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import trainer
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ti_jax.batches import in_batches
+from ti_jax.data.images import as_uint8
 from ti_jax.evaluation.judge import Judge, JudgeNetwork
 from ti_jax.models.vae import AutoencoderKL, VAEConfig
+from ti_jax.training.parallel import AXIS, make_mesh
 from ti_jax.weights.load import param_shapes
 
 CONFIG = {
@@ -116,29 +119,18 @@ def train_vae(config: VAETraining, critic: Judge, folder: Path, work: Path) -> A
 
 
 def encode(params: Any, pixels: np.ndarray, batch: int = 64) -> np.ndarray:
-    """uint8 pictures [N, S, S, 3] -> moments float32 [N, h, w, 2c], unscaled."""
-    network = module()
-    run = jax.jit(lambda params, x: network.apply({"params": params}, x, method="encode"))
-    return _in_batches(lambda part: run(params, part.astype(jnp.float32) / 127.5 - 1.0), pixels, batch)
+    """uint8 pictures [N, S, S, 3] -> moments float32 [N, h, w, 2c], unscaled; each device takes a part of a batch."""
+    network, by_picture = module(), NamedSharding(make_mesh(), P(AXIS))
+    run = jax.jit(lambda params, x: network.apply({"params": params}, x / 127.5 - 1.0, method="encode"))
+    return in_batches(lambda part: run(params, jax.device_put(part.astype(np.float32), by_picture)), pixels, batch)
 
 
 def decode(params: Any, latents: np.ndarray, batch: int = 64) -> np.ndarray:
-    """Unscaled latents [N, h, w, c] -> uint8 pictures [N, S, S, 3]."""
-    network = module()
+    """Unscaled latents [N, h, w, c] -> uint8 pictures [N, S, S, 3]; each device takes a part of a batch."""
+    network, by_picture = module(), NamedSharding(make_mesh(), P(AXIS))
     run = jax.jit(lambda params, x: network.apply({"params": params}, x, method="decode"))
-    drawn = _in_batches(lambda part: run(params, part), latents, batch)
-    return np.clip((drawn + 1.0) * 127.5, 0, 255).round().astype(np.uint8)
-
-
-def _in_batches(function, array: np.ndarray, batch: int) -> np.ndarray:
-    """`function` of each batch, a part of it on each device."""
-    by_picture = NamedSharding(Mesh(np.array(jax.devices()), (trainer.AXIS,)), P(trainer.AXIS))
-    parts = []
-    for start in range(0, len(array), batch):
-        part = array[start : start + batch]
-        padded = np.concatenate([part, np.repeat(part[-1:], batch - len(part), axis=0)])
-        parts.append(np.asarray(function(jax.device_put(padded, by_picture)))[: len(part)])
-    return np.concatenate(parts)
+    drawn = in_batches(lambda part: run(params, jax.device_put(part, by_picture)), latents, batch)
+    return as_uint8(np.clip(drawn, -1.0, 1.0))
 
 
 def peak_signal_to_noise(one: np.ndarray, other: np.ndarray) -> float:

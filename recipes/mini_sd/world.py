@@ -321,13 +321,13 @@ def caption(
 
     words = ["a", *([scene.style] if style else []), medium, "of", subject]
     details: list[str] = []
-    if said("hair"):
-        if said("hair_colour"):
-            details.append(str(scene.hair_colour))
-        details.append(str(scene.hair))
-    if said("skin"):
-        details += [scene.skin, "skin"]
-    details += [str(getattr(scene, name)) for name in ("eyes", "mouth", "beard", "nose") if said(name)]
+    colour = [str(scene.hair_colour)] if said("hair_colour") else []
+    # A cap is no "red cap" because the beard is red: the colour is said with what shows it.
+    shown_by = "beard" if scene.hair in NO_HAIR_SEEN else "hair"
+    for name in ("hair", "skin", "eyes", "mouth", "beard", "nose"):
+        if said(name):
+            details += [*(colour if name == shown_by else []), str(getattr(scene, name))]
+            details += ["skin"] if name == "skin" else []
     if details:
         words += ["with", *details]
     if said("clothes"):

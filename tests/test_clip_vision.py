@@ -109,6 +109,11 @@ def test_full_size_tower_has_transformers_shapes():
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 303_179_776  # openai/clip-vit-large-patch14
 
 
+def test_another_folder_is_told_as_such(tmp_path):
+    with pytest.raises(InputError, match="not the folder of a CLIP model, it has no config.json"):
+        CLIP.from_pretrained(tmp_path / "nope")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

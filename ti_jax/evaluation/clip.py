@@ -53,6 +53,11 @@ class CLIP:
           InputError: no such model, an option that is not implemented, or weights that do not fit.
         """
         folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise InputError(
+                f"{folder}: not the folder of a CLIP model, it has no config.json (hf download "
+                "openai/clip-vit-large-patch14 --local-dir clip makes one)"
+            )
         config = read_json(folder / "config.json")
         if config.get("model_type") != "clip" or not all(
             isinstance(config.get(name), dict) for name in ("text_config", "vision_config")

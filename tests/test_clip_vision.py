@@ -110,7 +110,7 @@ def test_full_size_tower_has_transformers_shapes():
 
 
 def test_another_folder_is_told_as_such(tmp_path):
-    with pytest.raises(InputError, match="not the folder of a CLIP model, it has no config.json"):
+    with pytest.raises(InputError, match=r"not the folder of a CLIP model, it has no config\.json"):
         CLIP.from_pretrained(tmp_path / "nope")
 
 

@@ -1,6 +1,7 @@
 """Attention is PyTorch's scaled_dot_product_attention, in one piece and in chunks."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +20,15 @@ def queries_keys_values(length, key_length, scale=1.0):
     return [scale * rng.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("length", "key_length"), [(6, 6), (6, 4), (LONG, 7), (7, LONG), (LONG, LONG + 5), (260, 300)])
-def test_output_and_gradients(length, key_length):
+def test_output_and_gradients(length, key_length, causal):
     inputs = queries_keys_values(length, key_length)
-    ours, pullback = jax.vjp(jax.jit(dot_product_attention), *inputs)
+    ours, pullback = jax.vjp(jax.jit(partial(dot_product_attention, causal=causal)), *inputs)
     tensors = [torch.from_numpy(array).requires_grad_() for array in inputs]
-    theirs = torch.nn.functional.scaled_dot_product_attention(*(tensor.transpose(1, 2) for tensor in tensors))
+    theirs = torch.nn.functional.scaled_dot_product_attention(
+        *(tensor.transpose(1, 2) for tensor in tensors), is_causal=causal
+    )
     theirs = theirs.transpose(1, 2)
     np.testing.assert_allclose(ours, theirs.detach(), rtol=0, atol=1e-5)
 

@@ -12,6 +12,7 @@ import jax
 from flax import linen as nn
 
 from ti_jax.models.activations import gelu
+from ti_jax.models.attention import as_rows, dot_product_attention
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -66,11 +67,13 @@ class CLIPEncoderLayer(nn.Module):
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """Run the layer."""
-        config, dtype = self.config, self.dtype
-        normed = layer_norm(config, dtype, "layer_norm1")(hidden)
-        hidden = hidden + CLIPAttention(config, dtype, self.causal, name="self_attn")(normed)
+        config, dtype, shape = self.config, self.dtype, hidden.shape
+        hidden = as_rows(hidden)
+        normed = layer_norm(config, dtype, "layer_norm1")(hidden).reshape(shape)
+        attended = CLIPAttention(config, dtype, self.causal, name="self_attn")(normed)
+        hidden = hidden + as_rows(attended)
         normed = layer_norm(config, dtype, "layer_norm2")(hidden)
-        return hidden + CLIPMLP(config, dtype, name="mlp")(normed)
+        return (hidden + CLIPMLP(config, dtype, name="mlp")(normed)).reshape(shape)
 
 
 class CLIPAttention(nn.Module):
@@ -84,12 +87,13 @@ class CLIPAttention(nn.Module):
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """Attend."""
         width, heads = self.config.hidden_size, self.config.num_attention_heads
+        tokens = as_rows(hidden)
         query, key, value = (
-            nn.Dense(width, dtype=self.dtype, name=name)(hidden).reshape(*hidden.shape[:2], heads, width // heads)
+            nn.Dense(width, dtype=self.dtype, name=name)(tokens).reshape(*hidden.shape[:2], heads, width // heads)
             for name in ("q_proj", "k_proj", "v_proj")
         )
-        attended = jax.nn.dot_product_attention(query, key, value, is_causal=self.causal)
-        return nn.Dense(width, dtype=self.dtype, name="out_proj")(attended.reshape(hidden.shape))
+        attended = dot_product_attention(query, key, value, self.causal)
+        return nn.Dense(width, dtype=self.dtype, name="out_proj")(as_rows(attended, width)).reshape(hidden.shape)
 
 
 class CLIPMLP(nn.Module):

@@ -23,6 +23,8 @@ from ti_jax.files import write_atomically
 from ti_jax.training.parallel import AXIS, make_mesh, replicate
 
 Tree = Any
+# Steps from one update of the moving average to the next: in memory it costs as much as a third of AdamW.
+AVERAGE_EVERY = 8
 
 
 class State(NamedTuple):
@@ -103,12 +105,14 @@ def fit(
         gradients, figures = jax.grad(mean_loss, has_aux=True)(state.params)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        count = state.step.astype(jnp.float32)
-        keep = jnp.minimum(decay, (1 + count) / (10 + count))
-        average = jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, state.average, params)
-        return State(state.step + 1, params, average, optimizer_state), figures
+        return State(state.step + 1, params, state.average, optimizer_state), figures
+
+    def average(average: Tree, params: Tree, count: jax.Array) -> Tree:
+        keep = jnp.minimum(decay, (1 + count) / (10 + count)) ** AVERAGE_EVERY
+        return jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, average, params)
 
     mapped = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P(), P()), out_specs=(P(), P())), donate_argnums=0)
+    averaged = jax.jit(average, donate_argnums=0)
 
     def save() -> None:
         write_atomically(checkpoint, serialization.to_bytes(jax.device_get(state)))
@@ -122,6 +126,8 @@ def fit(
         while number < steps:
             state, figures = mapped(state, data)
             number += 1
+            if number % AVERAGE_EVERY == 0:
+                state = state._replace(average=averaged(state.average, state.params, jnp.float32(number)))
             if pending is not None:  # the step before, so that the device never waits for the host
                 for name, value in pending.items():
                     sums[name] = sums.get(name, 0.0) + float(value)

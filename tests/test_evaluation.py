@@ -125,7 +125,9 @@ def test_scores_by_hand(judge):
 
 def test_what_a_probe_asks_for_is_not_counted_against_the_concept(judge):
     asks_for_another = Probe("a {} with a green top", (("top", "green"),))
-    shares = scores.attribute_scores(judge, np.stack([picture("green", "red")]), [asks_for_another], {"top": "red"})
+    shares = scores.attribute_scores(
+        judge.read(np.stack([picture("green", "red")])), [asks_for_another], {"top": "red"}
+    )
     assert shares == {"editability/top": 1.0}
 
 

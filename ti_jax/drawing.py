@@ -53,6 +53,7 @@ def draw(config: InferConfig) -> list[Path]:
         width=config.width,
         seed=config.seed,
         batch_size=config.batch_size,
+        weighted=config.prompt_weights,
     )
 
     settings = {

@@ -49,21 +49,45 @@ class Networks:
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def encode_text(
-        self, params: Params, ids: Mapping[str, jax.Array], rows: Mapping[str, jax.Array] | None = None
+        self,
+        params: Params,
+        ids: Mapping[str, jax.Array],
+        rows: Mapping[str, jax.Array] | None = None,
+        weights: Mapping[str, jax.Array] | None = None,
     ) -> Condition:
         """Token ids int32 [B, L] by encoder -> `Condition`, with trained rows spliced in behind the frozen table.
 
         One encoder (SD1, SD2): its last hidden state, as diffusers' ``encode_prompt`` without clip_skip. Two (SDXL):
         the penultimate states of both side by side, and the pooled projection of the second.
+
+        With `weights`, float32 [B, K, L], the ids are [B, K, L]: each prompt is K chunks that are encoded one by one,
+        multiplied by their weights (`weighted`), and joined to a context [B, K * L, D]; pooled is the first chunk's.
         """
-        outputs = [
-            _apply(module, params[name], ids[name], None if rows is None else rows[name])
+        if weights is not None:
+            batch, count, length = next(iter(ids.values())).shape
+            flat = {name: value.reshape(batch * count, length) for name, value in ids.items()}
+            states, pooled = self._encode(params, flat, rows)
+            context = jnp.concatenate(
+                [weighted(state, weights[name].reshape(batch * count, length)) for name, state in states.items()],
+                axis=-1,
+            )
+            pooled = None if pooled is None else pooled.reshape(batch, count, -1)[:, 0]
+            return Condition(context.reshape(batch, count * length, -1), pooled)
+        states, pooled = self._encode(params, ids, rows)
+        return Condition(jnp.concatenate(list(states.values()), axis=-1), pooled)
+
+    def _encode(
+        self, params: Params, ids: Mapping[str, jax.Array], rows: Mapping[str, jax.Array] | None
+    ) -> tuple[dict[str, jax.Array], jax.Array | None]:
+        """The states [B, L, D] of each encoder that the UNet is given, and pooled text [B, P] for SDXL."""
+        outputs = {
+            name: _apply(module, params[name], ids[name], None if rows is None else rows[name])
             for name, module in self.text_encoders
-        ]
+        }
         if len(outputs) == 1:
-            return Condition(outputs[0].last_hidden_state)
-        context = jnp.concatenate([out.penultimate_hidden_state for out in outputs], axis=-1)
-        return Condition(context, outputs[-1].pooled)
+            return {name: output.last_hidden_state for name, output in outputs.items()}, None
+        states = {name: output.penultimate_hidden_state for name, output in outputs.items()}
+        return states, outputs[self.text_encoders[-1][0]].pooled
 
     def predict_noise(
         self, params: Params, latents: jax.Array, timesteps: jax.Array, condition: Condition
@@ -89,6 +113,15 @@ class Networks:
         config = self.vae.config
         unscaled = latents / config.scaling_factor + (config.shift_factor or 0.0)
         return _apply(self.vae, params["vae"], unscaled, method="decode").astype(jnp.float32)
+
+
+def weighted(states: jax.Array, weights: jax.Array) -> jax.Array:
+    """Text states [B, L, D] times weights [B, L], brought back to the mean that they had, as AUTOMATIC1111 does."""
+    exact = states.astype(jnp.float32)
+    emphasized = exact * weights[..., None]
+    mean, new_mean = (x.mean(axis=(1, 2), keepdims=True) for x in (exact, emphasized))
+    # Without weights nothing changes, to the bit.
+    return jnp.where(new_mean == mean, emphasized, emphasized * (mean / new_mean)).astype(states.dtype)
 
 
 def network_shapes(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from . import sampling, tokens
+from . import prompt_weights, sampling, tokens
 from .config import EvaluateConfig, InferConfig, TrainConfig
 from .diffusion.samplers import make_sampler
 from .diffusion.schedule import NoiseSchedule
@@ -183,10 +183,17 @@ class StableDiffusion:
                 prompts,
                 words or {},
                 module.config.vocab_size,
-                min(module.config.max_position_embeddings, self.tokenizers[name].model_max_length),
+                self._max_length(name),
             )
             for name, module in self.networks.text_encoders
         }
+
+    def _max_length(self, name: str) -> int:
+        """Tokens that a text encoder reads at once, start and end among them."""
+        return min(
+            dict(self.networks.text_encoders)[name].config.max_position_embeddings,
+            self.tokenizers[name].model_max_length,
+        )
 
     def encode_text(self, ids: Mapping[str, Any], rows: Mapping[str, Any] | None = None) -> Condition:
         """Token ids (from `tokenize`) and trained rows float32 [n, D] by text encoder -> `Condition`."""
@@ -222,6 +229,7 @@ class StableDiffusion:
         width: int | None = None,
         seed: int | Sequence[int] = 0,
         batch_size: int | None = None,
+        weighted: bool = False,
     ) -> list[Image.Image]:
         """Draw one picture for each prompt.
 
@@ -233,6 +241,8 @@ class StableDiffusion:
           height, width: in pixels, multiples of 8; None: the size that the model was trained on.
           seed: picture i is drawn from ``seed + i`` alone; or one seed for each picture.
           batch_size: pictures at a time; None: `sampling.DEFAULT_BATCH_SIZE`.
+          weighted: prompts are in AUTOMATIC1111's notation, ``(word:1.2)``, ``[word]``, ``BREAK``, and of any length
+            (`ti_jax.prompt_weights`).
 
         Raises:
           InputError: a prompt that is too long, an embedding of another model family, or a setting out of its range.
@@ -243,7 +253,7 @@ class StableDiffusion:
         for embedding in embeddings:
             check_fits(embedding, self.embedding_dims, embedding.token)
         words, rows = tokens.combine(embeddings)
-        negative_ids = None
+        negatives = None
         if negative_prompt is not None or not self.zeros_for_empty_prompt:
             negative = negative_prompt or ""
             negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
@@ -251,17 +261,63 @@ class StableDiffusion:
                 raise InputError(
                     f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one for each"
                 )
-            negative_ids = self.tokenize(negatives, words)
-        pixels = sampling.draw(
-            self.networks,
-            self.params,
-            make_sampler(scheduler, self.scheduler_config, num_inference_steps),
-            self.tokenize(prompts, words),
-            negative_ids,
-            rows or None,
-            latent_shape=self.latent_shape(height or self.default_resolution, width or self.default_resolution),
-            guidance_scale=guidance_scale,
-            seed=seed,
-            batch_size=batch_size or sampling.DEFAULT_BATCH_SIZE,
-        )
-        return [Image.fromarray(picture) for picture in pixels]
+        height, width = height or self.default_resolution, width or self.default_resolution
+        seeds = sampling.image_seeds(seed, len(prompts))
+        pictures: dict[int, np.ndarray] = {}
+        for chosen, ids, negative_ids in self._prompt_groups(prompts, negatives, words, weighted):
+            pixels = sampling.draw(
+                self.networks,
+                self.params,
+                make_sampler(scheduler, self.scheduler_config, num_inference_steps),
+                ids,
+                negative_ids,
+                rows or None,
+                latent_shape=self.latent_shape(height, width),
+                guidance_scale=guidance_scale,
+                seed=seeds[chosen].tolist(),
+                batch_size=batch_size or sampling.DEFAULT_BATCH_SIZE,
+            )
+            pictures |= dict(zip(chosen, pixels, strict=True))
+        return [Image.fromarray(pictures[number]) for number in range(len(prompts))]
+
+    def _prompt_groups(
+        self, prompts: list[str], negatives: list[str] | None, words: Mapping[str, int], weighted: bool
+    ) -> Iterator[tuple[list[int], sampling.Ids, sampling.Ids | None]]:
+        """Numbers of the prompts that can be drawn together, with their ids and those of their negative prompts.
+
+        Without weights these are all. With them they are as many groups as there are lengths, so that what is filled
+        up behind a short prompt never hangs on the length of another.
+        """
+        if not weighted:
+            yield (
+                list(range(len(prompts))),
+                self.tokenize(prompts, words),
+                None if negatives is None else self.tokenize(negatives, words),
+            )
+            return
+        chunks = {name: self._chunks(name, [*prompts, *(negatives or [])], words) for name in self.tokenizers}
+        if prompt_weights.plain(chunks):
+            ids = {name: np.stack([prompt[0].ids for prompt in each]) for name, each in chunks.items()}
+            head = {name: each[: len(prompts)] for name, each in ids.items()}
+            tail = {name: each[len(prompts) :] for name, each in ids.items()}
+            yield list(range(len(prompts))), head, None if negatives is None else tail
+            return
+        counts = np.max([[len(prompt) for prompt in each] for each in chunks.values()], axis=0)
+        if negatives is not None:
+            counts = np.maximum(*np.split(counts, 2))
+        for count in np.unique(counts).tolist():
+            chosen = np.flatnonzero(counts == count).tolist()
+
+            def stacked(numbers: list[int], count: int = count) -> sampling.Ids:
+                return {
+                    name: prompt_weights.stack([each[i] for i in numbers], count, self._chunks(name, [""], {})[0][0])
+                    for name, each in chunks.items()
+                }
+
+            yield chosen, stacked(chosen), negatives and stacked([len(prompts) + number for number in chosen])
+
+    def _chunks(self, name: str, prompts: Sequence[str], words: Mapping[str, int]) -> list[list[prompt_weights.Chunk]]:
+        return [
+            prompt_weights.chunks(self.tokenizers[name], prompt, words, self.vocab_sizes[name], self._max_length(name))
+            for prompt in prompts
+        ]

@@ -14,9 +14,10 @@ from jax import lax
 from .diffusion.samplers import Sampler
 from .errors import InputError
 from .networks import Condition, Networks, Params
+from .prompt_weights import Chunk
 
 DEFAULT_BATCH_SIZE = 4
-Ids = Mapping[str, Any]
+Ids = Mapping[str, Any]  # token ids [N, L] by text encoder, or `Chunk` of ids and weights [N, K, L]
 Rows = Mapping[str, Any]
 
 
@@ -93,12 +94,18 @@ def _encode(
     networks: Networks, params: Params, ids: Ids, negative_ids: Ids | None, rows: Rows | None, guided: bool
 ) -> Condition:
     """The condition of `sample_latents`."""
-    if not guided:
+
+    def encode(ids: Ids) -> Condition:
+        if any(isinstance(value, Chunk) for value in ids.values()):
+            weights = {name: chunk.weights for name, chunk in ids.items()}
+            return networks.encode_text(params, {name: chunk.ids for name, chunk in ids.items()}, rows, weights)
         return networks.encode_text(params, ids, rows)
+
+    if not guided:
+        return encode(ids)
     if negative_ids is None:
-        condition = networks.encode_text(params, ids, rows)
-        return jax.tree.map(lambda prompt: jnp.concatenate([jnp.zeros_like(prompt), prompt]), condition)
-    return networks.encode_text(params, jax.tree.map(lambda *ids: jnp.concatenate(ids), negative_ids, ids), rows)
+        return jax.tree.map(lambda prompt: jnp.concatenate([jnp.zeros_like(prompt), prompt]), encode(ids))
+    return encode(jax.tree.map(lambda *ids: jnp.concatenate(ids), negative_ids, ids))
 
 
 # The module-level jit keeps its programs: a new one is compiled only for other networks, kinds of sampler, numbers of
@@ -143,8 +150,9 @@ def draw(
     """Pictures of N prompts, uint8 [N, H, W, 3]. Held to diffusers' ``StableDiffusionPipeline``.
 
     Args:
-      ids: token ids int32 [N, L] for each text encoder. negative_ids: likewise, or None for an unconditional half that
-        is all zeros, as SDXL's pipeline takes it when no negative prompt is given.
+      ids: token ids int32 [N, L] for each text encoder, or weighted chunks [N, K, L].
+      negative_ids: likewise, or None for an unconditional half that is all zeros, as SDXL's pipeline takes it when no
+        negative prompt is given.
       rows: trained rows float32 [n, D] for each text encoder, where the ids go past the frozen table.
       latent_shape: (h, w, c).
       guidance_scale: at 1 or below there is no guidance, and the UNet sees half the batch.
@@ -157,7 +165,7 @@ def draw(
     """
     if batch_size < 1:
         raise InputError(f"the batch size must be 1 or more, not {batch_size}")
-    count = len(next(iter(ids.values())))
+    count = len(jax.tree.leaves(ids)[0])
     batch_size = min(batch_size, count)
     seeds = image_seeds(seed, count)
     guided = guidance_scale > 1.0

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from .embeddings import Embedding
 
 
+Words = Mapping[str, int]
+"""Placeholder words with their numbers of vectors, in the order of the rows."""
+
+
 def check_new_word(tokenizer: CLIPTokenizer, word: str) -> None:
     """Raise `InputError` unless ``word`` can be a placeholder: not empty, without spaces, not known already."""
     if not word or word.split() != [word]:
@@ -90,7 +94,7 @@ def combine(embeddings: Sequence[Embedding]) -> tuple[dict[str, int], dict[str, 
     return words, rows
 
 
-def _word_pattern(words: Mapping[str, int]) -> re.Pattern[str]:
+def word_pattern(words: Words) -> re.Pattern[str]:
     """Matches each word, longest first.
 
     A word that begins or ends with a letter or digit must stand alone ("sks" is not in "asks"). A word of several
@@ -110,33 +114,42 @@ def _word_pattern(words: Mapping[str, int]) -> re.Pattern[str]:
     return re.compile("|".join(a for a in alternatives if a) or r"(?!)", re.IGNORECASE)
 
 
-def prompt_ids(tokenizer: CLIPTokenizer, prompt: str, words: Mapping[str, int], vocab_size: int) -> list[int]:
+def prompt_ids(tokenizer: CLIPTokenizer, prompt: str, words: Words, vocab_size: int) -> list[int]:
     """Token ids of ``prompt`` without start, end and padding; words become ``vocab_size + row``.
 
     Held to transformers' tokenizer with the words added to it (``add_tokens``), as diffusers does.
     """
+    return [number for group in token_groups(tokenizer, prompt, words, vocab_size) for number in group]
+
+
+def token_groups(tokenizer: CLIPTokenizer, prompt: str, words: Words, vocab_size: int) -> list[list[int]]:
+    """`prompt_ids` in groups that belong together: all rows of a word; any other token is a group by itself."""
     first_row, offset = {}, 0
     for word, count in words.items():
         first_row[word.lower()] = (offset, count)
         offset += count
-    ids: list[int] = []
+
+    def plain(text: str) -> list[list[int]]:
+        return [[number] for number in tokenizer(text, add_special_tokens=False, verbose=False).input_ids]
+
+    groups: list[list[int]] = []
     end = 0
-    for match in _word_pattern(words).finditer(prompt):
-        ids += tokenizer(prompt[end : match.start()], add_special_tokens=False, verbose=False).input_ids
+    for match in word_pattern(words).finditer(prompt):
+        groups += plain(prompt[end : match.start()])
         found = match.group().lower()
         head = found.split()[0]
         if head in first_row:
             first, count = first_row[head]
-            ids += range(vocab_size + first, vocab_size + first + count)
+            groups.append(list(range(vocab_size + first, vocab_size + first + count)))
         else:
             word, _, index = head.rpartition("_")
-            ids.append(vocab_size + first_row[word][0] + int(index))
+            groups.append([vocab_size + first_row[word][0] + int(index)])
         end = match.end()
-    return ids + tokenizer(prompt[end:], add_special_tokens=False, verbose=False).input_ids
+    return groups + plain(prompt[end:])
 
 
 def tokenize(
-    tokenizer: CLIPTokenizer, prompts: Sequence[str], words: Mapping[str, int], vocab_size: int, max_length: int
+    tokenizer: CLIPTokenizer, prompts: Sequence[str], words: Words, vocab_size: int, max_length: int
 ) -> np.ndarray:
     """Prompts as padded token ids, int32 [B, max_length]: start, prompt, end, padding.
 

@@ -26,6 +26,7 @@ import export  # noqa: E402
 import judge  # noqa: E402
 import measure  # noqa: E402
 import numpy as np  # noqa: E402
+import people  # noqa: E402
 import tokenizer as bpe  # noqa: E402
 import vae  # noqa: E402
 import yaml  # noqa: E402
@@ -85,6 +86,7 @@ def make_all(recipe: Recipe, work: Path, out: Path, kept: bool) -> dict[str, Any
     settings.write_text(wanted)
 
     data.make_data(recipe.data, work)
+    people.write_people(recipe.data, work, work / "people")
     if kept:
         reader = Judge.load(KEPT)
         vae_params = load_component(KEPT, "vae", vae.shapes(), np.float32)

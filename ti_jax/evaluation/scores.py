@@ -80,13 +80,12 @@ def reference_attributes(judge: Judge, pictures: np.ndarray) -> dict[str, str]:
 
 
 def attribute_scores(
-    judge: Judge, drawn: np.ndarray, probes: Sequence[Probe], reference: Mapping[str, str]
+    readings: Sequence[Mapping[str, str]], probes: Sequence[Probe], reference: Mapping[str, str]
 ) -> dict[str, float]:
     """Shares of right pictures.
 
     Args:
-      judge: reads the pictures.
-      drawn: uint8 [N, S, S, 3].
+      readings: what the judge reads off each picture, as `Judge.read` gives it.
       probes: what each of them was drawn for.
       reference: the concept's identity attributes.
 
@@ -95,7 +94,7 @@ def attribute_scores(
       ``editability/NAME`` for each attribute that a probe asks for.
     """
     right: dict[str, list[bool]] = {}
-    for seen, probe in zip(judge.read(drawn), probes, strict=True):
+    for seen, probe in zip(readings, probes, strict=True):
         asked = dict(probe.expects)
         for name, word in asked.items():
             right.setdefault(f"editability/{name}", []).append(seen[name] == word)
@@ -132,7 +131,7 @@ def judge_scores(
     probes = [probe for probe in judge.config.probes for _ in range(images_a_probe)]
     drawn = np.stack([np.asarray(image) for image in draw([probe.prompt.replace("{}", word) for probe in probes])])
     reference = reference_attributes(judge, pictures)
-    shares = attribute_scores(judge, drawn, probes, reference)
+    shares = attribute_scores(judge.read(drawn), probes, reference)
     rank = rank_among(judge.features(drawn), [judge.features(other) for other in (pictures, *distractors)])
     return Scores(
         identity=mean_of(shares, "identity"),

@@ -1,0 +1,306 @@
+"""Are words learned, and better than by diffusers' method? Measured on people whom the embedded model has never seen.
+
+    python benchmarks/learning.py --split dev --seeds 1     # for choosing settings
+    python benchmarks/learning.py --split test --seeds 3    # once, for the README's table
+    python benchmarks/learning.py --table                   # of what has been measured so far
+
+Each person's word is learned from four pictures by
+
+    plain        no training: the words "a person"
+    stock        diffusers' method (benchmarks/torch_loops.py) with its script's defaults
+    stock-best   the same at the learning rate that is best for it on the dev people
+    ours         ti_jax with its defaults
+
+all at ti_jax's default steps and batch. Ceilings: the true description as the prompt ("described"), and the
+four pictures through the autoencoder ("autoencoder"); the floor is another person's word, measured as if it were this
+one's. A judge network reads the pictures that are drawn for the embedded model's probes, four of each with the same
+seeds for all: *identity* is the share of the person's hair, hair colour, skin, beard and nose that is right,
+*editability* the share of what the prompt asked for beside them.
+
+Every measurement is a line in --results, and what is there is not measured again: the benchmark may be cut at any time.
+Seconds are those of the training alone; loading and compiling are apart. Run it with nothing beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "recipes" / "mini_sd")]
+
+import torch  # noqa: E402
+import world  # noqa: E402
+from torch_loops import StockLoop  # noqa: E402
+
+from ti_jax import Embedding, StableDiffusion, TrainConfig, train  # noqa: E402
+from ti_jax.batches import in_batches  # noqa: E402
+from ti_jax.compilation_cache import enable_compilation_cache  # noqa: E402
+from ti_jax.config import resolve  # noqa: E402
+from ti_jax.data.images import as_uint8, load_images  # noqa: E402
+from ti_jax.data.prompts import load_templates  # noqa: E402
+from ti_jax.evaluation.judge import Judge  # noqa: E402
+from ti_jax.evaluation.scores import attribute_scores, mean_of  # noqa: E402
+
+PEOPLE = Path(__file__).parent / "people"
+CONCEPTS = ROOT / "ti_jax" / "assets" / "concepts"
+TOKEN = "<someone>"
+IMAGES_A_PROBE = 4
+INFERENCE_STEPS, GUIDANCE = 25, 3.0
+# Of 1e-4 to 2e-2, on the dev people (recipes/mini_sd/NOTES.md).
+STOCK_BEST_LEARNING_RATE = 5e-3
+METHODS = ("plain", "described", "autoencoder", "stock", "stock-best", "ours")
+WITHOUT_SEED = ("plain", "described", "autoencoder")  # nothing random but the drawing, which is the same for all
+
+
+@dataclass(frozen=True)
+class Person:
+    """Somebody to learn: name, folder of pictures, and true identity, attribute -> word."""
+
+    name: str
+    folder: Path
+    truth: Mapping[str, str]
+
+
+def people(split: str) -> list[Person]:
+    """The dev or the test people."""
+    found = []
+    for name, facts in json.loads((PEOPLE / "people.json").read_text()).items():
+        folder = PEOPLE / name if (PEOPLE / name).is_dir() else CONCEPTS / name
+        if facts["split"] == split:
+            found.append(Person(name, folder, {key: facts[key] for key in world.IDENTITY if facts[key] is not None}))
+    return found
+
+
+class Bench:
+    """The frozen model, its judge, and what is measured with them."""
+
+    def __init__(self, strips: Path):
+        self.sd = StableDiffusion.from_pretrained()
+        self.judge = Judge.load(self.sd.path)
+        self.probes = [probe for probe in self.judge.config.probes for _ in range(IMAGES_A_PROBE)]
+        self.strips = strips
+
+    def draw(self, prompts: list[str], *embeddings: Embedding) -> np.ndarray:
+        """One picture for each prompt, uint8 [N, S, S, 3]; those of one probe by the seeds 0, 1, ..."""
+        drawn = self.sd.generate(
+            prompts, embeddings, num_inference_steps=INFERENCE_STEPS, guidance_scale=GUIDANCE,
+            seed=[number % IMAGES_A_PROBE for number in range(len(prompts))], batch_size=8,
+        )  # fmt: skip
+        return np.stack([np.asarray(image) for image in drawn])
+
+    def pictures(self, method: str, person: Person, seed: int, changes: dict[str, Any]) -> tuple[np.ndarray, dict]:
+        """What the method draws for the probes, and its figures."""
+        if method == "plain":
+            return self.draw([probe.prompt.replace("{}", "a person") for probe in self.probes]), {}
+        if method == "described":
+            return self.draw([description(person, probe) for probe in self.probes]), {}
+        if method == "autoencoder":
+            pixels = load_images(person.folder, self.sd.default_resolution).pixels
+            mean, _ = np.split(in_batches(self.sd.encode_image, pixels, 4), 2, axis=-1)
+            scaled = mean * self.sd.networks.vae.config.scaling_factor
+            return as_uint8(np.clip(in_batches(self.sd.decode_latents, scaled, 4), -1.0, 1.0)), {}
+        learn = self.learn_ours if method == "ours" else self.learn_stock
+        embedding, figures = learn(method, person, seed, changes)
+        norms = np.linalg.norm(embedding.vectors["text_encoder"], axis=-1)
+        figures["norms"] = [round(float(norm), 3) for norm in norms]
+        return self.draw([probe.prompt.replace("{}", TOKEN) for probe in self.probes], embedding), figures
+
+    def config(self, person: Person, seed: int, changes: dict[str, Any]) -> TrainConfig:
+        """ti_jax's defaults for the embedded model, but for `changes`."""
+        config = TrainConfig(
+            train_data_dir=str(person.folder), placeholder_token=TOKEN, seed=seed,
+            overview_prompts=("a portrait of {}",), report_to="none",
+        )  # fmt: skip
+        return replace(config, **changes)
+
+    def learn_ours(
+        self, method: str, person: Person, seed: int, changes: dict[str, Any]
+    ) -> tuple[Embedding, dict[str, Any]]:
+        """By ti_jax."""
+        with TemporaryDirectory() as folder:
+            result = train(replace(self.config(person, seed, changes), output_dir=folder))
+        seconds = result.seconds
+        return result.embedding, {
+            "seconds": round(seconds["encode"] + seconds["train"], 2),
+            "compile": round(seconds["compile"], 2),
+        }
+
+    def learn_stock(
+        self, method: str, person: Person, seed: int, changes: dict[str, Any]
+    ) -> tuple[Embedding, dict[str, Any]]:
+        """By diffusers' method, with the steps and the batch of ti_jax."""
+        config = resolve(self.config(person, seed, {}))
+        pixels = torch.from_numpy(load_images(person.folder, self.sd.default_resolution).pixels).permute(0, 3, 1, 2)
+        settings: dict[str, Any] = {"learning_rate": STOCK_BEST_LEARNING_RATE} if method == "stock-best" else {}
+        loop = StockLoop(
+            self.sd.path, pixels.contiguous(), load_templates("object", config.templates), TOKEN,
+            str(config.initializer_token), batch_size=config.train_batch_size, seed=seed, **(settings | changes),
+        )  # fmt: skip
+        seconds = loop.run(config.max_train_steps)
+        return Embedding(TOKEN, {"text_encoder": loop.row}), {"seconds": round(seconds, 2)}
+
+    def measure(self, method: str, person: Person, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
+        """A line of the results."""
+        drawn, figures = self.pictures(method, person, seed, changes)
+        if seed == 0 and not changes:
+            strip = np.concatenate(list(drawn[::IMAGES_A_PROBE] if method != "autoencoder" else drawn), axis=1)
+            Image.fromarray(strip).save(self.strips / f"{person.name}-{method}.png")
+        return {
+            "method": method, "person": person.name, "seed": seed, "changes": changes, **figures,
+            "readings": self.judge.read(drawn),
+        }  # fmt: skip
+
+
+def description(person: Person, probe) -> str:
+    """The probe's prompt with all that is true of the person in the place of its word."""
+    said = {**dict.fromkeys(world.ATTRIBUTES), **person.truth, **dict(probe.expects), "style": "persona"}
+    medium = probe.prompt.split()[1]
+    return world.caption(world.Scene(**said), medium=medium)
+
+
+def scores(line: Mapping[str, Any], truth: Mapping[str, str], judge: Judge) -> dict[str, float]:
+    """Identity, editability and the shares behind them, of a line of the results measured as `truth`."""
+    count = len(line["readings"])
+    blank = [replace(probe, expects=()) for probe in judge.config.probes][:1] * count
+    probes = [probe for probe in judge.config.probes for _ in range(IMAGES_A_PROBE)]
+    shares = attribute_scores(line["readings"], blank if line["method"] == "autoencoder" else probes, truth)
+    means = {kind: mean_of(shares, kind) for kind in ("identity", "editability")}
+    return {**shares, **{kind: value for kind, value in means.items() if value is not None}}
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The lines measured so far."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def key(line: Mapping[str, Any]) -> tuple:
+    """What makes a measurement: two with the same key need not both be made."""
+    return line["method"], line["person"], line["seed"], json.dumps(line["changes"], sort_keys=True)
+
+
+def label(line: Mapping[str, Any]) -> str:
+    """Method and changed settings."""
+    return " ".join([line["method"], *(f"{name}={value}" for name, value in line["changes"].items())])
+
+
+def table(lines: list[dict[str, Any]], chosen: list[Person], judge: Judge) -> Iterator[str]:
+    """Means over people and seeds, and differences paired by both, with their standard errors."""
+    truth = {person.name: person.truth for person in chosen}
+    by_label: dict[str, dict[tuple[str, int], dict[str, float]]] = defaultdict(dict)
+    for line in lines:
+        if line["person"] in truth:
+            cell = (line["person"], line["seed"])
+            by_label[label(line)][cell] = scores(line, truth[line["person"]], judge) | {
+                name: line[name] for name in ("seconds",) if name in line
+            }
+            if line["method"] == "ours" and not line["changes"]:
+                following = chosen[([*truth].index(line["person"]) + 1) % len(chosen)].name
+                by_label["another's word"][(following, line["seed"])] = scores(line, truth[following], judge)
+    edits = ("background", "clothes", "clothes_colour", "eyes")
+    columns = ["identity", *(f"identity/{name}" for name in world.IDENTITY)]
+    columns += ["editability", *(f"editability/{name}" for name in edits), "seconds"]
+    yield "| method | runs | " + " | ".join(name.split("/")[-1].replace("_", " ") for name in columns) + " |"
+    yield "|---" * (len(columns) + 2) + "|"
+    for name, cells in by_label.items():
+        row = []
+        for column in columns:
+            values = [cell[column] for cell in cells.values() if column in cell]
+            spread = f" ± {np.std(values):.2f}" if column in ("identity", "editability") else ""
+            digits = 1 if column == "seconds" else 2
+            row.append(f"{np.mean(values):.{digits}f}{spread}" if values else "")
+        yield f"| {name} | {len(cells)} | " + " | ".join(row) + " |"
+    yield ""
+    for other in ("stock", "stock-best"):
+        for kind in ("identity", "editability", "seconds"):
+            ours, theirs = by_label.get("ours", {}), by_label.get(other, {})
+            paired = [ours[cell][kind] - theirs[cell][kind] for cell in ours if cell in theirs]
+            if len(paired) > 1:
+                error = np.std(paired, ddof=1) / len(paired) ** 0.5
+                mean = f"{np.mean(paired):+.3f} ± {error:.3f}"
+                yield f"ours - {other}, {kind}: {mean} (standard error, {len(paired)} pairs)"
+
+
+def sheet(strips: Path, chosen: list[Person], methods: list[str]) -> Image.Image:
+    """For each person the pictures to learn from, and a strip of each method below each other."""
+    rows = []
+    for person in chosen:
+        own = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(person.folder.glob("*.png"))]
+        found = [strips / f"{person.name}-{method}.png" for method in methods]
+        lines = [np.asarray(Image.open(path)) for path in found if path.exists()]
+        if lines:
+            width = max(line.shape[1] for line in lines)
+            first = np.full((own[0].shape[0], width, 3), 255, np.uint8)
+            pictures = np.concatenate(own, axis=1)[:, :width]
+            first[:, : pictures.shape[1]] = pictures
+            rows += [first, *lines, np.full((8, width, 3), 255, np.uint8)]
+    return Image.fromarray(np.concatenate(rows))
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--split", choices=("dev", "test"), default="dev", help="whom to learn")
+    parser.add_argument("--seeds", type=int, default=1, help="runs for each person")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="what to measure")
+    parser.add_argument("--people", nargs="+", default=None, help="only these of them")
+    parser.add_argument("--results", type=Path, default=ROOT / ".work" / "learning.jsonl", help="where lines are kept")
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=[],
+        metavar="NAME=VALUE",
+        help="settings other than the defaults, e.g. num_vectors=2",
+    )
+    parser.add_argument("--table", action="store_true", help="measure nothing; print the table and write the sheet")
+    arguments = parser.parse_args()
+    changes = {}
+    for item in arguments.set:
+        name, _, value = item.partition("=")
+        changes[name] = json.loads(value) if value[:1] in "0123456789-[{tf" else value
+
+    enable_compilation_cache()
+    bench = Bench(arguments.results.parent / "strips")
+    chosen = [
+        person for person in people(arguments.split) if arguments.people is None or person.name in arguments.people
+    ]
+    lines = read_results(arguments.results)
+    done = {key(line) for line in lines}
+    arguments.results.parent.mkdir(parents=True, exist_ok=True)
+    bench.strips.mkdir(exist_ok=True)
+    for seed in range(0 if arguments.table else arguments.seeds):
+        for person in chosen:
+            for method in arguments.methods:
+                wanted = {"method": method, "person": person.name, "seed": seed, "changes": changes}
+                if key(wanted) in done or (seed and method in WITHOUT_SEED):
+                    continue
+                began = time.perf_counter()
+                lines.append(bench.measure(method, person, seed, changes))
+                with arguments.results.open("a") as file:
+                    file.write(json.dumps(lines[-1]) + "\n")
+                shares = scores(lines[-1], person.truth, bench.judge)
+                print(
+                    f"{person.name} seed {seed} {label(wanted)}: identity {shares['identity']:.2f}, editability "
+                    f"{shares.get('editability', float('nan')):.2f}, {time.perf_counter() - began:.0f} s in all",
+                    flush=True,
+                )
+    print("\n".join(table(lines, chosen, bench.judge)))
+    drawn = sheet(bench.strips, chosen, list(METHODS))
+    path = arguments.results.with_suffix(".png")
+    drawn.resize((drawn.width * 2, drawn.height * 2), Image.Resampling.NEAREST).save(path)
+    print(f"sheet: {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -86,6 +86,49 @@ def tiny_sd(make_tiny_sd):
 
 
 @pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory):
+    """A folder with a random Stable Diffusion XL, 16 px, latents 8x8x4, text encoders of widths 32 and 48."""
+    import diffusers
+    import transformers
+
+    def encoder(kind, **options):
+        return kind(
+            transformers.CLIPTextConfig(
+                vocab_size=781, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                max_position_embeddings=32, bos_token_id=779, eos_token_id=780, pad_token_id=780, **options,
+            )
+        )  # fmt: skip
+
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(ASSETS / "mini-sd" / "tokenizer")
+    modules = dict(
+        text_encoder=encoder(transformers.CLIPTextModel, hidden_size=32),
+        text_encoder_2=encoder(
+            transformers.CLIPTextModelWithProjection, hidden_size=48, hidden_act="gelu", projection_dim=24
+        ),
+        unet=diffusers.UNet2DConditionModel(
+            sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=80, norm_num_groups=8,
+            attention_head_dim=(4, 8), transformer_layers_per_block=(1, 2), use_linear_projection=True,
+            addition_embed_type="text_time", addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=24 + 6 * 8,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        ),
+        vae=diffusers.AutoencoderKL(
+            block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, sample_size=16, scaling_factor=0.13025,
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        ),
+    )  # fmt: skip
+    for seed, module in enumerate(modules.values()):
+        randomize(module, seed)
+    folder = tmp_path_factory.mktemp("tiny-sdxl")
+    diffusers.StableDiffusionXLPipeline(
+        tokenizer=tokenizer, tokenizer_2=tokenizer, add_watermarker=False,
+        scheduler=diffusers.EulerDiscreteScheduler(**SCHEDULER, timestep_spacing="leading"), **modules,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
     """A folder with three random pictures of 16 x 16 pixels."""
     folder = tmp_path_factory.mktemp("pictures")

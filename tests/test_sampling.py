@@ -8,11 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-import transformers
-from conftest import SCHEDULER, randomize
 
 from ti_jax import sampling
-from ti_jax.config import ASSETS
 from ti_jax.diffusion.samplers import make_sampler
 from ti_jax.embeddings import Embedding
 from ti_jax.errors import InputError
@@ -122,45 +119,14 @@ def test_equal_with_a_learned_word(tiny_sd, sd):
     assert differ(ours, other) > 20
 
 
-def test_equal_to_stable_diffusion_xl_pipeline(tmp_path):
+def test_equal_to_stable_diffusion_xl_pipeline(tiny_sdxl):
     """Two encoders, pooled text, sizes, and guidance from zeros where no negative prompt is given."""
 
-    def encoder(kind, **options):
-        return kind(
-            transformers.CLIPTextConfig(
-                vocab_size=781, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                max_position_embeddings=32, bos_token_id=779, eos_token_id=780, pad_token_id=780, **options,
-            )
-        )  # fmt: skip
-
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(ASSETS / "mini-sd" / "tokenizer")
-    modules = dict(
-        text_encoder=encoder(transformers.CLIPTextModel),
-        text_encoder_2=encoder(transformers.CLIPTextModelWithProjection, hidden_act="gelu", projection_dim=24),
-        unet=diffusers.UNet2DConditionModel(
-            sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=64, norm_num_groups=8,
-            attention_head_dim=(4, 8), transformer_layers_per_block=(1, 2), use_linear_projection=True,
-            addition_embed_type="text_time", addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=24 + 6 * 8,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        ),
-        vae=diffusers.AutoencoderKL(
-            block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, sample_size=16, scaling_factor=0.13025,
-            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        ),
-    )  # fmt: skip
-    for seed, module in enumerate(modules.values()):
-        randomize(module, seed)
-    pipe = diffusers.StableDiffusionXLPipeline(
-        tokenizer=tokenizer, tokenizer_2=tokenizer, add_watermarker=False,
-        scheduler=diffusers.EulerDiscreteScheduler(**SCHEDULER, timestep_spacing="leading"), **modules,
-    )  # fmt: skip
-    pipe.save_pretrained(tmp_path)
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, add_watermarker=False)
     pipe.set_progress_bar_config(disable=True)
     options = OPTIONS | {"height": 16, "width": 16}
     theirs = pipe(PROMPTS, latents=starting_noise(0, 2), output_type="pil", **options).images
-    ours = StableDiffusion.from_pretrained(tmp_path).generate(PROMPTS, **options)
+    ours = StableDiffusion.from_pretrained(tiny_sdxl).generate(PROMPTS, **options)
     assert differ(np.stack(ours), np.stack(theirs)) <= 1 and np.std(theirs) > 15
     assert (np.stack(ours) != np.stack(theirs)).mean() < 0.01
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from jax import lax
-from transformers import CLIPTextModel
+from PIL import Image
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from ti_jax.config import TrainConfig
 from ti_jax.pipeline import StableDiffusion
@@ -67,25 +68,50 @@ def relative(ours, theirs):
     return np.abs(ours - theirs).max() / np.abs(theirs).max()
 
 
+class TorchTextEncoder:
+    """A text encoder on PyTorch whose token table is made longer by the new rows and trained, as diffusers does."""
+
+    def __init__(self, model, name, rows):
+        kind = CLIPTextModelWithProjection if name == "text_encoder_2" else CLIPTextModel
+        self.module = kind.from_pretrained(model / name).requires_grad_(False)
+        self.vocab_size = self.module.config.vocab_size
+        self.module.resize_token_embeddings(self.vocab_size + len(rows), mean_resizing=False)
+        self.weight = self.module.get_input_embeddings().weight.requires_grad_(True)
+        with torch.no_grad():
+            self.weight[self.vocab_size :] = torch.tensor(rows)
+        self.original = self.weight[: self.vocab_size].detach().clone()
+
+    def restore(self):
+        with torch.no_grad():
+            self.weight[: self.vocab_size] = self.original
+
+    @property
+    def rows(self):
+        return self.weight[self.vocab_size :].detach().numpy().copy()
+
+
+def torch_condition(encoders, batch):
+    """What the UNet is told: SD's last states; SDXL's penultimate ones, pooled text and sizes."""
+    ids = {name: torch.tensor(np.asarray(batch.ids[name])).long() for name in encoders}
+    if len(encoders) == 1:
+        return encoders["text_encoder"].module(ids["text_encoder"])[0], None
+    outputs = {name: encoder.module(ids[name], output_hidden_states=True) for name, encoder in encoders.items()}
+    context = torch.cat([output.hidden_states[-2] for output in outputs.values()], dim=-1)
+    time_ids = torch.tensor(np.asarray(batch.time_ids))
+    return context, {"text_embeds": outputs["text_encoder_2"].text_embeds, "time_ids": time_ids}
+
+
 def torch_rows(problem, model, prediction_type):
-    """The rows after each step of what diffusers' script does, on the draws of our loop."""
-    text_encoder = CLIPTextModel.from_pretrained(model / "text_encoder")
+    """The rows after each step of what diffusers' scripts do, on the draws of our loop."""
     unet = UNet2DConditionModel.from_pretrained(model / "unet").requires_grad_(False)
     scheduler = DDPMScheduler.from_pretrained(model / "scheduler")
-    text_encoder.requires_grad_(False)
-    vocab_size = problem.sd.vocab_sizes["text_encoder"]
-    rows = torch.tensor(problem.concept.rows["text_encoder"])
-    text_encoder.resize_token_embeddings(vocab_size + len(rows), mean_resizing=False)
-    weight = text_encoder.get_input_embeddings().weight.requires_grad_(True)
-    with torch.no_grad():
-        weight[vocab_size:] = rows
-    original = weight[:vocab_size].detach().clone()
+    encoders = {name: TorchTextEncoder(model, name, rows) for name, rows in problem.concept.rows.items()}
     config = problem.config
     optimizer = torch.optim.AdamW(
-        [weight], lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon,
-        weight_decay=config.adam_weight_decay,
+        [encoder.weight for encoder in encoders.values()], lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon, weight_decay=config.adam_weight_decay,
     )  # fmt: skip
-    history, losses = [], []
+    losses = []
     size = config.train_batch_size
     draw = jax.jit(draw_batch, static_argnums=3)
     frozen = problem.frozen()
@@ -100,21 +126,21 @@ def torch_rows(problem, model, prediction_type):
             )
             timesteps = torch.tensor(np.asarray(batch.timesteps)).long()
             noisy = scheduler.add_noise(latents, noise, timesteps)
-            context = text_encoder(torch.tensor(np.asarray(batch.ids["text_encoder"])).long())[0]
+            context, added = torch_condition(encoders, batch)
             target = {
                 "epsilon": noise,
                 "sample": latents,
                 "v_prediction": scheduler.get_velocity(latents, noise, timesteps),
             }[prediction_type]
-            loss = torch.nn.functional.mse_loss(unet(noisy, timesteps, context).sample, target)
+            predicted = unet(noisy, timesteps, context, added_cond_kwargs=added).sample
+            loss = torch.nn.functional.mse_loss(predicted, target)
             (loss / problem.accumulation).backward()
             total += loss.item() / problem.accumulation
         optimizer.step()
-        with torch.no_grad():
-            weight[:vocab_size] = original
-        history.append(weight[vocab_size:].detach().numpy().copy())
+        for encoder in encoders.values():
+            encoder.restore()
         losses.append(total)
-    return history, losses
+    return {name: encoder.rows for name, encoder in encoders.items()}, losses
 
 
 @pytest.mark.parametrize(
@@ -131,9 +157,9 @@ def test_twenty_steps_equal_a_pytorch_loop(make_tiny_sd, pictures, tmp_path, pre
     problem = Problem(model, pictures, tmp_path, **changes)
     before = jax.tree.map(np.array, problem.frozen().params)
     state, losses = problem.run(num_devices=1, batch_size=2)
-    history, their_losses = torch_rows(problem, model, prediction_type)
+    rows, their_losses = torch_rows(problem, model, prediction_type)
     assert relative(losses, their_losses) < 1e-5
-    assert relative(state.rows["text_encoder"], history[-1]) < 1e-5
+    assert relative(state.rows["text_encoder"], rows["text_encoder"]) < 1e-5
     assert relative(state.rows["text_encoder"], problem.concept.rows["text_encoder"]) > 0.01, "nothing was learned"
 
     after = jax.tree.map(np.array, problem.frozen().params)
@@ -141,6 +167,35 @@ def test_twenty_steps_equal_a_pytorch_loop(make_tiny_sd, pictures, tmp_path, pre
     row_count = problem.concept.rows["text_encoder"].size
     moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
     assert moments == 2 * row_count and all(leaf.size <= row_count for leaf in jax.tree.leaves(state.opt_state))
+
+
+@pytest.fixture(scope="module")
+def wide_pictures(tmp_path_factory):
+    """Pictures of other sizes than the crop, so that SDXL is told something: 24 x 37 and 33 x 20."""
+    folder = tmp_path_factory.mktemp("wide")
+    rng = np.random.default_rng(1)
+    for index, shape in enumerate(((24, 37, 3), (33, 20, 3), (16, 16, 3))):
+        Image.fromarray(rng.integers(0, 256, shape, np.uint8)).save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2, "flip_probability": 0.0}])
+def test_twenty_steps_of_sdxl_equal_a_pytorch_loop(tiny_sdxl, wide_pictures, tmp_path, changes):
+    problem = Problem(tiny_sdxl, wide_pictures, tmp_path, **changes)
+    state, losses = problem.run(num_devices=1, batch_size=2)
+    rows, their_losses = torch_rows(problem, tiny_sdxl, "epsilon")
+    assert relative(losses, their_losses) < 1e-5
+    for name in ("text_encoder", "text_encoder_2"):
+        assert relative(state.rows[name], rows[name]) < 1e-5
+        assert relative(state.rows[name], problem.concept.rows[name]) > 0.01, "nothing was learned"
+
+
+def test_sdxl_is_told_sizes_and_crops(tiny_sdxl, wide_pictures, tmp_path):
+    """A picture of 24 x 37 is cut by 6 pixels on the left and 7 on the right, before it is scaled to 16."""
+    told = np.asarray(Problem(tiny_sdxl, wide_pictures, tmp_path).dataset.time_ids)
+    assert told[0].tolist() == [[24, 37, 0, 4, 16, 16], [24, 37, 0, 5, 16, 16]]
+    assert told[1].tolist() == [[33, 20, 5, 0, 16, 16]] * 2
+    assert told[2].tolist() == [[16, 16, 0, 0, 16, 16]] * 2
 
 
 def test_gradient_checkpointing_changes_nothing(tiny_sd, pictures, tmp_path):

@@ -7,15 +7,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import SCHEDULER, randomize
 from diffusers import (
-    AutoencoderKL,
-    EulerDiscreteScheduler,
     StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ti_jax.config import ASSETS
 from ti_jax.embeddings import Embedding
@@ -97,38 +91,6 @@ def test_verify_with_the_embedded_model_of_a_folder_and_the_word_alone(tmp_path)
     report = verify(str(tmp_path))
     assert report.ok and report.prompt == "<cat-toy>" and report.path == tmp_path / "learned_embeds.safetensors"
     assert " with mini-sd in " in report.summary()
-
-
-@pytest.fixture(scope="module")
-def tiny_sdxl(tmp_path_factory):
-    """A folder with a random SDXL: two text encoders of widths 32 and 48."""
-    text = dict(
-        vocab_size=781, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=32,
-        bos_token_id=779, eos_token_id=780, pad_token_id=780,
-    )  # fmt: skip
-    text_encoder = CLIPTextModel(CLIPTextConfig(hidden_size=32, **text))
-    text_encoder_2 = CLIPTextModelWithProjection(
-        CLIPTextConfig(hidden_size=48, projection_dim=24, hidden_act="gelu", **text)
-    )
-    unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=80, norm_num_groups=8,
-        attention_head_dim=(2, 4), use_linear_projection=True, transformer_layers_per_block=(1, 2),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=24 + 6 * 8,
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, latent_channels=4, sample_size=16,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    )  # fmt: skip
-    for seed, module in enumerate((text_encoder, text_encoder_2, unet, vae)):
-        randomize(module, seed)
-    folder = tmp_path_factory.mktemp("tiny-sdxl")
-    tokenizer = CLIPTokenizer.from_pretrained(MINI_SD / "tokenizer")
-    StableDiffusionXLPipeline(
-        vae=vae, text_encoder=text_encoder, text_encoder_2=text_encoder_2, tokenizer=tokenizer, tokenizer_2=tokenizer,
-        unet=unet, scheduler=EulerDiscreteScheduler(**SCHEDULER),
-    ).save_pretrained(folder)  # fmt: skip
-    return folder
 
 
 @pytest.mark.parametrize(("form", "name"), [("diffusers", "a"), ("diffusers", "a_2"), ("comfyui", "a")])

@@ -36,6 +36,37 @@ def _run(networks: Networks, function: str, params: Params, *args: Any) -> Any:
     return getattr(networks, function)(params, *args)
 
 
+def _check_family(path: Path, text_encoders: Mapping[str, CLIPTextModel], unet: UNetConfig, vae: VAEConfig) -> None:
+    """Refuse what is made of Stable Diffusion's parts and is another thing: each file could be read for itself.
+
+    Raises:
+      InputError: an SDXL refiner, an inpainting model, or parts of different models.
+    """
+    channels = (unet.in_channels, unet.out_channels)
+    if channels != (vae.latent_channels,) * 2:
+        kind = "an inpainting model" if channels == (9, 4) else "no text-to-image model, or not of one model"
+        raise InputError(
+            f"{path}: the UNet takes {channels[0]} channels and makes {channels[1]} where the autoencoder has "
+            f"{vae.latent_channels}: {kind}; only plain text-to-image models are read"
+        )
+    if "text_encoder" not in text_encoders:
+        raise InputError(
+            f"{path}: no text_encoder; an SDXL refiner has the second one alone, and cannot be used without the base "
+            "model: give the base model"
+        )
+    width = sum(module.config.hidden_size for module in text_encoders.values())
+    if unet.cross_attention_dim != width:
+        raise InputError(
+            f"{path}: the UNet reads text of width {unet.cross_attention_dim} and {' and '.join(text_encoders)} make "
+            f"{width}: parts of different models"
+        )
+    if (unet.addition_embed_type == "text_time") != (len(text_encoders) == 2):
+        raise InputError(
+            f"{path}: the UNet's addition_embed_type is {unet.addition_embed_type} with {len(text_encoders)} text "
+            "encoder(s): Stable Diffusion XL has text_time and two, the others neither"
+        )
+
+
 @dataclass(frozen=True)
 class StableDiffusion:
     """A frozen Stable Diffusion with its tokenizers and noise schedule.
@@ -100,6 +131,7 @@ class StableDiffusion:
             unet = UNet2DConditionModel(UNetConfig.from_dict(source.configs["unet"]), dtype, gradient_checkpointing)
             vae = AutoencoderKL(VAEConfig.from_dict(source.configs["vae"]), dtype)
             schedule = NoiseSchedule.from_config(source.configs["scheduler"])
+            _check_family(path, dict(text_encoders), unet.config, vae.config)
 
             identity = Identity()
             params = source.load(network_shapes(text_encoders, unet, vae), dtype, identity)

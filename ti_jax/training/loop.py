@@ -28,7 +28,7 @@ from .measuring import Measuring, make_measuring
 from .optimizer import make_optimizer
 from .parallel import AXIS, make_mesh, make_run_steps, replicate
 from .reporting import Reporter
-from .setup import Concept, load_model, make_dataset, prepare_concept, row_figures
+from .setup import Concept, make_dataset, prepare_concept, row_figures
 from .step import Frozen, TrainState, make_train_step
 
 
@@ -125,7 +125,7 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> T
         push = hub.open_repository(config)
 
     with clock.phase("load"):
-        sd = load_model(config)
+        sd = StableDiffusion.from_config(config, config.gradient_checkpointing)
         concept = prepare_concept(config, sd, lambda text: print(text, file=sys.stderr))
     config = dataclasses.replace(config, resolution=concept.pictures.pixels.shape[1])
     measuring = make_measuring(config, sd, concept, folder)

@@ -57,16 +57,6 @@ class Concept:
         return self.embedding({name: jnp.asarray(value) for name, value in self.rows.items()}, 0)
 
 
-def load_model(config: TrainConfig) -> StableDiffusion:
-    """The frozen model in the precision of the config; only families that can be trained."""
-    sd = StableDiffusion.from_config(config, config.gradient_checkpointing)
-    if len(sd.networks.text_encoders) > 1:
-        raise InputError(
-            f"{sd.name} is a Stable Diffusion XL model; this version trains SD1.x and SD2.x (one text encoder) only"
-        )
-    return sd
-
-
 def prepare_concept(config: TrainConfig, sd: StableDiffusion, say: Callable[[str], None]) -> Concept:
     """Check the word, the initializer, the templates and the pictures, in the order in which they are cheap.
 
@@ -184,10 +174,27 @@ def make_dataset(config: TrainConfig, sd: StableDiffusion, concept: Concept) -> 
     return Dataset(
         moments=encode_moments(sd, concept.pictures.pixels, with_mirrored=config.flip_probability > 0),
         ids=jax.tree.map(jnp.asarray, sd.tokenize(concept.prompts, concept.words)),
+        time_ids=jnp.asarray(time_ids(concept.pictures)),
         flip_probability=jnp.float32(config.flip_probability),
         latent_scale=jnp.float32(vae.scaling_factor),
         latent_shift=jnp.float32(vae.shift_factor or 0.0),
     )
+
+
+def time_ids(pictures: Pictures) -> np.ndarray:
+    """What SDXL is told of a picture (2307.01952, section 2.2): float32 [N, 2, 6], of each one and its mirror image.
+
+    Original height and width, what the crop cut at the top and left of the scaled picture, and the crop's own size.
+    """
+    resolution = pictures.pixels.shape[1]
+    sizes, offsets = pictures.original_sizes, pictures.crop_offsets
+    # Of an odd overhang the right loses a pixel more than the left; in the mirror it is the left.
+    overhang = np.maximum(sizes[:, 1] - sizes[:, 0], 0)
+    right = np.round((overhang - overhang // 2) * resolution / sizes.min(axis=1)).astype(offsets.dtype)
+    mirrored = np.stack([offsets[:, 0], right], axis=1)
+    target = np.full((len(sizes), 2), resolution)
+    both = [np.concatenate([sizes, cut, target], axis=1) for cut in (offsets, mirrored)]
+    return np.stack(both, axis=1).astype(np.float32)
 
 
 def row_figures(sd: StableDiffusion, concept: Concept, rows: Rows) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ class Dataset(NamedTuple):
 
     moments: jax.Array  # float32 [N, 2, h, w, 2c]: VAE mean and log-variance of each picture and of its mirror image
     ids: Mapping[str, jax.Array]  # int32 [P, L] for each text encoder: every prompt template, tokenized
+    time_ids: jax.Array  # float32 [N, 2, 6]: what SDXL is told of each picture and its mirror image, see `Condition`
     flip_probability: jax.Array  # float32 scalar
     latent_scale: jax.Array  # float32 scalar: the VAE's scaling_factor
     latent_shift: jax.Array  # float32 scalar: the VAE's shift_factor, mostly 0
@@ -56,6 +57,7 @@ class Batch(NamedTuple):
     noise: jax.Array  # float32 [B, h, w, c]
     timesteps: jax.Array  # int32 [B]
     ids: Mapping[str, jax.Array]  # int32 [B, L] for each text encoder
+    time_ids: jax.Array  # float32 [B, 6]
 
 
 def draw_sample(frozen: Frozen, step: jax.Array, position: jax.Array, global_batch: int) -> Batch:
@@ -85,6 +87,7 @@ def draw_sample(frozen: Frozen, step: jax.Array, position: jax.Array, global_bat
         noise=jax.random.normal(noise_key, mean.shape),
         timesteps=jax.random.randint(timestep_key, (), 0, frozen.schedule.alphas_cumprod.shape[0]),
         ids={name: ids[prompt] for name, ids in dataset.ids.items()},
+        time_ids=dataset.time_ids[picture, mirrored],
     )
 
 
@@ -98,6 +101,8 @@ def diffusion_loss(networks: Networks, frozen: Frozen, rows: Rows, batch: Batch)
     noisy = add_noise(frozen.schedule, batch.latents, batch.noise, batch.timesteps)
     target = training_target(frozen.schedule, batch.latents, batch.noise, batch.timesteps)
     condition: Condition = networks.encode_text(frozen.params, batch.ids, rows)
+    if condition.pooled is not None:
+        condition = condition._replace(time_ids=batch.time_ids)
     prediction = networks.predict_noise(frozen.params, noisy, batch.timesteps, condition)
     return jnp.mean(jnp.square(prediction.astype(jnp.float32) - target))
 

@@ -273,23 +273,41 @@ def test_settings_that_cannot_be(changes, message):
         resolve_evaluate(EvaluateConfig(**dict(train_data_dir="x") | changes))
 
 
-def test_the_command_line_says_what_is_missing(tmp_path, capsys):
-    """On the embedded model, which has no judge: a real file, a real command line, one line."""
+def test_the_command_line_says_what_is_missing(tiny_sd, tmp_path, capsys):
+    """A real file, a real command line, one line."""
     from ti_jax.cli import main
 
-    dim = ti_jax.StableDiffusion.from_pretrained().embedding_dims["text_encoder"]
-    word = ti_jax.Embedding("<x>", {"text_encoder": np.zeros((1, dim), np.float32)})
+    word = ti_jax.Embedding("<x>", {"text_encoder": np.zeros((1, 32), np.float32)})
     word.save(tmp_path / "x.safetensors", format="diffusers")
     pixels = Image.fromarray(picture("red", "blue"))
     (tmp_path / "pictures").mkdir()
     pixels.save(tmp_path / "pictures" / "0.png")
-    command = ["evaluate", str(tmp_path / "x.safetensors")]
+    command = ["evaluate", str(tmp_path / "x.safetensors"), "--pretrained_model_name_or_path", str(tiny_sd)]
     assert main([*command, "--train_data_dir", str(tmp_path / "pictures")]) == 2
     assert "no judge comes with this model" in capsys.readouterr().err
     assert main(["evaluate", "--train_data_dir", str(tmp_path / "pictures")]) == 2
     assert "the embedding file is missing" in capsys.readouterr().err
     assert main(command) == 2
     assert "--train_data_dir is missing" in capsys.readouterr().err
+
+
+def test_the_embedded_model_brings_its_judge(concept, tmp_path, capsys):
+    """``ti-jax evaluate`` on a person, measured with the plain word's row: the judge names who is in the pictures."""
+    from ti_jax.cli import main
+
+    sd = ti_jax.StableDiffusion.from_pretrained()
+    (person,) = sd.tokenizers["text_encoder"]("person", add_special_tokens=False).input_ids
+    word = ti_jax.Embedding("<x>", {"text_encoder": sd.token_table("text_encoder")[person][None]})
+    word.save(tmp_path / "x.safetensors", format="diffusers")
+    command = ["evaluate", str(tmp_path / "x.safetensors"), "--train_data_dir", str(concept)]
+    command += ["--output", str(tmp_path / "scores.json"), "--evaluation_images", "1", "--num_inference_steps", "4"]
+    assert main(command) == 0
+    told = json.loads((tmp_path / "scores.json").read_text())
+    assert told["reference"] == {
+        "hair": "pigtails", "hair_colour": "black", "skin": "brown", "beard": "no beard", "nose": "wrinkles",
+    }  # fmt: skip
+    assert 0 <= told["identity"] <= 1 and 0 <= told["editability"] <= 1
+    assert "identity" in "".join(capsys.readouterr())
 
 
 def test_a_model_without_a_judge_needs_clip(tiny_sd, pictures, tmp_path):

@@ -77,6 +77,23 @@ def test_what_a_run_leaves(config, capsys):
     assert "row 0 moved by" in told and "row 1 moved by" in told and "to compile" in told
 
 
+def test_an_sdxl_word_is_two_files_that_diffusers_loads(config, tiny_sdxl):
+    from diffusers import StableDiffusionXLPipeline
+
+    result = train(replace(config, pretrained_model_name_or_path=str(tiny_sdxl), initializer_token="red person"))
+    files = [result.output_dir / f"learned_embeds{suffix}.safetensors" for suffix in ("", "_2")]
+    pipe = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl)
+    for file, encoder, tokenizer in zip(
+        files, (pipe.text_encoder, pipe.text_encoder_2), (pipe.tokenizer, pipe.tokenizer_2), strict=True
+    ):
+        pipe.load_textual_inversion(file, token="<new>", text_encoder=encoder, tokenizer=tokenizer)
+    for name, encoder in (("text_encoder", pipe.text_encoder), ("text_encoder_2", pipe.text_encoder_2)):
+        learned = result.embedding.vectors[name]
+        assert learned.shape == (2, encoder.config.hidden_size)
+        assert np.array_equal(encoder.get_input_embeddings().weight[-2:].detach().numpy(), learned)
+    assert ti_jax.Embedding.load(files[0]).vectors.keys() == {"text_encoder", "text_encoder_2"}
+
+
 def test_both_rows_learn_and_a_frozen_word_does_not(config, tmp_path):
     other = ti_jax.Embedding("<other>", {"text_encoder": np.full((1, 32), 0.1, np.float32)})
     other.save(tmp_path / "other.safetensors")

@@ -159,7 +159,7 @@ class TrainConfig:
     """Measure the word at the end, as `ti-jax evaluate` does: scores.json and a line on the screen."""
     evaluation_clip: str | None = input_path()
     """Folder of a CLIP model (hf download openai/clip-vit-large-patch14 --local-dir ...) to measure with. Left out: the
-    judge that comes with the model, if it has one (the embedded model has none yet)."""
+    judge that comes with the model, if it has one, as the embedded model has."""
     evaluation_images: int | None = None
     """Pictures of each prompt that the word is measured with. Left out: 64 with a CLIP model, as in the paper; 4 with a
     judge."""
@@ -253,8 +253,7 @@ class EvaluateConfig:
     """Folder with a folder of pictures for each of some other concepts, among which the word should find its own."""
     evaluation_clip: str | None = input_path()
     """Folder of a CLIP model (hf download openai/clip-vit-large-patch14 --local-dir ...): CLIP-I and CLIP-T as in the
-    textual inversion paper. Left out: the judge that comes with the model, if it has one (the embedded model has
-    none yet)."""
+    textual inversion paper. Left out: the judge that comes with the model, if it has one, as the embedded model has."""
     evaluation_images: int | None = None
     """Pictures of each prompt. Left out: 64 with a CLIP model, as in the paper; 4 with a judge."""
 

@@ -15,8 +15,22 @@ MAX_LENGTH = 40
 
 
 def make_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Learn the merges from the vocabulary, write the tokenizer to `folder`, and return it as transformers reads it."""
+    """The tokenizer in `folder` as transformers reads it, learned from the vocabulary and written there if it is not yet.
+
+    Of pairs that are equally frequent the trainer merges now this one first, now that: a run that is gone on with must
+    keep the ids that it began with.
+    """
     words = world.vocabulary()
+    if not (folder / "vocab.json").exists():
+        _learn(words, folder)
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    for word in words:
+        if len(tokenizer(word).input_ids) != 3:
+            raise RuntimeError(f"tokenizer: {word!r} is not one token: {tokenizer(word).input_ids}")
+    return tokenizer
+
+
+def _learn(words: list[str], folder: Path) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=100_000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False, special_tokens=[]
     )
@@ -27,16 +41,13 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     whole = tokenizer_of_merges([tuple(pair) for pair in merges], END, MAX_LENGTH)
     whole.save_pretrained(folder)
-    # transformers 5 writes tokenizer.json alone; these two are what older programs read.
-    vocabulary = dict(sorted(whole.get_vocab().items(), key=lambda item: item[1]))
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False) + "\n", encoding="utf-8")
+    # transformers 5 writes tokenizer.json alone; these three are what older programs read.
+    special = {f"{name}_token": getattr(whole, f"{name}_token") for name in ("bos", "eos", "pad", "unk")}
+    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")
     lines = ["#version: 0.2", *(f"{first} {second}" for first, second in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
-    for word in words:
-        if len(tokenizer(word).input_ids) != 3:
-            raise RuntimeError(f"tokenizer: {word!r} is not one token: {tokenizer(word).input_ids}")
-    return tokenizer
+    vocabulary = dict(sorted(whole.get_vocab().items(), key=lambda item: item[1]))
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def encode(tokenizer: CLIPTokenizer, texts: list[str]) -> list[list[int]]:

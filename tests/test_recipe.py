@@ -82,6 +82,8 @@ def test_captions_say_what_is_in_the_scene_and_fit(recipe, scenes):
 def test_every_word_is_one_token_and_codes_lie_behind_the_table(recipe, scenes, tmp_path):
     _, drawn, groups = scenes
     tokenizer = recipe.tokenizer.make_tokenizer(tmp_path)
+    # A run that goes on must keep its ids.
+    assert recipe.tokenizer.make_tokenizer(tmp_path).get_vocab() == tokenizer.get_vocab()
     ids = recipe.base.make_captions(drawn[-100:] + drawn[300:320], np.r_[groups[-100:], groups[300:320]], tokenizer, 0)
     assert ids.shape[1:] == (recipe.base.VARIANTS, recipe.tokenizer.MAX_LENGTH)
     coded = ids[-20:, -3:]

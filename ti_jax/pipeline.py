@@ -346,7 +346,8 @@ class StableDiffusion:
                     for name, each in chunks.items()
                 }
 
-            yield chosen, stacked(chosen), negatives and stacked([len(prompts) + number for number in chosen])
+            behind = [len(prompts) + number for number in chosen]
+            yield chosen, stacked(chosen), None if negatives is None else stacked(behind)
 
     def _chunks(self, name: str, prompts: Sequence[str], words: Mapping[str, int]) -> list[list[prompt_weights.Chunk]]:
         return [

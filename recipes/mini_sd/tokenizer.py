@@ -15,7 +15,7 @@ MAX_LENGTH = 40
 
 
 def make_tokenizer(folder: Path) -> CLIPTokenizer:
-    """The tokenizer in `folder` as transformers reads it, learned from the vocabulary and written there if it is not yet.
+    """The tokenizer in `folder` as transformers reads it; learned from the vocabulary if it is not there yet.
 
     Of pairs that are equally frequent the trainer merges now this one first, now that: a run that is gone on with must
     keep the ids that it began with.

@@ -35,12 +35,14 @@ def dot_product_attention(query: jax.Array, key: jax.Array, value: jax.Array, ca
     Returns:
       [B, L, H, D], of the dtype of `value`.
     """
-    whole = partial(_attention, causal=causal)
-    if causal or min(query.shape[1], key.shape[1]) <= CPU_WHOLE_SCORES:
-        on_cpu = partial(_attention_in_matrices, causal=causal)
-    else:
-        on_cpu = _attention_in_chunks
-    return jax.lax.platform_dependent(query, key, value, cpu=on_cpu, default=whole)
+    small = causal or min(query.shape[1], key.shape[1]) <= CPU_WHOLE_SCORES
+    return jax.lax.platform_dependent(
+        query,
+        key,
+        value,
+        cpu=partial(_attention_in_matrices, causal=causal) if small else _attention_in_chunks,
+        default=partial(_attention, causal=causal),
+    )
 
 
 def _attention(query: jax.Array, key: jax.Array, value: jax.Array, causal: bool) -> jax.Array:

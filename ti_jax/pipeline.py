@@ -40,7 +40,7 @@ def _check_family(path: Path, text_encoders: Mapping[str, CLIPTextModel], unet: 
     """Refuse what is made of Stable Diffusion's parts and is another thing: each file could be read for itself.
 
     Raises:
-      InputError: an SDXL refiner, an inpainting model, or parts of different models.
+      InputError: an inpainting model under the name of another, or parts of different models.
     """
     channels = (unet.in_channels, unet.out_channels)
     if channels != (vae.latent_channels,) * 2:
@@ -48,11 +48,6 @@ def _check_family(path: Path, text_encoders: Mapping[str, CLIPTextModel], unet: 
         raise InputError(
             f"{path}: the UNet takes {channels[0]} channels and makes {channels[1]} where the autoencoder has "
             f"{vae.latent_channels}: {kind}; only plain text-to-image models are read"
-        )
-    if "text_encoder" not in text_encoders:
-        raise InputError(
-            f"{path}: no text_encoder; an SDXL refiner has the second one alone, and cannot be used without the base "
-            "model: give the base model"
         )
     width = sum(module.config.hidden_size for module in text_encoders.values())
     if unet.cross_attention_dim != width:

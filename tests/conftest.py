@@ -51,8 +51,8 @@ def make_tiny_sd(tmp_path_factory):
 
         text_encoder = CLIPTextModel(
             CLIPTextConfig(
-                vocab_size=781, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                max_position_embeddings=32, bos_token_id=779, eos_token_id=780, pad_token_id=780,
+                vocab_size=788, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                max_position_embeddings=32, bos_token_id=786, eos_token_id=787, pad_token_id=787,
             )
         )  # fmt: skip
         unet = UNet2DConditionModel(
@@ -94,8 +94,8 @@ def tiny_sdxl(tmp_path_factory):
     def encoder(kind, **options):
         return kind(
             transformers.CLIPTextConfig(
-                vocab_size=781, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                max_position_embeddings=32, bos_token_id=779, eos_token_id=780, pad_token_id=780, **options,
+                vocab_size=788, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                max_position_embeddings=32, bos_token_id=786, eos_token_id=787, pad_token_id=787, **options,
             )
         )  # fmt: skip
 

@@ -49,9 +49,9 @@ def test_both_generations_give_the_same_ids(layout, name, tmp_path):
     assert [tokenizer(prompt).input_ids for prompt in PROMPTS] == [expected(prompt).input_ids for prompt in PROMPTS]
     assert len(expected(PROMPTS[1]).input_ids) == 11  # start, nine words of one token each, end
     special = [(t.bos_token_id, t.eos_token_id, t.pad_token_id, len(t)) for t in (tokenizer, expected)]
-    assert special == [(779, 780, 780, 781)] * 2
+    assert special == [(786, 787, 787, 788)] * 2
     if "bare" not in layout:
-        assert tokenizer.model_max_length == 32
+        assert tokenizer.model_max_length == 40
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ QUIET = """
 def test_silent_without_pytorch():
     command = [sys.executable, "-c", textwrap.dedent(QUIET)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert done.stdout == "[779, 320, 693, 780]\n"
+    assert done.stdout == "[786, 320, 723, 787]\n"
     assert done.stderr == ""
 
 

@@ -52,7 +52,7 @@ def make_tiny_sd(tmp_path_factory):
         text_encoder = CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=788, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                max_position_embeddings=32, bos_token_id=786, eos_token_id=787, pad_token_id=787,
+                max_position_embeddings=40, bos_token_id=786, eos_token_id=787, pad_token_id=787,
             )
         )  # fmt: skip
         unet = UNet2DConditionModel(
@@ -95,7 +95,7 @@ def tiny_sdxl(tmp_path_factory):
         return kind(
             transformers.CLIPTextConfig(
                 vocab_size=788, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                max_position_embeddings=32, bos_token_id=786, eos_token_id=787, pad_token_id=787, **options,
+                max_position_embeddings=40, bos_token_id=786, eos_token_id=787, pad_token_id=787, **options,
             )
         )  # fmt: skip
 

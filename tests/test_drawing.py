@@ -99,7 +99,7 @@ def test_sampler_steps_and_batch_size_reach_the_drawing(tmp_path):
     ("args", "message"),
     [
         (["--embedding", "nope.safetensors"], "nope.safetensors"),
-        (["--prompt", "a person " * 40], "takes 80 tokens where the text encoder reads 30"),
+        (["--plain_prompts", "--prompt", "a person " * 40], "takes 80 tokens where the text encoder reads 38"),
         (["--output", "{tmp}/folder.png"], "--output {tmp}/folder.png: a folder; give the name of a .png file in it"),
         (["--output", "{tmp}/file/o.png"], "{tmp}/file"),
         (

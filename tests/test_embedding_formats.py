@@ -27,7 +27,7 @@ def encoder(dim, kind=CLIPTextModel):
     return kind(
         CLIPTextConfig(
             vocab_size=788, hidden_size=dim, intermediate_size=8, num_hidden_layers=1, num_attention_heads=4,
-            max_position_embeddings=32, projection_dim=8, bos_token_id=786, eos_token_id=787, pad_token_id=787,
+            max_position_embeddings=40, projection_dim=8, bos_token_id=786, eos_token_id=787, pad_token_id=787,
         )
     )  # fmt: skip
 

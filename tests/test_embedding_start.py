@@ -14,7 +14,7 @@ from ti_jax.config import resolve
 from ti_jax.config_yaml import load_yaml
 from ti_jax.pipeline import StableDiffusion
 from ti_jax.training.hub import model_card
-from ti_jax.training.setup import load_model, prepare_concept
+from ti_jax.training.setup import prepare_concept
 
 
 def small(n=3, token="<old>", seed=0, dim=32):
@@ -48,7 +48,7 @@ def rows(result):
 def test_a_run_starts_from_the_word_and_trains_all_of_it(config, tmp_path):
     """Trap: of several vectors only the first trains. (Frozen rows under weight decay: see test_train.py.)"""
     start = small().vectors["text_encoder"]
-    model = load_model(config)
+    model = ti_jax.StableDiffusion.from_config(config)
     concept = prepare_concept(resolve(config), model, print)
     np.testing.assert_array_equal(concept.rows["text_encoder"][:3], start)
     assert concept.row_mask["text_encoder"].tolist() == [True] * 3 + [False] * 2

@@ -172,5 +172,5 @@ def test_infer_reads_weights_unless_told_not_to(tiny_sd, tmp_path):
 
     assert drawn("a (red:1.5) cap") != drawn("a red cap")
     with pytest.raises(InputError, match="its end would be cut: shorten it"):
-        drawn("red cap " * 40, prompt_weights=False)
+        drawn("red cap " * 40, plain_prompts=True)
     assert drawn("red cap " * 40)

@@ -174,7 +174,7 @@ def test_a_cut_run_goes_on_as_if_it_had_not_been(recipe, tmp_path):
     fit(tmp_path / "cut", 7)
     resumed = fit(tmp_path / "cut", 20)
     np.testing.assert_array_equal(whole["w"], resumed["w"])
-    assert not np.array_equal(whole["w"], fit(tmp_path / "other", 19)["w"])
+    assert not np.array_equal(whole["w"], fit(tmp_path / "other", 15)["w"])  # the average moves every eighth step
 
 
 @pytest.mark.slow

@@ -219,9 +219,9 @@ class InferConfig:
     # -- the pictures
     negative_prompt: str | None = None
     """What the pictures should not show."""
-    prompt_weights: bool = True
-    """Read prompts as AUTOMATIC1111 does: (word) and (word:1.3) weigh more, [word] less, BREAK starts a new chunk, a
-    prompt may be of any length, and \\( is a bracket. Off (--no-prompt_weights): every character is text."""
+    plain_prompts: bool = False
+    """Take every character of a prompt as text. Otherwise prompts are read as AUTOMATIC1111 does: (word) and (word:1.3)
+    weigh more, [word] less, BREAK starts a new chunk, \\( is a bracket, and a prompt may be of any length."""
     num_inference_steps: int | None = None
     """Steps of the sampler. Left out: 30 (embedded model: 25)."""
     guidance_scale: float | None = None

@@ -53,7 +53,7 @@ def draw(config: InferConfig) -> list[Path]:
         width=config.width,
         seed=config.seed,
         batch_size=config.batch_size,
-        weighted=config.prompt_weights,
+        weighted=not config.plain_prompts,
     )
 
     settings = {

@@ -52,7 +52,7 @@ def make_tiny_sd(tmp_path_factory):
         text_encoder = CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=788, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                max_position_embeddings=40, bos_token_id=786, eos_token_id=787, pad_token_id=787,
+                max_position_embeddings=32, bos_token_id=786, eos_token_id=787, pad_token_id=787,
             )
         )  # fmt: skip
         unet = UNet2DConditionModel(
@@ -70,7 +70,7 @@ def make_tiny_sd(tmp_path_factory):
         folder = tmp_path_factory.mktemp("tiny-sd")
         StableDiffusionPipeline(
             text_encoder=text_encoder, unet=unet, vae=vae,
-            tokenizer=CLIPTokenizer.from_pretrained(ASSETS / "mini-sd" / "tokenizer"),
+            tokenizer=CLIPTokenizer.from_pretrained(ASSETS / "mini-sd" / "tokenizer", model_max_length=32),
             scheduler=DDIMScheduler(**SCHEDULER, prediction_type=prediction_type, clip_sample=False),
             safety_checker=None, feature_extractor=None, requires_safety_checker=False,
         ).save_pretrained(folder)  # fmt: skip
@@ -95,11 +95,11 @@ def tiny_sdxl(tmp_path_factory):
         return kind(
             transformers.CLIPTextConfig(
                 vocab_size=788, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                max_position_embeddings=40, bos_token_id=786, eos_token_id=787, pad_token_id=787, **options,
+                max_position_embeddings=32, bos_token_id=786, eos_token_id=787, pad_token_id=787, **options,
             )
         )  # fmt: skip
 
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(ASSETS / "mini-sd" / "tokenizer")
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(ASSETS / "mini-sd" / "tokenizer", model_max_length=32)
     modules = dict(
         text_encoder=encoder(transformers.CLIPTextModel, hidden_size=32),
         text_encoder_2=encoder(

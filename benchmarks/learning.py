@@ -8,7 +8,7 @@ Each person's word is learned from four pictures by
 
     plain        no training: the words "a person"
     stock        diffusers' method (benchmarks/torch_loops.py) with its script's defaults
-    stock-best   the same at the learning rate that is best for it on the dev people
+    stock-best   the same at STOCK_BEST_LEARNING_RATE
     ours         ti_jax with its defaults
 
 all at ti_jax's default steps and batch. Ceilings: the true description as the prompt ("described"), and the
@@ -58,7 +58,7 @@ CONCEPTS = ROOT / "ti_jax" / "assets" / "concepts"
 TOKEN = "<someone>"
 IMAGES_A_PROBE = 4
 INFERENCE_STEPS, GUIDANCE = 25, 3.0
-# Of 1e-4 to 2e-2, on the dev people (recipes/mini_sd/NOTES.md).
+# To be chosen on the dev people (--methods stock --set learning_rate=...); until then it is ti_jax's own.
 STOCK_BEST_LEARNING_RATE = 5e-3
 METHODS = ("plain", "described", "autoencoder", "stock", "stock-best", "ours")
 WITHOUT_SEED = ("plain", "described", "autoencoder")  # nothing random but the drawing, which is the same for all

@@ -141,7 +141,7 @@ def test_export_is_the_inverse_of_the_loader(recipe, tmp_path):
     }
     rng = np.random.default_rng(0)
     trees = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float16) * np.float16(0.05), shapes)
-    recipe.export.export(tmp_path, trees, trees["vae"], 0.7, tokenizer, "card\n")
+    recipe.export.export(tmp_path, trees, trees["vae"], 0.7, tokenizer)
 
     sd = StableDiffusion.from_pretrained(tmp_path)
     for name, tree in trees.items():
@@ -175,6 +175,23 @@ def test_a_cut_run_goes_on_as_if_it_had_not_been(recipe, tmp_path):
     resumed = fit(tmp_path / "cut", 20)
     np.testing.assert_array_equal(whole["w"], resumed["w"])
     assert not np.array_equal(whole["w"], fit(tmp_path / "other", 15)["w"])  # the average moves every eighth step
+
+
+def test_the_card_has_the_words_and_the_figures_of_its_run(recipe, tmp_path):
+    figures = {kind: {"hair": share, "eyes": 1.0} for kind, share in (("renders", 0.99), ("vae", 0.5), ("drawn", 0.25))}
+    recipe.export.write_card(tmp_path, (RECIPE / "card.md").read_text(), figures | {"vae_psnr": 29.51})
+    card = (tmp_path / "README.md").read_text()
+    assert "{words}" not in card and "{figures}" not in card
+    assert "- hair colour: black, brown, red, pink, orange, blond, white" in card
+    assert "| through the autoencoder (29.5 dB) | 0.50 |  |" in card and "| drawn from full captions | 0.25 |" in card
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused(recipe):
+    assert recipe.trainer.share(32) == 4 and recipe.trainer.share(32, draws=2) == 2
+    with pytest.raises(ValueError, match="a batch of 4 cannot be shared by 8 devices"):
+        recipe.trainer.share(4)
+    with pytest.raises(ValueError, match="a batch of 8 cannot be shared by 8 devices, 2 draws"):
+        recipe.trainer.share(8, draws=2)
 
 
 @pytest.mark.slow

@@ -289,13 +289,14 @@ class StableDiffusion:
                     f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one for each"
                 )
         height, width = height or self.default_resolution, width or self.default_resolution
+        sampler = make_sampler(scheduler, self.scheduler_config, num_inference_steps)
         seeds = sampling.image_seeds(seed, len(prompts))
         pictures: dict[int, np.ndarray] = {}
         for chosen, ids, negative_ids in self._prompt_groups(prompts, negatives, words, weighted):
             pixels = sampling.draw(
                 self.networks,
                 self.params,
-                make_sampler(scheduler, self.scheduler_config, num_inference_steps),
+                sampler,
                 ids,
                 negative_ids,
                 rows or None,
@@ -332,17 +333,18 @@ class StableDiffusion:
         counts = np.max([[len(prompt) for prompt in each] for each in chunks.values()], axis=0)
         if negatives is not None:
             counts = np.maximum(*np.split(counts, 2))
+        empty = {name: self._chunks(name, [""], words)[0][0] for name in self.tokenizers}
+
+        def stacked(numbers: list[int], count: int) -> sampling.Ids:
+            return {
+                name: prompt_weights.stack([each[number] for number in numbers], count, empty[name])
+                for name, each in chunks.items()
+            }
+
         for count in np.unique(counts).tolist():
             chosen = np.flatnonzero(counts == count).tolist()
-
-            def stacked(numbers: list[int], count: int = count) -> sampling.Ids:
-                return {
-                    name: prompt_weights.stack([each[i] for i in numbers], count, self._chunks(name, [""], {})[0][0])
-                    for name, each in chunks.items()
-                }
-
             behind = [len(prompts) + number for number in chosen]
-            yield chosen, stacked(chosen), None if negatives is None else stacked(behind)
+            yield chosen, stacked(chosen, count), None if negatives is None else stacked(behind, count)
 
     def _chunks(self, name: str, prompts: Sequence[str], words: Mapping[str, int]) -> list[list[prompt_weights.Chunk]]:
         return [

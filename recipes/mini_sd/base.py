@@ -18,6 +18,7 @@ from typing import Any
 import data
 import jax
 import jax.numpy as jnp
+import judge
 import numpy as np
 import tokenizer as bpe
 import trainer
@@ -164,15 +165,11 @@ def inner_feature(intermediate: Any) -> jax.Array:
 
 def naming_loss(heads: Any, features: dict[str, jax.Array], labels: jax.Array) -> jax.Array:
     """Cross entropy of the `heads` on inner features [B, h, w, c] against labels [B, attributes], -1 where none."""
-    bounds = np.cumsum([len(words) for words in world.ATTRIBUTES.values()])[:-1]
-    total = jnp.float32(0)
+    losses = []
     for name, feature in features.items():
-        flat = feature.reshape(feature.shape[0], -1)
-        for column, logits in enumerate(jnp.split(flat @ heads[name]["kernel"] + heads[name]["bias"], bounds, axis=-1)):
-            label = labels[:, column]
-            right = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(label, 0)[:, None], axis=-1)[:, 0]
-            total -= jnp.mean(jnp.where(label >= 0, right, 0.0))
-    return total / (len(features) * len(world.ATTRIBUTES))
+        logits = feature.reshape(feature.shape[0], -1) @ heads[name]["kernel"] + heads[name]["bias"]
+        losses += [jnp.mean(each) for each, _ in judge.cross_entropies(judge.NAMES, logits, labels)]
+    return sum(losses) / len(losses)
 
 
 def init_heads() -> Any:
@@ -208,13 +205,12 @@ def train_base(
     people = int(groups[chosen].max()) + 1
     unet = UNet2DConditionModel(UNetConfig.from_dict(UNET_CONFIG))
     text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(text_config(len(tokenizer))))
-    pictures = config.batch // (config.draws * jax.device_count())
+    pictures = trainer.share(config.batch, config.draws)
     batch = pictures * config.draws
-    labels = np.load(work / "data" / "labels.npy")[chosen]
     arrays = {
         "moments": moments[chosen],
         "ids": ids,
-        "labels": labels,
+        "labels": np.load(work / "data" / "labels.npy")[chosen],
         "empty": np.array(bpe.encode(tokenizer, [""])[0], np.int16),
         "schedule": NoiseSchedule.from_config(SCHEDULER_CONFIG),
         "weight": latent_weight(moments[chosen], scaling_factor),
@@ -252,7 +248,7 @@ def train_base(
         )  # fmt: skip
         error = jnp.square(predicted - training_target(schedule, latents, noise, timesteps))
         features = {name: inner_feature(kept["intermediates"][name]) for name in NAMED_BLOCKS}
-        naming = naming_loss(params["heads"], features, arrays["labels"][index].astype(jnp.int32))
+        naming = naming_loss(params["heads"], features, arrays["labels"][index])
         value = jnp.mean(arrays["weight"] * error) + config.naming * naming
         return value, {"mse": jnp.mean(error), "naming": naming}
 

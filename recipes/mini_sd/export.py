@@ -10,6 +10,7 @@ from typing import Any
 import base
 import numpy as np
 import vae
+import world
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 from transformers import CLIPTokenizer
@@ -36,9 +37,7 @@ def state_dict(tree: Tree, prefix: str = "") -> dict[str, np.ndarray]:
     return tensors
 
 
-def export(
-    folder: Path, params: Tree, vae_params: Tree, scaling_factor: float, tokenizer: CLIPTokenizer, card: str
-) -> None:
+def export(folder: Path, params: Tree, vae_params: Tree, scaling_factor: float, tokenizer: CLIPTokenizer) -> None:
     """Write the model to `folder`; the tokenizer's files are there already."""
     index = {
         "_class_name": "StableDiffusionPipeline",
@@ -64,7 +63,24 @@ def export(
     save_file(state_dict(params["unet"]), folder / "unet" / WEIGHTS, metadata)
     text = state_dict(params["text_encoder"], "text_model.")
     save_file(text, folder / "text_encoder" / "model.safetensors", metadata)
-    (folder / "README.md").write_text(card)
+
+
+def write_card(folder: Path, template: str, figures: dict[str, Any]) -> None:
+    """The model card: `template` with the model's words and the `figures` of `measure.measure` in it."""
+    words = [f"- {name.replace('_', ' ')}: {', '.join(of)}" for name, of in world.ATTRIBUTES.items() if name != "style"]
+    names = [name for name in world.ATTRIBUTES if name != "style"]
+    rows = {
+        "true renders": "renders",
+        f"through the autoencoder ({figures['vae_psnr']:.1f} dB)": "vae",
+        "drawn from full captions": "drawn",
+    }
+    table = ["| share that the judge reads right | " + " | ".join(name.replace("_", " ") for name in names) + " |"]
+    table += ["|---" * (1 + len(names)) + "|"]
+    for label, kind in rows.items():
+        shares = [f"{figures[kind][name]:.2f}" if name in figures[kind] else "" for name in names]
+        table.append(f"| {label} | " + " | ".join(shares) + " |")
+    text = template.replace("{words}", "\n".join(words)).replace("{figures}", "\n".join(table))
+    (folder / "README.md").write_text(text)
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:

@@ -6,7 +6,8 @@ Both are trained on true renders, some of them shifted, blurred, noisy, or of an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import data
@@ -32,6 +33,10 @@ class JudgeTraining:
     hidden: int = 256
 
 
+# What there is to read off a picture of this world.
+NAMES = JudgeConfig(tuple(world.ATTRIBUTES.items()), world.IDENTITY)
+
+
 def augment(pixels: jax.Array, key: jax.Array) -> jax.Array:
     """Pictures [B, S, S, 3] in [-1, 1], each a little worse: what a good picture may suffer and still be the same."""
     blur, shift, noise, bright = jax.random.split(key, 4)
@@ -49,14 +54,17 @@ def augment(pixels: jax.Array, key: jax.Array) -> jax.Array:
     return pixels + 0.05 * jax.random.normal(bright, (batch, 1, 1, 3))
 
 
-def answer_loss(config: JudgeConfig, logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean cross-entropy over attributes; where a label is -1, nothing is asked."""
-    losses = []
+def cross_entropies(config: JudgeConfig, logits: jax.Array, labels: jax.Array) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """For each attribute the cross-entropy [B], and whether it is asked [B]; where a label is -1 it is not, and 0."""
     for index, part in enumerate(split_logits(config, logits).values()):
         label = labels[:, index].astype(jnp.int32)
         asked = label >= 0
-        each = optax.softmax_cross_entropy_with_integer_labels(part, jnp.maximum(label, 0))
-        losses.append(jnp.sum(each * asked) / jnp.maximum(jnp.sum(asked), 1))
+        yield optax.softmax_cross_entropy_with_integer_labels(part, jnp.maximum(label, 0)) * asked, asked
+
+
+def answer_loss(config: JudgeConfig, logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean cross-entropy over attributes, of each over the pictures in which it is asked."""
+    losses = [jnp.sum(each) / jnp.maximum(jnp.sum(asked), 1) for each, asked in cross_entropies(config, logits, labels)]
     return sum(losses) / len(losses)
 
 
@@ -73,10 +81,9 @@ def accuracy(judge: Judge, pixels: np.ndarray, labels: np.ndarray) -> dict[str, 
 def train_judge(config: JudgeTraining, folder: Path, work: Path) -> Judge:
     """Train on all renders but the validation set and the people held out; kept in `folder`."""
     probes = tuple(Probe(prompt, tuple(expects.items())) for prompt, expects in world.PROBES)
-    judge_config = JudgeConfig(
-        tuple(world.ATTRIBUTES.items()),
-        world.IDENTITY,
-        probes,
+    judge_config = replace(
+        NAMES,
+        probes=probes,
         channels=config.channels,
         hidden=config.hidden,
         side=data.SIDE,
@@ -86,7 +93,7 @@ def train_judge(config: JudgeTraining, folder: Path, work: Path) -> Judge:
     pixels = np.load(work / "data" / "pixels.npy", mmap_mode="r")[chosen]
     labels = np.load(work / "data" / "labels.npy")[chosen]
     network = JudgeNetwork(judge_config)
-    batch = config.batch // jax.device_count()
+    batch = trainer.share(config.batch)
 
     def loss(params, arrays, key):
         draw, change = jax.random.split(key)

@@ -105,9 +105,10 @@ def make_all(recipe: Recipe, work: Path, out: Path, kept: bool) -> dict[str, Any
         work / "base.msgpack",
         lambda: base.train_base(recipe.base, tokenizer, moments, scaling_factor, work / "base", work),
     )
-    export.export(out, params, vae_params, scaling_factor, tokenizer, (HERE / "card.md").read_text())
+    export.export(out, params, vae_params, scaling_factor, tokenizer)
     reader.save(out / JUDGE_FOLDER)
     figures = measure.measure(out, Judge.load(out), work, recipe.measured_captions)
+    export.write_card(out, (HERE / "card.md").read_text(), figures)
     (work / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     return figures
 

@@ -41,6 +41,18 @@ def root_key(seed: int) -> jax.Array:
     return jax.random.key(seed + 1, impl="rbg")
 
 
+def share(batch: int, draws: int = 1) -> int:
+    """Pictures of a batch that one device draws, each `draws` times.
+
+    Raises:
+      ValueError: the devices cannot share it: with less than one picture each, the loss would be the mean of nothing.
+    """
+    devices = jax.device_count()
+    if batch % (draws * devices):
+        raise ValueError(f"a batch of {batch} cannot be shared by {devices} devices, {draws} draws of each picture")
+    return batch // (draws * devices)
+
+
 def schedule(peak: float, steps: int, warmup: int) -> optax.Schedule:
     """Linear warm-up (a quarter of the steps at most), then a cosine down to a hundredth of the peak."""
     return optax.warmup_cosine_decay_schedule(0.0, peak, min(warmup, steps // 4), steps, end_value=peak / 100)
@@ -107,12 +119,12 @@ def fit(
         params = optax.apply_updates(state.params, updates)
         return State(state.step + 1, params, state.average, optimizer_state), figures
 
-    def average(average: Tree, params: Tree, count: jax.Array) -> Tree:
+    def moved(average: Tree, params: Tree, count: jax.Array) -> Tree:
         keep = jnp.minimum(decay, (1 + count) / (10 + count)) ** AVERAGE_EVERY
         return jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, average, params)
 
     mapped = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P(), P()), out_specs=(P(), P())), donate_argnums=0)
-    averaged = jax.jit(average, donate_argnums=0)
+    move_average = jax.jit(moved, donate_argnums=0)
 
     def save() -> None:
         write_atomically(checkpoint, serialization.to_bytes(jax.device_get(state)))
@@ -127,7 +139,7 @@ def fit(
             state, figures = mapped(state, data)
             number += 1
             if number % AVERAGE_EVERY == 0:
-                state = state._replace(average=averaged(state.average, state.params, jnp.float32(number)))
+                state = state._replace(average=move_average(state.average, state.params, jnp.float32(number)))
             if pending is not None:  # the step before, so that the device never waits for the host
                 for name, value in pending.items():
                     sums[name] = sums.get(name, 0.0) + float(value)

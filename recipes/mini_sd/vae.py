@@ -80,7 +80,7 @@ def train_vae(config: VAETraining, critic: Judge, folder: Path, work: Path) -> A
     pixels = np.load(work / "data" / "pixels.npy", mmap_mode="r")[chosen]
     network = module()
     critic_network = JudgeNetwork(critic.config)
-    batch = config.batch // jax.device_count()
+    batch = trainer.share(config.batch)
     weight = np.ones((data.SIDE, data.SIDE, 1), np.float32)
     weight[FIGURE] = 2.0
     weight[FACE] = 3.0

@@ -195,9 +195,9 @@ def label(line: Mapping[str, Any]) -> str:
     return " ".join([line["method"], *(f"{name}={value}" for name, value in line["changes"].items())])
 
 
-def table(lines: list[dict[str, Any]], chosen: list[Person], judge: Judge) -> Iterator[str]:
+def table(lines: list[dict[str, Any]], everyone: list[Person], judge: Judge) -> Iterator[str]:
     """Means over people and seeds, and differences paired by both, with their standard errors."""
-    truth = {person.name: person.truth for person in chosen}
+    truth = {person.name: person.truth for person in everyone}
     by_label: dict[str, dict[tuple[str, int], dict[str, float]]] = defaultdict(dict)
     for line in lines:
         if line["person"] in truth:
@@ -206,7 +206,7 @@ def table(lines: list[dict[str, Any]], chosen: list[Person], judge: Judge) -> It
                 name: line[name] for name in ("seconds",) if name in line
             }
             if line["method"] == "ours" and not line["changes"]:
-                following = chosen[([*truth].index(line["person"]) + 1) % len(chosen)].name
+                following = everyone[([*truth].index(line["person"]) + 1) % len(everyone)].name
                 by_label["another's word"][(following, line["seed"])] = scores(line, truth[following], judge)
     edits = ("background", "clothes", "clothes_colour", "eyes")
     columns = ["identity", *(f"identity/{name}" for name in world.IDENTITY)]
@@ -217,9 +217,12 @@ def table(lines: list[dict[str, Any]], chosen: list[Person], judge: Judge) -> It
         row = []
         for column in columns:
             values = [cell[column] for cell in cells.values() if column in cell]
+            if not values:
+                row.append("")
+                continue
             spread = f" ± {np.std(values):.2f}" if column in ("identity", "editability") else ""
             digits = 1 if column == "seconds" else 2
-            row.append(f"{np.mean(values):.{digits}f}{spread}" if values else "")
+            row.append(f"{np.mean(values):.{digits}f}{spread}")
         yield f"| {name} | {len(cells)} | " + " | ".join(row) + " |"
     yield ""
     for other in ("stock", "stock-best"):
@@ -234,18 +237,15 @@ def table(lines: list[dict[str, Any]], chosen: list[Person], judge: Judge) -> It
 
 def sheet(strips: Path, chosen: list[Person], methods: list[str]) -> Image.Image:
     """For each person the pictures to learn from, and a strip of each method below each other."""
-    rows = []
+    lines = []
     for person in chosen:
         own = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(person.folder.glob("*.png"))]
         found = [strips / f"{person.name}-{method}.png" for method in methods]
-        lines = [np.asarray(Image.open(path)) for path in found if path.exists()]
-        if lines:
-            width = max(line.shape[1] for line in lines)
-            first = np.full((own[0].shape[0], width, 3), 255, np.uint8)
-            pictures = np.concatenate(own, axis=1)[:, :width]
-            first[:, : pictures.shape[1]] = pictures
-            rows += [first, *lines, np.full((8, width, 3), 255, np.uint8)]
-    return Image.fromarray(np.concatenate(rows))
+        lines += [np.concatenate(own, axis=1), *(np.asarray(Image.open(path)) for path in found if path.exists())]
+        lines.append(np.full((8, 1, 3), 255, np.uint8))
+    width = max(line.shape[1] for line in lines)
+    padded = [np.pad(line, ((0, 0), (0, width - line.shape[1]), (0, 0)), constant_values=255) for line in lines]
+    return Image.fromarray(np.concatenate(padded))
 
 
 def main() -> None:
@@ -272,9 +272,8 @@ def main() -> None:
 
     enable_compilation_cache()
     bench = Bench(arguments.results.parent / "strips")
-    chosen = [
-        person for person in people(arguments.split) if arguments.people is None or person.name in arguments.people
-    ]
+    everyone = people(arguments.split)
+    chosen = [person for person in everyone if arguments.people is None or person.name in arguments.people]
     lines = read_results(arguments.results)
     done = {key(line) for line in lines}
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
@@ -295,7 +294,7 @@ def main() -> None:
                     f"{shares.get('editability', float('nan')):.2f}, {time.perf_counter() - began:.0f} s in all",
                     flush=True,
                 )
-    print("\n".join(table(lines, chosen, bench.judge)))
+    print("\n".join(table(lines, everyone, bench.judge)))
     drawn = sheet(bench.strips, chosen, list(METHODS))
     path = arguments.results.with_suffix(".png")
     drawn.resize((drawn.width * 2, drawn.height * 2), Image.Resampling.NEAREST).save(path)

@@ -18,13 +18,20 @@ seeds for all: *identity* is the share of the person's hair, hair colour, skin, 
 *editability* the share of what the prompt asked for beside them.
 
 Every measurement is a line in --results, and what is there is not measured again: the benchmark may be cut at any time.
-Seconds are those of the training alone; loading and compiling are apart. Run it with nothing beside it.
+Seconds are those of the training alone; loading and compiling are apart. Run it with nothing beside it for them. Where
+only the pictures matter, one process a core is much faster, each with its own --people:
+
+    taskset -c 0 python benchmarks/learning.py --split test --people test00 test01 ... &
+    taskset -c 1 python benchmarks/learning.py --split test --people test08 test09 ...
+
+Lines say how many cores they had, and the table's seconds are those of the lines that had most.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections import defaultdict
@@ -61,6 +68,7 @@ INFERENCE_STEPS, GUIDANCE = 25, 3.0
 # To be chosen on the dev people (--methods stock --set learning_rate=...); until then it is ti_jax's own.
 STOCK_BEST_LEARNING_RATE = 5e-3
 METHODS = ("plain", "described", "autoencoder", "stock", "stock-best", "ours")
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 WITHOUT_SEED = ("plain", "described", "autoencoder")  # nothing random but the drawing, which is the same for all
 
 
@@ -158,7 +166,7 @@ class Bench:
             strip = np.concatenate(list(drawn[::IMAGES_A_PROBE] if method != "autoencoder" else drawn), axis=1)
             Image.fromarray(strip).save(self.strips / f"{person.name}-{method}.png")
         return {
-            "method": method, "person": person.name, "seed": seed, "changes": changes, **figures,
+            "method": method, "person": person.name, "seed": seed, "changes": changes, "cores": CORES, **figures,
             "readings": self.judge.read(drawn),
         }  # fmt: skip
 
@@ -187,7 +195,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 def key(line: Mapping[str, Any]) -> tuple:
     """What makes a measurement: two with the same key need not both be made."""
-    return line["method"], line["person"], line["seed"], json.dumps(line["changes"], sort_keys=True)
+    return line["method"], line["person"], line["seed"], line["cores"], json.dumps(line["changes"], sort_keys=True)
 
 
 def label(line: Mapping[str, Any]) -> str:
@@ -199,12 +207,13 @@ def table(lines: list[dict[str, Any]], everyone: list[Person], judge: Judge) -> 
     """Means over people and seeds, and differences paired by both, with their standard errors."""
     truth = {person.name: person.truth for person in everyone}
     by_label: dict[str, dict[tuple[str, int], dict[str, float]]] = defaultdict(dict)
-    for line in lines:
+    most = max((line["cores"] for line in lines), default=1)
+    for line in sorted(lines, key=lambda line: line["cores"]):
         if line["person"] in truth:
             cell = (line["person"], line["seed"])
-            by_label[label(line)][cell] = scores(line, truth[line["person"]], judge) | {
-                name: line[name] for name in ("seconds",) if name in line
-            }
+            by_label[label(line)][cell] = scores(line, truth[line["person"]], judge)
+            if "seconds" in line and line["cores"] == most:
+                by_label[label(line)][cell]["seconds"] = line["seconds"]
             if line["method"] == "ours" and not line["changes"]:
                 following = everyone[([*truth].index(line["person"]) + 1) % len(everyone)].name
                 by_label["another's word"][(following, line["seed"])] = scores(line, truth[following], judge)
@@ -228,7 +237,8 @@ def table(lines: list[dict[str, Any]], everyone: list[Person], judge: Judge) -> 
     for other in ("stock", "stock-best"):
         for kind in ("identity", "editability", "seconds"):
             ours, theirs = by_label.get("ours", {}), by_label.get(other, {})
-            paired = [ours[cell][kind] - theirs[cell][kind] for cell in ours if cell in theirs]
+            both = [cell for cell in ours if kind in ours[cell] and kind in theirs.get(cell, {})]
+            paired = [ours[cell][kind] - theirs[cell][kind] for cell in both]
             if len(paired) > 1:
                 error = np.std(paired, ddof=1) / len(paired) ** 0.5
                 mean = f"{np.mean(paired):+.3f} ± {error:.3f}"
@@ -281,7 +291,7 @@ def main() -> None:
     for seed in range(0 if arguments.table else arguments.seeds):
         for person in chosen:
             for method in arguments.methods:
-                wanted = {"method": method, "person": person.name, "seed": seed, "changes": changes}
+                wanted = {"method": method, "person": person.name, "seed": seed, "cores": CORES, "changes": changes}
                 if key(wanted) in done or (seed and method in WITHOUT_SEED):
                     continue
                 began = time.perf_counter()

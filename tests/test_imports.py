@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "ti_jax"
 ORDER = [
     "errors", "files", "batches", "config_yaml", "config_checks", "config", "flags", "diffusion", "models", "weights",
     "networks", "embeddings", "tokens", "prompt_weights", "sampling", "text_encoders", "pictures", "pipeline", "data",
-    "evaluation", "training", "drawing", "verify", "embedding_commands", "compilation_cache", "cli",
+    "evaluation", "training", "work", "planning", "drawing", "verify", "embedding_commands", "compilation_cache", "cli",
 ]  # fmt: skip
 
 

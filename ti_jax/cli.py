@@ -1,4 +1,5 @@
-"""The commands: ``ti-jax train`` (``train.py``), ``infer`` (``infer.py``), ``evaluate``, ``verify``, ``embedding``.
+"""The commands: ``ti-jax train`` (``train.py``), ``infer`` (``infer.py``), ``evaluate``, ``plan``, ``verify`` and
+``embedding``.
 
 JAX is imported inside the commands, once the command line is known to be right.
 """
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from . import __version__
-from .config import EvaluateConfig, InferConfig, TrainConfig, resolve, resolve_evaluate, resolve_infer
+from .config import EvaluateConfig, InferConfig, PlanConfig, TrainConfig, resolve, resolve_evaluate, resolve_infer
 from .config_yaml import nearest
 from .errors import InputError
 
@@ -44,6 +45,13 @@ examples:
   ti-jax evaluate output/learned_embeds.safetensors --train_data_dir held_back/
   ti-jax evaluate cat.safetensors --train_data_dir cat/ --evaluation_clip clip-vit-large-patch14/ \\
       --output scores.json --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5
+"""
+
+
+PLAN_EXAMPLES = """\
+examples:
+  {prog} --config configs/sdxl.yaml --topology v5e:2x4
+  {prog} --config configs/sd15.yaml --topology v5e:2x2 --train_batch_size 4 --largest_batch
 """
 
 
@@ -173,6 +181,20 @@ def _evaluate(args: Sequence[str], prog: str) -> int:
     return 0
 
 
+def _plan(args: Sequence[str], prog: str) -> int:
+    from .flags import NO_COUNTERPART, parse
+
+    with _output():
+        examples = PLAN_EXAMPLES.format(prog=prog)
+        config = parse(PlanConfig, args, prog=prog, examples=examples, no_counterpart=NO_COUNTERPART)
+    from .planning import plan
+
+    found = plan(config)
+    with _output():
+        print(*found.lines(), sep="\n")
+    return 0
+
+
 def _file_and_flags(args: Sequence[str]) -> tuple[str, Sequence[str]]:
     """The embedding file that comes first, "" if there is none, and the flags behind it."""
     return ("", args) if not args or args[0].startswith("-") else (args[0], args[1:])
@@ -222,6 +244,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str], str], int], str]] = {
     "train": (_train, "Learn a new word from a few pictures (train.py)."),
     "infer": (_infer, "Draw pictures of prompts, with learned words in them (infer.py)."),
     "evaluate": (_evaluate, "Measure a learned word: is the concept there, and does the prompt rule the rest?"),
+    "plan": (_plan, "Tell what a training run will need, on this machine or a TPU slice, without running it."),
     "verify": (_verify, "Check that diffusers on PyTorch loads a learned word and makes of it the same as ti_jax."),
     "embedding": (_embedding, "Convert, inspect, merge and prune learned words: files of any program that has them."),
 }

@@ -193,6 +193,18 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class PlanConfig(TrainConfig):
+    """What will a training run need? Its step is compiled, here or for a TPU slice that need not be there, and its
+    memory, work and traffic between devices are read off. Takes the settings of train.py; nothing is trained."""
+
+    topology: str | None = None
+    """TPU slice to compile for, e.g. v5e:2x4, with libtpu (pip install 'ti_jax[plan]'). Left out: this machine's
+    devices."""
+    largest_batch: bool = False
+    """Also look for the largest --train_batch_size that fits; this compiles the step several times."""
+
+
+@dataclass(frozen=True)
 class InferConfig:
     """Draw pictures of prompts, with learned words in them."""
 
@@ -329,6 +341,20 @@ def resolve(config: TrainConfig) -> TrainConfig:
     _require(config, "train_data_dir", "placeholder_token", *start)
     paths = ("pretrained_model_name_or_path", "train_data_dir", "initializer_embedding", "templates", "embeddings")
     config = _plain_paths(config, *paths, "output_dir", "logging_dir", "evaluation_clip")
+    check_train(config)
+    return config
+
+
+def resolve_plan(config: PlanConfig) -> PlanConfig:
+    """As `resolve`, for planning: neither pictures nor words are needed.
+
+    Raises:
+      InputError: a value that cannot be.
+    """
+    defaults = _model_defaults(config.pretrained_model_name_or_path)
+    left_out = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    config = dataclasses.replace(config, **left_out)
+    config = _plain_paths(config, "pretrained_model_name_or_path", "templates")
     check_train(config)
     return config
 

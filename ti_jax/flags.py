@@ -191,8 +191,11 @@ def _unknown(words: Sequence[str], flags: Mapping[str, _Flag], prog: str, no_cou
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass, on one line; every field must have one."""
-    docs = {}
+    """The docstring under each field of a dataclass, its bases' first, on one line; every field must have one."""
+    docs: dict[str, str] = {}
+    for base in cls.__bases__:
+        if dataclasses.is_dataclass(base):
+            docs |= field_docs(base)
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(tree, ast.ClassDef)
     for field, doc in itertools.pairwise(tree.body):

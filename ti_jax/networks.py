@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from .models.clip_text import CLIPTextModel
-from .models.unet import UNet2DConditionModel
-from .models.vae import AutoencoderKL
+from .diffusion.schedule import NoiseSchedule
+from .models.clip_text import CLIPTextConfig, CLIPTextModel
+from .models.unet import UNet2DConditionModel, UNetConfig
+from .models.vae import AutoencoderKL, VAEConfig
 from .weights.load import param_shapes
+from .weights.sources import TEXT_ENCODERS
 
 Params = Mapping[str, Any]
 
@@ -124,12 +126,34 @@ def weighted(states: jax.Array, weights: jax.Array) -> jax.Array:
     return jnp.where(new_mean == mean, emphasized, emphasized * (mean / new_mean)).astype(states.dtype)
 
 
-def network_shapes(
-    text_encoders: Sequence[tuple[str, CLIPTextModel]], unet: UNet2DConditionModel, vae: AutoencoderKL
-) -> dict[str, Any]:
+def make_networks(configs: Mapping[str, Mapping[str, Any]], dtype: Any, gradient_checkpointing: bool) -> Networks:
+    """The modules of a model, from the contents of its components' ``config.json`` files.
+
+    Args:
+      configs: by component; ``scheduler`` has the contents of ``scheduler_config.json``.
+      dtype: of weights and activations.
+      gradient_checkpointing: the UNet recomputes its activations in a backward pass.
+
+    Raises:
+      InputError: an option or value that is not implemented.
+    """
+    return Networks(
+        text_encoders=tuple(
+            (name, CLIPTextModel(CLIPTextConfig.from_dict(configs[name]), dtype))
+            for name in TEXT_ENCODERS
+            if name in configs
+        ),
+        unet=UNet2DConditionModel(UNetConfig.from_dict(configs["unet"]), dtype, gradient_checkpointing),
+        vae=AutoencoderKL(VAEConfig.from_dict(configs["vae"]), dtype),
+        prediction_type=NoiseSchedule.from_config(configs["scheduler"]).prediction_type,
+    )
+
+
+def network_shapes(networks: Networks) -> dict[str, Any]:
     """The parameter trees that the modules want, as `jax.ShapeDtypeStruct`; nothing is allocated."""
+    unet, vae = networks.unet, networks.vae
     ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
-    shapes = {name: param_shapes(module, ids) for name, module in text_encoders}
+    shapes = {name: param_shapes(module, ids) for name, module in networks.text_encoders}
     side = 2 ** len(unet.config.block_out_channels)
     sample = jax.ShapeDtypeStruct((1, side, side, unet.config.in_channels), jnp.float32)
     context = jax.ShapeDtypeStruct((1, 4, unet.config.cross_attention_dim), jnp.float32)

@@ -19,10 +19,7 @@ from .diffusion.samplers import make_sampler
 from .diffusion.schedule import NoiseSchedule
 from .embeddings import Embedding, check_fits
 from .errors import InputError
-from .models.clip_text import CLIPTextConfig, CLIPTextModel
-from .models.unet import UNet2DConditionModel, UNetConfig
-from .models.vae import AutoencoderKL, VAEConfig
-from .networks import Condition, Networks, Params, network_shapes
+from .networks import Condition, Networks, Params, make_networks, network_shapes
 from .weights.hub import resolve
 from .weights.identity import Identity
 from .weights.sources import open_source
@@ -36,12 +33,13 @@ def _run(networks: Networks, function: str, params: Params, *args: Any) -> Any:
     return getattr(networks, function)(params, *args)
 
 
-def _check_family(path: Path, text_encoders: Mapping[str, CLIPTextModel], unet: UNetConfig, vae: VAEConfig) -> None:
+def _check_family(path: Path, networks: Networks) -> None:
     """Refuse what is made of Stable Diffusion's parts and is another thing: each file could be read for itself.
 
     Raises:
       InputError: an inpainting model under the name of another, or parts of different models.
     """
+    text_encoders, unet, vae = dict(networks.text_encoders), networks.unet.config, networks.vae.config
     channels = (unet.in_channels, unet.out_channels)
     if channels != (vae.latent_channels,) * 2:
         kind = "an inpainting model" if channels == (9, 4) else "no text-to-image model, or not of one model"
@@ -119,19 +117,14 @@ class StableDiffusion:
             dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         path = resolve(None if path_or_hub_id is None else str(path_or_hub_id), revision, variant)
         with open_source(path, variant, prediction_type) as source:
-            text_encoders = tuple(
-                (name, CLIPTextModel(CLIPTextConfig.from_dict(source.configs[name]), dtype))
-                for name in source.text_encoders
-            )
-            unet = UNet2DConditionModel(UNetConfig.from_dict(source.configs["unet"]), dtype, gradient_checkpointing)
-            vae = AutoencoderKL(VAEConfig.from_dict(source.configs["vae"]), dtype)
+            networks = make_networks(source.configs, dtype, gradient_checkpointing)
             schedule = NoiseSchedule.from_config(source.configs["scheduler"])
-            _check_family(path, dict(text_encoders), unet.config, vae.config)
+            _check_family(path, networks)
 
             identity = Identity()
-            params = source.load(network_shapes(text_encoders, unet, vae), dtype, identity)
-            tokenizers = {name: source.tokenizer(name) for name in source.text_encoders}
-        for name, module in text_encoders:
+            params = source.load(network_shapes(networks), dtype, identity)
+            tokenizers = {name: source.tokenizer(name) for name, _ in networks.text_encoders}
+        for name, module in networks.text_encoders:
             # Ids past the table are those of learned rows; a word of the tokenizer's own there would be taken for one.
             if len(tokenizers[name]) > module.config.vocab_size:
                 raise InputError(
@@ -139,7 +132,7 @@ class StableDiffusion:
                     f"{module.config.vocab_size} rows; words were added to one of them only, use the original model"
                 )
         return cls(
-            networks=Networks(text_encoders, unet, vae, schedule.prediction_type),
+            networks=networks,
             params=params,
             tokenizers=tokenizers,
             schedule=schedule,

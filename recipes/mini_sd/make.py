@@ -1,7 +1,7 @@
 """Make mini-sd from nothing: ``python recipes/mini_sd/make.py`` (see README.md beside this file).
 
-Stages: data, judges, vae, base, export, measure. Each goes on from where it was cut, and is skipped where its result is
-there. ``--smoke`` runs everything in a minute or two, at sizes at which nothing is learned.
+Stages: data, judges, vae, decoder, base, export, measure. Each goes on from where it was cut, and is skipped where its
+result is there. ``--smoke`` runs everything in a minute or two, at sizes at which nothing is learned.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Recipe:
     data: data.DataConfig = field(default_factory=data.DataConfig)
     critic: judge.JudgeTraining = field(default_factory=judge.JudgeTraining)
     judge: judge.JudgeTraining = field(default_factory=judge.JudgeTraining)
+    decoder: vae.DecoderTraining = field(default_factory=vae.DecoderTraining)
     vae: vae.VAETraining = field(default_factory=vae.VAETraining)
     base: base.BaseTraining = field(default_factory=base.BaseTraining)
     measured_captions: int = 192
@@ -87,18 +88,26 @@ def make_all(recipe: Recipe, work: Path, out: Path, kept: bool) -> dict[str, Any
 
     data.make_data(recipe.data, work)
     people.write_people(recipe.data, work, work / "people")
+    moments_file = work / "moments.npy"
+
+    def encode(vae_params: Any) -> np.ndarray:
+        if not moments_file.exists():
+            np.save(moments_file, vae.encode(vae_params, np.load(work / "data" / "pixels.npy", mmap_mode="r")))
+        return np.load(moments_file)
+
     if kept:
         reader = Judge.load(KEPT)
         vae_params = load_component(KEPT, "vae", vae.shapes(), np.float32)
+        moments = encode(vae_params)
     else:
         critic = judge.train_judge(recipe.critic, work / "critic", work)
         reader = judge.train_judge(recipe.judge, work / "judge", work)
         vae_params = keep(work / "vae.msgpack", lambda: vae.train_vae(recipe.vae, critic, work / "vae", work))
-    pixels = np.load(work / "data" / "pixels.npy", mmap_mode="r")
-    moments_file = work / "moments.npy"
-    if not moments_file.exists():
-        np.save(moments_file, vae.encode(vae_params, pixels))
-    moments = np.load(moments_file)
+        moments = encode(vae_params)
+        vae_params = keep(
+            work / "decoder.msgpack",
+            lambda: vae.train_decoder(recipe.decoder, vae_params, moments, critic, work / "decoder", work),
+        )
     scaling_factor = round(float(1.0 / moments[..., :4].std()), export.SCALING_DIGITS)
     tokenizer = bpe.make_tokenizer(out / "tokenizer")
     params = keep(

@@ -3,6 +3,9 @@
 Loss: absolute and squared error, the error of the picture's differences, and the distance in a critic's features (see
 `judge`), which sees a mouth where the mean error sees four pixels; a small KL term keeps the latents near a normal
 distribution. The face counts three times: the parts that make a person are small.
+
+Then the decoder goes on alone, with the critic counting more: the latents that the base is trained on stay what they
+are, and what they hold of noses and beards is drawn so that it can be told apart.
 """
 
 from __future__ import annotations
@@ -40,6 +43,8 @@ CONFIG = {
     "sample_size": data.SIDE,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
 }
+# Parts of the parameters that latents become pictures by.
+DECODER = ("decoder", "post_quant_conv")
 # Rows, columns of the main style's heads with hair and shoulders, and of their faces.
 FIGURE = (slice(2, 64), slice(8, 56))
 FACE = (slice(20, 54), slice(16, 48))
@@ -54,7 +59,20 @@ class VAETraining:
     learning_rate: float = 3e-3
     kl: float = 5e-4
     critic: float = 0.3
+    answers: float = 0.006
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class DecoderTraining(VAETraining):
+    """How the decoder goes on alone."""
+
+    steps: int = 1500
+    batch: int = 32
+    learning_rate: float = 1e-3
+    critic: float = 0.6
+    answers: float = 0.05
+    seed: int = 1
 
 
 def module(scaling_factor: float = 1.0) -> AutoencoderKL:
@@ -73,18 +91,42 @@ def split(moments: jax.Array) -> tuple[jax.Array, jax.Array]:
     return mean, jnp.exp(0.5 * logvar)
 
 
-def train_vae(config: VAETraining, critic: Judge, folder: Path, work: Path) -> Any:
-    """Train, or go on; returns the parameters."""
+def training_pictures(work: Path) -> np.ndarray:
+    """Numbers of the pictures that the autoencoder may learn from: all but those held out."""
     group = np.load(work / "data" / "group.npy")
-    chosen = np.flatnonzero((group < data.DEV_PEOPLE) & (group != data.VALIDATION) & (group != data.UNSEEN_STYLE))
-    pixels = np.load(work / "data" / "pixels.npy", mmap_mode="r")[chosen]
-    network = module()
-    critic_network = JudgeNetwork(critic.config)
-    batch = trainer.share(config.batch)
+    return np.flatnonzero((group < data.DEV_PEOPLE) & (group != data.VALIDATION) & (group != data.UNSEEN_STYLE))
+
+
+def drawing_loss(
+    config: VAETraining, critic: Judge, critic_params: Any, pictures: jax.Array, drawn: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """How far drawn pictures [B, S, S, 3] are from the true ones, and the parts of that."""
     weight = np.ones((data.SIDE, data.SIDE, 1), np.float32)
     weight[FIGURE] = 2.0
     weight[FACE] = 3.0
     weight /= weight.mean()
+    error = drawn - pictures
+    absolute = jnp.mean(weight * jnp.abs(error))
+    squared = jnp.mean(weight * jnp.square(error))
+    edges = sum(
+        jnp.mean(jnp.abs(difference))
+        for difference in (error[:, 1:] - error[:, :-1], error[:, :, 1:] - error[:, :, :-1])
+    )
+    count = len(pictures)
+    network = JudgeNetwork(critic.config)
+    both, levels = network.apply({"params": critic_params}, jnp.concatenate([pictures, drawn]))
+    features = sum(jnp.mean(jnp.abs(level[count:] - level[:count])) for level in levels)
+    answers = jnp.mean(jnp.square(both[count:] - both[:count]))
+    value = absolute + squared + 2 * edges + config.critic * features + config.answers * answers
+    parts = {"absolute": absolute, "mse": jnp.mean(jnp.square(error)), "features": features, "answers": answers}
+    return value, parts
+
+
+def train_vae(config: VAETraining, critic: Judge, folder: Path, work: Path) -> Any:
+    """Train, or go on; returns the parameters."""
+    pixels = np.load(work / "data" / "pixels.npy", mmap_mode="r")[training_pictures(work)]
+    network = module()
+    batch = trainer.share(config.batch)
 
     def loss(params, arrays, key):
         draw, sample = jax.random.split(key)
@@ -93,20 +135,9 @@ def train_vae(config: VAETraining, critic: Judge, folder: Path, work: Path) -> A
         mean, deviation = split(network.apply({"params": params}, pictures, method="encode"))
         latents = mean + deviation * jax.random.normal(sample, mean.shape)
         drawn = network.apply({"params": params}, latents, method="decode")
-        error = drawn - pictures
-        absolute = jnp.mean(weight * jnp.abs(error))
-        squared = jnp.mean(weight * jnp.square(error))
-        edges = sum(
-            jnp.mean(jnp.abs(difference))
-            for difference in (error[:, 1:] - error[:, :-1], error[:, :, 1:] - error[:, :, :-1])
-        )
-        both, levels = critic_network.apply({"params": arrays["critic"]}, jnp.concatenate([pictures, drawn]))
-        features = sum(jnp.mean(jnp.abs(level[batch:] - level[:batch])) for level in levels)
-        answers = jnp.mean(jnp.square(both[batch:] - both[:batch]))
+        value, parts = drawing_loss(config, critic, arrays["critic"], pictures, drawn)
         kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.square(deviation) - 1 - 2 * jnp.log(deviation))
-        value = absolute + squared + 2 * edges + config.critic * (features + 0.02 * answers) + config.kl * kl
-        return value, {"absolute": absolute, "mse": jnp.mean(jnp.square(error)), "features": features,
-                       "answers": answers, "kl": kl}  # fmt: skip
+        return value + config.kl * kl, parts | {"kl": kl}
 
     def init(key):
         return network.init(key, jnp.zeros((1, data.SIDE, data.SIDE, 3)))["params"]
@@ -116,6 +147,32 @@ def train_vae(config: VAETraining, critic: Judge, folder: Path, work: Path) -> A
         optimizer=trainer.adamw(trainer.schedule(config.learning_rate, config.steps, 100)),
         steps=config.steps, seed=config.seed, decay=0.995,
     )  # fmt: skip
+
+
+def train_decoder(config: DecoderTraining, params: Any, moments: np.ndarray, critic: Judge, folder: Path, work: Path):
+    """Go on with the decoder of `params` alone, on the `moments` of all pictures; returns all parameters."""
+    chosen = training_pictures(work)
+    pixels = np.load(work / "data" / "pixels.npy", mmap_mode="r")[chosen]
+    network = module()
+    batch = trainer.share(config.batch)
+    untrained = {name: part for name, part in params.items() if name in DECODER}
+
+    def loss(decoder, arrays, key):
+        draw, sample = jax.random.split(key)
+        index = jax.random.randint(draw, (batch,), 0, arrays["pixels"].shape[0])
+        pictures = arrays["pixels"][index].astype(jnp.float32) / 127.5 - 1.0
+        mean, deviation = split(arrays["moments"][index])
+        latents = mean + deviation * jax.random.normal(sample, mean.shape)
+        drawn = network.apply({"params": decoder}, latents, method="decode")
+        return drawing_loss(config, critic, arrays["critic"], pictures, drawn)
+
+    trained = trainer.fit(
+        folder=folder, init=lambda key: untrained, loss=loss,
+        data={"pixels": pixels, "moments": moments[chosen], "critic": critic.params},
+        optimizer=trainer.adamw(trainer.schedule(config.learning_rate, config.steps, 100)),
+        steps=config.steps, seed=config.seed, decay=0.995,
+    )  # fmt: skip
+    return {**params, **trained}
 
 
 def encode(params: Any, pixels: np.ndarray, batch: int = 64) -> np.ndarray:

@@ -1,0 +1,337 @@
+"""``ti-jax plan``: what a training run will need, read off its compiled step. No weights are loaded and none are made.
+
+For a TPU slice the step is compiled ahead of time by libtpu, which runs on any Linux machine; the chips are not needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from .config import PlanConfig, resolve_plan
+from .data.prompts import load_templates
+from .diffusion.schedule import NoiseSchedule
+from .errors import InputError
+from .networks import Condition, make_networks, network_shapes
+from .training.optimizer import make_optimizer
+from .training.parallel import AXIS, make_mesh, make_run_steps
+from .training.step import Dataset, Frozen, TrainState, make_train_step
+from .weights.hub import resolve as resolve_model
+from .weights.published import PUBLISHED
+from .weights.sources import open_source
+from .work import least_flops
+
+PICTURES = 4  # of a concept whose folder is not named
+GIGA, TERA = 1e9, 1e12
+# What well-tuned diffusion models reach of a chip's published peak.
+USUAL_UTILISATION = 0.4
+# More compilations than this for the largest batch mean that memory does not go up with the batch as it should.
+BATCHES_TRIED = 4
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What a maker publishes of a device: its name there, memory in bytes, and peak FLOP/s in bfloat16."""
+
+    name: str
+    memory: float
+    peak: float
+
+
+# By JAX's `device_kind`. https://cloud.google.com/tpu/docs, https://www.nvidia.com/en-us/data-center/h100/ and /a100/
+CHIPS = {
+    "TPU v4": Chip("TPU v4", 32 * 2**30, 275 * TERA),
+    "TPU v5 lite": Chip("TPU v5e", 16 * 2**30, 197 * TERA),
+    "TPU v5": Chip("TPU v5p", 95 * 2**30, 459 * TERA),
+    "TPU v6 lite": Chip("TPU v6e", 32 * 2**30, 918 * TERA),
+    "NVIDIA A100-SXM4-40GB": Chip("A100", 40e9, 312 * TERA),
+    "NVIDIA A100-SXM4-80GB": Chip("A100", 80e9, 312 * TERA),
+    "NVIDIA H100 80GB HBM3": Chip("H100", 80e9, 989 * TERA),
+    "NVIDIA H200": Chip("H200", 141e9, 989 * TERA),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the compiled step says.
+
+    Attributes:
+      model: as the user named it. devices: how many, and of which kind. batch: samples a device and micro-batch.
+      samples: that one update sees, over all devices.
+      arguments, temporary, code: bytes on each device: weights and data; activations; the program.
+      memory: bytes that a device has, None where nothing says so.
+      flops: of one update on one device, as compiled. least_flops: that cannot be done without.
+      crossing: bytes that each device sends for an update, by kind of transfer.
+      peak: FLOP/s of the device in bfloat16, None if not known or not in use.
+      largest_batch: that fits, None if it was not looked for.
+    """
+
+    model: str
+    devices: str
+    batch: int
+    samples: int
+    arguments: int
+    temporary: int
+    code: int
+    memory: float | None
+    flops: float
+    least_flops: float
+    crossing: Mapping[str, int]
+    peak: float | None
+    largest_batch: int | None = None
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes that a device must have."""
+        return self.arguments + self.temporary + self.code
+
+    def lines(self) -> Iterator[str]:
+        """For people."""
+        of = f" of {self.memory / GIGA:.1f} GB" if self.memory else ""
+        fits = "" if self.memory is None or self.peak_memory <= self.memory else ": IT DOES NOT FIT"
+        yield f"{self.model}: {self.batch} a device on {self.devices}, {self.samples} samples an update"
+        yield f"  memory         {self.peak_memory / GIGA:.2f} GB{of} a device{fits}"
+        yield f"    weights, data  {self.arguments / GIGA:.2f} GB"
+        yield f"    activations    {self.temporary / GIGA:.2f} GB"
+        yield f"    program        {self.code / GIGA:.2f} GB"
+        share = self.flops / self.least_flops
+        yield f"  work           {self.flops / TERA:.3f} TFLOP an update and device, {share:.2f} of the least possible"
+        sent = ", ".join(f"{kind} {count / 1e3:.1f} kB" for kind, count in self.crossing.items()) or "nothing"
+        yield f"  between devices  {sent} an update"
+        if self.peak:
+            floor, usual = (self.flops / self.peak / share * 1e3 for share in (1, USUAL_UTILISATION))
+            yield (
+                f"  time           {floor:.1f} ms an update at the published peak of {self.peak / TERA:.0f} TFLOP/s, "
+                f"{usual:.1f} ms at {USUAL_UTILISATION:.0%} of it: an estimate, nothing was run"
+            )
+        if self.largest_batch is not None:
+            yield f"  largest batch  {self.largest_batch} a device"
+
+
+def plan(config: PlanConfig) -> Plan:
+    """Compile the training step that the config describes, and read off what it needs.
+
+    Raises:
+      InputError: no such model or topology, libtpu is not installed, or the step does not fit.
+    """
+    config = resolve_plan(config)
+    devices = _devices(config.topology)
+    if config.mixed_precision is None:
+        bf16 = config.topology is not None or devices[0].platform != "cpu"
+    else:
+        bf16 = config.mixed_precision == "bf16"
+    planner = _Planner(config, devices, jnp.bfloat16 if bf16 else jnp.float32)
+    assert config.train_batch_size is not None, "the config is resolved"
+    found = planner.at(config.train_batch_size)
+    if found is None:
+        raise InputError(
+            f"a batch of {config.train_batch_size} at {planner.resolution} px does not fit: the compiler finds no way "
+            "to lay it out in the device's memory; give a smaller --train_batch_size or --gradient_checkpointing"
+        )
+    if config.largest_batch:
+        found = dataclasses.replace(found, largest_batch=planner.largest(found))
+    return found
+
+
+class _Planner:
+    """The step of one config on some devices, at any batch size."""
+
+    def __init__(self, config: PlanConfig, devices: Sequence[Any], dtype: Any):
+        configs = _configs(config)
+        self.config, self.mesh, self.dtype = config, make_mesh(devices), dtype
+        self.networks = make_networks(configs, dtype, config.gradient_checkpointing)
+        self.schedule = NoiseSchedule.from_config(configs["scheduler"])
+        factor = self.networks.latent_factor
+        self.resolution = config.resolution or self.networks.unet.config.sample_size * factor
+        if self.resolution % factor:
+            raise InputError(f"--resolution {self.resolution}: must be a multiple of {factor}")
+        chip = CHIPS.get(devices[0].device_kind)
+        self.memory = chip.memory if chip else _memory_of(devices[0])
+        self.peak = chip.peak if chip and dtype == jnp.bfloat16 else None
+        kind = chip.name if chip else devices[0].device_kind
+        self.devices = f"{len(devices)} x {kind}, {np.dtype(dtype).name}, {self.resolution} px"
+
+    def at(self, batch: int) -> Plan | None:
+        """The plan for a batch on each device; None if the compiler says that it does not fit."""
+        config = self.config
+        accumulation = config.gradient_accumulation_steps
+        samples = batch * accumulation * self.mesh.size
+        optimizer, _ = make_optimizer(config, config.max_train_steps or 1, samples)
+        step = make_train_step(
+            self.networks, optimizer, batch_size=batch, accumulation=accumulation, num_devices=self.mesh.size,
+            axis_name=AXIS,
+        )  # fmt: skip
+        frozen = self._placed(self._frozen())
+        rows = self._rows()
+        scalar = jax.ShapeDtypeStruct
+        state = TrainState(rows, jax.eval_shape(optimizer.init, rows), scalar((), jnp.int32), scalar((), jnp.bool_))
+        run_steps = make_run_steps(step, self.mesh, config.logging_steps)
+        lowered = run_steps.lower(frozen, self._placed(state), self._placed(scalar((), jnp.int32)))
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" in str(error):
+                return None
+            raise
+        memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+        assert memory is not None, "every backend that compiles ahead of time says how much memory a program takes"
+        return Plan(
+            model=config.pretrained_model_name_or_path or "mini-sd",
+            devices=self.devices,
+            batch=batch,
+            samples=samples,
+            arguments=memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
+            temporary=memory.temp_size_in_bytes,
+            code=memory.generated_code_size_in_bytes,
+            memory=self.memory,
+            # The analysis counts the body of a loop once: the steps of a chunk, and the micro-batches of a step.
+            flops=cost["flops"] * accumulation,
+            least_flops=self._least_flops(batch) * accumulation,
+            crossing={kind: size * accumulation for kind, size in crossing_bytes(compiled.as_text()).items()},
+            peak=self.peak,
+        )
+
+    def largest(self, first: Plan) -> int:
+        """The largest batch that fits; memory goes up with the batch by the same for each sample."""
+        if self.memory is None:
+            raise InputError("--largest_batch: this machine does not say how much memory its devices have")
+        fits, does_not = first.batch, None
+        second = self.at(2 * first.batch)
+        if second is None or second.peak_memory > self.memory:
+            does_not = 2 * first.batch
+            guess = first.batch + first.batch // 2
+        else:
+            fits = second.batch
+            each = (second.peak_memory - first.peak_memory) / first.batch
+            guess = second.batch + int((self.memory - second.peak_memory) / max(each, 1))
+        for _ in range(BATCHES_TRIED):
+            if guess <= fits or (does_not is not None and guess >= does_not):
+                break
+            found = self.at(guess)
+            if found is not None and found.peak_memory <= self.memory:
+                fits, guess = guess, guess + 1
+            else:
+                does_not, guess = guess, max(fits + 1, guess - max(1, guess // 16))
+        return fits
+
+    def _rows(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return {
+            name: jax.ShapeDtypeStruct((self.config.num_vectors, module.config.hidden_size), jnp.float32)
+            for name, module in self.networks.text_encoders
+        }
+
+    def _frozen(self) -> Frozen:
+        """The step's constant arguments as shapes."""
+        config, networks = self.config, self.networks
+        shapes = network_shapes(networks)
+        del shapes["vae"]
+        params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype), shapes)
+        side, channels = self.resolution // networks.latent_factor, networks.vae.config.latent_channels
+        prompts = len(load_templates(config.learnable_property, config.templates))
+        number = jax.ShapeDtypeStruct((), jnp.float32)
+        return Frozen(
+            params=params,
+            schedule=jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.schedule),
+            dataset=Dataset(
+                moments=jax.ShapeDtypeStruct((PICTURES, 2, side, side, 2 * channels), jnp.float32),
+                ids={
+                    name: jax.ShapeDtypeStruct((prompts, module.config.max_position_embeddings), jnp.int32)
+                    for name, module in networks.text_encoders
+                },
+                time_ids=jax.ShapeDtypeStruct((PICTURES, 2, 6), jnp.float32),
+                flip_probability=number,
+                latent_scale=number,
+                latent_shift=number,
+            ),
+            row_mask={
+                name: jax.ShapeDtypeStruct((config.num_vectors,), jnp.bool_) for name, _ in networks.text_encoders
+            },
+            key=jax.eval_shape(lambda: jax.random.key(0)),
+        )
+
+    def _placed(self, tree: Any) -> Any:
+        """A whole copy of each leaf on each device."""
+        everywhere = NamedSharding(self.mesh, P())
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), tree)
+
+    def _least_flops(self, batch: int) -> float:
+        """Of the loss and its gradient for the rows, at a batch."""
+        frozen, config = self._frozen(), self.networks.vae.config
+        side = self.resolution // self.networks.latent_factor
+        noisy = jax.ShapeDtypeStruct((batch, side, side, config.latent_channels), jnp.float32)
+        timesteps = jax.ShapeDtypeStruct((batch,), jnp.int32)
+        ids = {name: jax.ShapeDtypeStruct((batch, ids.shape[1]), jnp.int32) for name, ids in frozen.dataset.ids.items()}
+
+        def predict(rows: Any, params: Any, ids: Any, noisy: jax.Array, timesteps: jax.Array) -> jax.Array:
+            condition: Condition = self.networks.encode_text(params, ids, rows)
+            return self.networks.predict_noise(params, noisy, timesteps, condition)
+
+        arguments = (self._rows(), frozen.params, ids, noisy, timesteps)
+        trained = [[index == 0] * len(jax.tree.leaves(tree)) for index, tree in enumerate(arguments)]
+        return least_flops(jax.make_jaxpr(predict)(*arguments), [each for part in trained for each in part])
+
+
+_SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
+_TRANSFER = re.compile(
+    r"= (?P<shape>\(.*?\)|\S+) "
+    r"(?P<kind>all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
+)
+
+
+def crossing_bytes(program: str) -> dict[str, int]:
+    """Bytes of the results of each kind of transfer between devices in a compiled program's text."""
+    found: dict[str, int] = {}
+    for match in _TRANSFER.finditer(program):
+        parts = re.findall(r"(\w+)\[([\d,]*)\]", match["shape"])
+        size = sum(_SIZES.get(kind, 4) * math.prod(int(n) for n in dims.split(",") if n) for kind, dims in parts)
+        found[match["kind"]] = found.get(match["kind"], 0) + size
+    return found
+
+
+def _configs(config: PlanConfig) -> Mapping[str, Mapping[str, Any]]:
+    """The components' configurations: of a model that is published under the name, or of the model itself."""
+    name = config.pretrained_model_name_or_path
+    if name in PUBLISHED:
+        return PUBLISHED[name]
+    path = resolve_model(name, config.revision, config.variant)
+    with open_source(path, config.variant, config.prediction_type) as source:
+        return source.configs
+
+
+def _devices(topology: str | None) -> Sequence[Any]:
+    """This machine's devices, or those of a TPU slice that need not be there."""
+    if topology is None:
+        return jax.devices()
+    from jax.experimental import topologies
+
+    # libtpu would ask a cloud machine's metadata server which slice it is in.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    try:
+        import libtpu  # noqa: F401
+    except ImportError as error:
+        message = "--topology needs libtpu, the TPU compiler: pip install 'ti_jax[plan]' (Linux only)"
+        raise InputError(message) from error
+    try:
+        return topologies.get_topology_desc(topology, platform="tpu").devices
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--topology {topology}: {reason}; known are v4:2x2x1, v5e:2x4, v6e:4x4 and so on") from error
+
+
+def _memory_of(device: Any) -> float | None:
+    """Bytes that a device of this machine has."""
+    if device.platform == "cpu":
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) if hasattr(os, "sysconf") else None
+    stats = device.memory_stats() or {}
+    return stats.get("bytes_limit")

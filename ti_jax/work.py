@@ -1,0 +1,75 @@
+"""How much arithmetic a training step cannot do without, counted on the traced function."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+
+def least_flops(jaxpr: ClosedJaxpr, trained: Sequence[bool]) -> float:
+    """Floating-point operations of a function and of its gradient with respect to some of its arguments.
+
+    Counted are products and convolutions, beside which the rest is little. Each is done once on the way forward; on the
+    way back once more for every one of its two factors that the `trained` arguments have an influence on.
+
+    Args:
+      jaxpr: of the function, from `jax.make_jaxpr`.
+      trained: for each of its flat arguments, whether the gradient goes there.
+    """
+    return _count(jaxpr.jaxpr, list(trained))[0]
+
+
+def _count(jaxpr: Jaxpr, trained: list[bool]) -> tuple[float, list[bool]]:
+    """Operations, and which results the trained arguments have an influence on."""
+    touched = {variable for variable, is_touched in zip(jaxpr.invars, trained, strict=True) if is_touched}
+    total = 0.0
+    for equation in jaxpr.eqns:
+        inputs = [not isinstance(value, Literal) and value in touched for value in equation.invars]
+        name = equation.primitive.name
+        outputs = [any(inputs)] * len(equation.outvars)
+        if name in ("dot_general", "conv_general_dilated"):
+            total += _forward(equation) * (1 + sum(inputs))
+        elif name == "cond":  # of which one branch is taken: for each platform the same is done in another way
+            branches = [_count(branch.jaxpr, inputs[1:]) for branch in equation.params["branches"]]
+            total += max(flops for flops, _ in branches)
+            outputs = [any(each) for each in zip(*(results for _, results in branches), strict=True)]
+        elif name == "scan":
+            flops, outputs = _scan(equation, inputs)
+            total += flops
+        else:
+            for inner in _inner(equation.params):
+                flops, outputs = _count(inner, inputs)
+                total += flops
+        touched |= {variable for variable, out in zip(equation.outvars, outputs, strict=True) if out}
+    return total, [not isinstance(value, Literal) and value in touched for value in jaxpr.outvars]
+
+
+def _scan(equation: Any, inputs: list[bool]) -> tuple[float, list[bool]]:
+    """As `_count`; what is carried is touched if any turn of the loop touches it."""
+    constants, carried = equation.params["num_consts"], equation.params["num_carry"]
+    while True:
+        flops, outputs = _count(equation.params["jaxpr"].jaxpr, inputs)
+        now = [one or other for one, other in zip(inputs[constants:], outputs[:carried], strict=False)]
+        if inputs[constants : constants + carried] == now:
+            return flops * equation.params["length"], outputs
+        inputs = [*inputs[:constants], *now, *inputs[constants + carried :]]
+
+
+def _inner(params: dict[str, Any]) -> list[Jaxpr]:
+    """Functions that an operation calls with its own arguments."""
+    found = [params.get(name) for name in ("jaxpr", "call_jaxpr", "fun_jaxpr")]
+    return [each.jaxpr if isinstance(each, ClosedJaxpr) else each for each in found if each is not None]
+
+
+def _forward(equation: Any) -> float:
+    """Multiplications and additions of a product or a convolution."""
+    left, right = (variable.aval.shape for variable in equation.invars)
+    results = math.prod(equation.outvars[0].aval.shape)
+    numbers = equation.params["dimension_numbers"]
+    if equation.primitive.name == "dot_general":
+        (contracted, _), _ = numbers
+        return 2.0 * results * math.prod(left[axis] for axis in contracted)
+    return 2.0 * results * math.prod(right) / right[numbers.rhs_spec[0]]

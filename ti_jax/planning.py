@@ -315,8 +315,12 @@ def _devices(topology: str | None) -> Sequence[Any]:
         return jax.devices()
     from jax.experimental import topologies
 
-    # libtpu would ask a cloud machine's metadata server which slice it is in.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # What there is to compute is computed here, and JAX looks for no TPU; libtpu would ask a cloud machine's metadata
+    # server which slice it is in.
+    jax.config.update("jax_platforms", "cpu")
+    quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "none", "TPU_WORKER_HOSTNAMES": "localhost"}
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
     try:
         import libtpu  # noqa: F401
     except ImportError as error:

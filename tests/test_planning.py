@@ -1,0 +1,123 @@
+"""``ti-jax plan``: what it reads off a compiled step is what the step has."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_full_size import TEXT_PARAMETERS, UNET_PARAMETERS, VAE_PARAMETERS
+
+from ti_jax.cli import main
+from ti_jax.config import PlanConfig
+from ti_jax.networks import make_networks, network_shapes
+from ti_jax.pipeline import StableDiffusion
+from ti_jax.planning import crossing_bytes, plan
+from ti_jax.weights.published import PUBLISHED, SD15, SD21, SDXL
+
+SIZES = [
+    (SD15, {"text_encoder": "ViT-L"}, "sd1.5"),
+    (SD21, {"text_encoder": "ViT-H"}, "sd2.1"),
+    (SDXL, {"text_encoder": "ViT-L", "text_encoder_2": "bigG"}, "sdxl"),
+]
+
+
+@pytest.mark.parametrize(("configs", "encoders", "unet"), SIZES)
+def test_published_sizes(configs, encoders, unet):
+    shapes = network_shapes(make_networks(configs, jnp.bfloat16, False))
+    counts = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in shapes.items()}
+    wanted = {name: TEXT_PARAMETERS[size] for name, size in encoders.items()}
+    assert counts == wanted | {"unet": UNET_PARAMETERS[unet], "vae": VAE_PARAMETERS}
+
+
+def test_the_shipped_configs_name_published_models():
+    from pathlib import Path
+
+    import yaml
+
+    configs = Path(__file__).parent.parent / "configs"
+    for name in ("sd15", "sd21", "sdxl"):
+        assert yaml.safe_load((configs / f"{name}.yaml").read_text())["pretrained_model_name_or_path"] in PUBLISHED
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return plan(PlanConfig(train_batch_size=2, num_vectors=3))
+
+
+def test_memory_holds_the_weights_that_the_step_reads(embedded):
+    params = StableDiffusion.from_pretrained().params
+    weights = sum(leaf.nbytes for name in ("text_encoder", "unet") for leaf in jax.tree.leaves(params[name]))
+    # Beside them lie the pictures' moments, prompts and schedule.
+    assert weights < embedded.arguments < weights + 2e5
+    assert embedded.temporary > 1e6
+    assert embedded.peak_memory == embedded.arguments + embedded.temporary + embedded.code
+
+
+def test_only_rows_and_scalars_cross_devices(embedded):
+    rows = 3 * 192 * 4
+    assert jax.device_count() == 8
+    assert embedded.samples == 16
+    assert set(embedded.crossing) == {"all-reduce"}
+    assert rows < embedded.crossing["all-reduce"] <= rows + 16
+
+
+def test_work_is_about_the_least_possible(embedded):
+    assert 0.95 < embedded.flops / embedded.least_flops < 1.5
+
+
+def test_the_published_step_of_stable_diffusion_needs_what_is_known_of_it():
+    from ti_jax.config import resolve_plan
+    from ti_jax.planning import _Planner
+
+    config = resolve_plan(PlanConfig(pretrained_model_name_or_path="stable-diffusion-v1-5/stable-diffusion-v1-5"))
+    planner = _Planner(config, jax.devices()[:1], jnp.bfloat16)
+    # 308 TFLOP/s is 44 ms at batch 8.
+    np.testing.assert_allclose(planner._least_flops(8), 308e12 * 0.044, rtol=0.01)
+
+
+def test_transfers_are_found_in_a_program():
+    program = """
+      %all-reduce.1 = (f32[2,768]{1,0}, f32[]) all-reduce(%a, %b), channel_id=1
+      %gather = bf16[8,4]{1,0} all-gather-start(bf16[1,4] %c), dimensions={0}
+      ROOT %done = bf16[8,4]{1,0} all-gather-done(%gather)
+    """
+    assert crossing_bytes(program) == {"all-reduce": 2 * 768 * 4 + 4, "all-gather": 8 * 4 * 2}
+
+
+def test_the_command_tells_it(capsys):
+    assert main(["plan", "--train_batch_size", "1", "--gradient_accumulation_steps", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "mini-sd: 1 a device on 8 x cpu, float32, 64 px, 16 samples an update" in out
+    assert "of the least possible" in out
+
+
+def test_a_batch_is_looked_for(monkeypatch):
+    monkeypatch.setattr("ti_jax.planning._memory_of", lambda device: 3e8)
+    found = plan(PlanConfig(train_batch_size=1, largest_batch=True))
+    assert found.largest_batch > 2
+    assert plan(PlanConfig(train_batch_size=found.largest_batch)).peak_memory <= 3e8
+    assert plan(PlanConfig(train_batch_size=found.largest_batch + 1)).peak_memory > 3e8
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
+def test_without_libtpu_one_line(capsys):
+    assert main(["plan", "--topology", "v5e:2x2"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "pip install 'ti_jax[plan]'" in err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="pip install -e '.[plan]'")
+def test_for_a_tpu_slice():
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", "ti_jax", "plan", "--topology", "v5e:2x2"],
+        capture_output=True, text=True, env=environment, check=True,
+    )  # fmt: skip
+    assert "mini-sd: 8 a device on 4 x TPU v5e, bfloat16, 64 px, 32 samples an update" in done.stdout
+    assert "all-reduce 0.8 kB an update" in done.stdout

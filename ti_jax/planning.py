@@ -318,9 +318,9 @@ def _devices(topology: str | None) -> Sequence[Any]:
     # What there is to compute is computed here, and JAX looks for no TPU; libtpu would ask a cloud machine's metadata
     # server which slice it is in.
     jax.config.update("jax_platforms", "cpu")
-    quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "none", "TPU_WORKER_HOSTNAMES": "localhost"}
-    for name, value in quiet.items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # libtpu lets one process at a time have the chips; here none is used, and several may plan.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
         import libtpu  # noqa: F401
     except ImportError as error:

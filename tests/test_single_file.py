@@ -24,6 +24,7 @@ from ti_jax import drawing
 from ti_jax.config import InferConfig, resolve_infer
 from ti_jax.diffusion.samplers import make_sampler
 from ti_jax.errors import InputError
+from ti_jax.text_encoders import TextEncoders
 from ti_jax.weights.families import SD1, SD2
 from ti_jax.weights.ldm_configs import layers_unused
 from ti_jax.weights.sources import open_source
@@ -295,3 +296,12 @@ def test_memory_is_the_tree_and_a_tensor(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(MEASURE), str(small), str(large)]
     peak, tree = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
     assert 220 * 1024 < tree < peak < tree + (24 + 24) * 1024
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_words_are_looked_at_with_a_single_file_too(model, family):
+    """Also with one that does not say what its UNet predicts, which does not matter here."""
+    _, _, folder, file = model(family)
+    ours, theirs = TextEncoders.from_pretrained(str(file)), TextEncoders.from_pretrained(str(folder))
+    assert ours.embedding_dims == theirs.embedding_dims
+    assert_same_trees(ours, theirs)

@@ -51,15 +51,13 @@ class TextEncoders:
     def from_pretrained(
         cls, path_or_hub_id: str | None = None, revision: str | None = None, variant: str | None = None
     ) -> TextEncoders:
-        """Read them from a diffusers folder or hub repository; ``None`` is the embedded default.
+        """Read them from a diffusers folder, hub repository or single file; ``None`` is the embedded default.
 
         Raises:
           InputError: as `StableDiffusion.from_pretrained`, of the text encoders.
         """
         path = resolve(path_or_hub_id, revision, variant)
-        if path.is_file():
-            raise InputError(f"{path}: a single file; to look at words, give the model as a diffusers folder")
-        with open_source(path, variant) as source:
+        with open_source(path, variant, text_only=True) as source:
             modules = {
                 name: CLIPTextModel(CLIPTextConfig.from_dict(source.configs[name]), jnp.float32)
                 for name in source.text_encoders

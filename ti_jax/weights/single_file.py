@@ -46,11 +46,12 @@ class Checkpoint(NamedTuple):
 
 
 @contextlib.contextmanager
-def open_checkpoint(path: Path, prediction_type: str | None) -> Iterator[Checkpoint]:
+def open_checkpoint(path: Path, prediction_type: str | None, text_only: bool = False) -> Iterator[Checkpoint]:
     """Open a ``.safetensors`` or a PyTorch checkpoint; its first bytes tell which, and its tensors of which family.
 
     Args:
       prediction_type: what the UNet predicts, where the file does not say.
+      text_only: only the text encoders are wanted, for which it does not matter what the UNet predicts.
 
     Raises:
       InputError: a file that is broken or refused, or no checkpoint of Stable Diffusion 1.x, 2.x or XL; or what it
@@ -58,19 +59,22 @@ def open_checkpoint(path: Path, prediction_type: str | None) -> Iterator[Checkpo
     """
     with open_file(path) as file:
         family = identify(path, file.shapes)
-        scheduler = scheduler_config(path, file, family, prediction_type)
+        scheduler = None if text_only else scheduler_config(path, file, family, prediction_type)
         try:
-            configs = component_configs(file.shapes, family, scheduler["prediction_type"])
-            check_widths(family, configs)
+            if scheduler is None:
+                configs = text_configs(file.shapes, family)
+            else:
+                configs = component_configs(file.shapes, family, scheduler["prediction_type"])
+                check_widths(family, configs)
             renames = component_names(file.shapes, family, configs)
         except InputError as error:
             raise InputError(f"{path}: not a {family.name} checkpoint that ti_jax reads: {error}") from error
         taken = {name for parts in renames.values() for name in parts}
         yield Checkpoint(
             family,
-            {**configs, "scheduler": scheduler},
+            configs if scheduler is None else {**configs, "scheduler": scheduler},
             {component: RenamedTensors(file, parts) for component, parts in renames.items()},
-            [name for name in file.shapes if name not in taken and not is_buffer(name)],
+            [] if text_only else [name for name in file.shapes if name not in taken and not is_buffer(name)],
         )
 
 
@@ -122,12 +126,18 @@ def open_file(path: Path) -> Iterator[Tensors]:
         raise InputError(f"{path}: {what}; download it again")
 
 
+def text_configs(shapes: Shapes, family: Family) -> dict[str, dict[str, Any]]:
+    """Configuration of each text encoder, from the tensors' shapes."""
+    return {encoder.name: ldm_configs.text_encoder_config(shapes, encoder) for encoder in family.text_encoders}
+
+
 def component_configs(shapes: Shapes, family: Family, prediction_type: str) -> dict[str, dict[str, Any]]:
     """Configuration of each network, from the tensors' shapes."""
-    configs = {encoder.name: ldm_configs.text_encoder_config(shapes, encoder) for encoder in family.text_encoders}
-    configs["unet"] = ldm_configs.unet_config(shapes, family, prediction_type)
-    configs["vae"] = ldm_configs.vae_config(shapes, family)
-    return configs
+    return {
+        **text_configs(shapes, family),
+        "unet": ldm_configs.unet_config(shapes, family, prediction_type),
+        "vae": ldm_configs.vae_config(shapes, family),
+    }
 
 
 def check_widths(family: Family, configs: Components) -> None:
@@ -139,7 +149,7 @@ def check_widths(family: Family, configs: Components) -> None:
 
 
 def component_names(shapes: Shapes, family: Family, configs: Components) -> dict[str, dict[str, list[Part]]]:
-    """By component: name in the file -> what of a diffusers folder it holds; nothing where it is left away.
+    """By component of `configs`: name in the file -> what of a diffusers folder it holds; nothing if it is left away.
 
     Names that are not in it belong to no component.
     """
@@ -161,6 +171,8 @@ def component_names(shapes: Shapes, family: Family, configs: Components) -> dict
             elif of_name := open_clip_parts(rest):
                 found[name] = of_name
         parts[encoder.name] = found
+    if "unet" not in configs:
+        return parts
     for component, prefix, modules in (
         ("unet", UNET, unet_modules(UNetConfig.from_dict(configs["unet"]))),
         ("vae", VAE, vae_modules(VAEConfig.from_dict(configs["vae"]))),

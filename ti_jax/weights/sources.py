@@ -104,18 +104,21 @@ class _SingleFile(Source):
 
 
 @contextlib.contextmanager
-def open_source(path: Path, variant: str | None = None, prediction_type: str | None = None) -> Iterator[Source]:
+def open_source(
+    path: Path, variant: str | None = None, prediction_type: str | None = None, text_only: bool = False
+) -> Iterator[Source]:
     """Open the diffusers folder or the single-file checkpoint at `path` (see `ti_jax.weights.hub.resolve`).
 
     Args:
       variant: of a folder's weight files, e.g. ``fp16``.
       prediction_type: ``epsilon`` or ``v_prediction``, what the UNet predicts, where the model does not say.
+      text_only: only the text encoders are wanted; a single file need not say then what its UNet predicts.
 
     Raises:
       InputError: it cannot be read, is another kind of model, or says that it predicts something else.
     """
     if path.is_file():
-        with open_checkpoint(path, prediction_type) as checkpoint:
+        with open_checkpoint(path, prediction_type, text_only) as checkpoint:
             yield _SingleFile(path, checkpoint)
         return
     folder = _Folder(path, variant)

@@ -71,12 +71,12 @@ def test_work_is_about_the_least_possible(embedded):
 
 def test_the_published_step_of_stable_diffusion_needs_what_is_known_of_it():
     from ti_jax.config import resolve_plan
-    from ti_jax.planning import _Planner
+    from ti_jax.planning import Planner
 
     config = resolve_plan(PlanConfig(pretrained_model_name_or_path="stable-diffusion-v1-5/stable-diffusion-v1-5"))
-    planner = _Planner(config, jax.devices()[:1], jnp.bfloat16)
+    planner = Planner(config, jnp.bfloat16, jax.devices()[:1])
     # 308 TFLOP/s is 44 ms at batch 8.
-    np.testing.assert_allclose(planner._least_flops(8), 308e12 * 0.044, rtol=0.01)
+    np.testing.assert_allclose(planner.least_flops(8), 308e12 * 0.044, rtol=0.01)
 
 
 def test_transfers_are_found_in_a_program():

@@ -72,8 +72,8 @@ class InspectConfig:
     """Tell what files of learned words hold: format, family, norms, nearest words, metadata."""
 
     pretrained_model_name_or_path: str | None = None
-    """Model to compare with: a diffusers folder, a Hugging Face Hub id or a single checkpoint. Left out: the small model
-    that comes with ti_jax, where the word is for it."""
+    """Model to compare with: a diffusers folder, a Hugging Face Hub id or a single checkpoint. Left out: the small
+    model that comes with ti_jax, where the word is for it."""
     revision: str | None = None
     """Branch, tag or commit of the hub repository."""
     variant: str | None = None

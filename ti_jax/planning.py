@@ -131,7 +131,7 @@ def plan(config: PlanConfig) -> Plan:
         bf16 = config.topology is not None or devices[0].platform != "cpu"
     else:
         bf16 = config.mixed_precision == "bf16"
-    planner = _Planner(config, devices, jnp.bfloat16 if bf16 else jnp.float32)
+    planner = Planner(config, jnp.bfloat16 if bf16 else jnp.float32, devices)
     assert config.train_batch_size is not None, "the config is resolved"
     found = planner.at(config.train_batch_size)
     if found is None:
@@ -144,10 +144,11 @@ def plan(config: PlanConfig) -> Plan:
     return found
 
 
-class _Planner:
+class Planner:
     """The step of one config on some devices, at any batch size."""
 
-    def __init__(self, config: PlanConfig, devices: Sequence[Any], dtype: Any):
+    def __init__(self, config: PlanConfig, dtype: Any, devices: Sequence[Any] | None = None):
+        devices = jax.devices() if devices is None else devices
         configs = _configs(config)
         self.config, self.mesh, self.dtype = config, make_mesh(devices), dtype
         self.networks = make_networks(configs, dtype, config.gradient_checkpointing)
@@ -197,7 +198,7 @@ class _Planner:
             memory=self.memory,
             # The analysis counts the body of a loop once: the steps of a chunk, and the micro-batches of a step.
             flops=cost["flops"] * accumulation,
-            least_flops=self._least_flops(batch) * accumulation,
+            least_flops=self.least_flops(batch) * accumulation,
             crossing={kind: size * accumulation for kind, size in crossing_bytes(compiled.as_text()).items()},
             peak=self.peak,
         )
@@ -265,7 +266,7 @@ class _Planner:
         everywhere = NamedSharding(self.mesh, P())
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), tree)
 
-    def _least_flops(self, batch: int) -> float:
+    def least_flops(self, batch: int) -> float:
         """Of the loss and its gradient for the rows, at a batch."""
         frozen, config = self._frozen(), self.networks.vae.config
         side = self.resolution // self.networks.latent_factor

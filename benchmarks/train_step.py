@@ -1,0 +1,360 @@
+"""How fast is a training step, against PyTorch? All that are compared run by turns, and only ratios mean something.
+
+    python benchmarks/train_step.py                                  # the embedded model, batch 8
+    python benchmarks/train_step.py --size 137m --batch_size 2       # a UNet of 137M parameters at 256 px
+    python benchmarks/train_step.py --size sd15 --batch_size 8 --dtype bfloat16      # on a GPU
+
+    ours     ti_jax's training loop
+    stock    PyTorch as diffusers' script has it (benchmarks/torch_loops.py)
+    strong   PyTorch as fast as we know to write it; with --torch_compile compiled
+
+Models but the embedded one have random weights. Each contender is a process of its own that sleeps while another runs.
+Before anything is measured, the losses and the row's gradients of all on the same draws must agree. Seconds do not
+hold compiling, which is told apart: with an empty cache of programs, and from the cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT)]
+
+from ti_jax.config import ASSETS, TrainConfig  # noqa: E402
+
+CONTENDERS = ("ours", "stock", "strong")
+CONCEPT = ASSETS / "concepts" / "cleo"
+TEMPLATES = ASSETS / "demo_templates.txt"
+TOKEN, INITIALIZER = "<cleo>", "person"
+# Of float32 sums in another order, through the whole UNet and back.
+AGREEMENT = 1e-3
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured.
+
+    Attributes:
+      model: a diffusers folder. resolution: side of the pictures in pixels, None: the model's.
+      batch_size: pictures a step. dtype: of the frozen networks. torch_compile: of the strong loop.
+      profile: where ours writes a trace, None: nowhere.
+    """
+
+    model: Path
+    resolution: int | None
+    batch_size: int
+    dtype: str
+    torch_compile: bool = False
+    profile: str | None = None
+
+    def config(self) -> TrainConfig:
+        """As ti_jax is told of it."""
+        return TrainConfig(
+            pretrained_model_name_or_path=str(self.model), train_data_dir=str(CONCEPT), placeholder_token=TOKEN,
+            initializer_token=INITIALIZER, templates=str(TEMPLATES), resolution=self.resolution, learning_rate=1e-3,
+            train_batch_size=self.batch_size, mixed_precision="bf16" if self.dtype == "bfloat16" else "no",
+        )  # fmt: skip
+
+
+def draws(setting: Setting, latent_shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
+    """One batch for all: latents and noise [B, h, w, c], timesteps [B], and the numbers of templates [B]."""
+    random = np.random.default_rng(0)
+    shape = (setting.batch_size, *latent_shape)
+    return {
+        "latents": random.standard_normal(shape).astype(np.float32),
+        "noise": random.standard_normal(shape).astype(np.float32),
+        "timesteps": random.integers(0, 1000, setting.batch_size),
+        "prompts": np.arange(setting.batch_size) % len(TEMPLATES.read_text().split("\n")[:-1]),
+    }
+
+
+class Contender(Protocol):
+    """Something that trains."""
+
+    def compile(self) -> dict[str, float]:
+        """Get ready; seconds by kind."""
+
+    def check(self) -> tuple[float, np.ndarray]:
+        """Loss and row gradient [D] on the common `draws`."""
+
+    def run(self, steps: int) -> float:
+        """Seconds that so many steps take."""
+
+
+class Ours:
+    """ti_jax."""
+
+    def __init__(self, setting: Setting):
+        import jax
+
+        from ti_jax.config import resolve
+        from ti_jax.pipeline import StableDiffusion
+        from ti_jax.training.optimizer import make_optimizer
+        from ti_jax.training.parallel import make_mesh, replicate
+        from ti_jax.training.setup import make_dataset, prepare_concept
+        from ti_jax.training.step import Frozen, TrainState
+
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        self.setting, self.mesh = setting, make_mesh(jax.devices()[:1])
+        config = resolve(setting.config())
+        self.sd = StableDiffusion.from_config(config)
+        self.concept = prepare_concept(config, self.sd, print)
+        self.optimizer, _ = make_optimizer(config, 1, setting.batch_size)
+        params = {name: tree for name, tree in self.sd.params.items() if name != "vae"}
+        masks = {name: jax.numpy.asarray(mask) for name, mask in self.concept.row_mask.items()}
+        dataset = make_dataset(config, self.sd, self.concept)
+        self.frozen = replicate(Frozen(params, self.sd.schedule, dataset, masks, jax.random.key(0)), self.mesh)
+        rows = {name: jax.numpy.asarray(value) for name, value in self.concept.rows.items()}
+        state = TrainState(rows, self.optimizer.init(rows), jax.numpy.int32(0), jax.numpy.bool_(True))
+        self.state = replicate(state, self.mesh)
+        height, width = self.concept.pictures.pixels.shape[1:3]
+        self.latent_shape = self.sd.latent_shape(height, width)
+
+    def compile(self) -> dict[str, float]:
+        """Cold and from the cache; then one step, to be warm."""
+        import jax
+
+        from ti_jax.training.parallel import AXIS, make_run_steps
+        from ti_jax.training.step import make_train_step
+
+        seconds = {}
+        with tempfile.TemporaryDirectory() as cache:
+            jax.config.update("jax_compilation_cache_dir", cache)
+            for kind in ("cold", "cached"):
+                step = make_train_step(
+                    self.sd.networks, self.optimizer, batch_size=self.setting.batch_size, accumulation=1,
+                    num_devices=1, axis_name=AXIS,
+                )  # fmt: skip
+                start = time.perf_counter()
+                lowered = make_run_steps(step, self.mesh, 1000).lower(self.frozen, self.state, jax.numpy.int32(1))
+                self.run_steps = lowered.compile()
+                seconds[kind] = time.perf_counter() - start
+            jax.config.update("jax_compilation_cache_dir", None)
+        self.run(1)
+        return seconds
+
+    def check(self) -> tuple[float, np.ndarray]:
+        """See `Contender`."""
+        import jax
+
+        from ti_jax.training.step import Batch, diffusion_loss
+
+        drawn = draws(self.setting, self.latent_shape)
+        ids = {name: np.asarray(ids)[drawn["prompts"]] for name, ids in self.frozen.dataset.ids.items()}
+        times = np.asarray(self.frozen.dataset.time_ids)[np.zeros(self.setting.batch_size, int), 0]
+        batch = Batch(drawn["latents"], drawn["noise"], drawn["timesteps"].astype(np.int32), ids, times)
+        gradient = jax.jit(jax.value_and_grad(lambda rows: diffusion_loss(self.sd.networks, self.frozen, rows, batch)))
+        loss, rows = gradient(self.state.rows)
+        return float(loss), np.asarray(rows["text_encoder"])[0]
+
+    def run(self, steps: int) -> float:
+        """See `Contender`."""
+        import contextlib
+
+        import jax
+
+        trace = jax.profiler.trace(self.setting.profile) if self.setting.profile else contextlib.nullcontext()
+        start = time.perf_counter()
+        with trace:
+            self.state, losses = self.run_steps(self.frozen, self.state, jax.numpy.int32(steps))
+            jax.block_until_ready(losses)
+        return time.perf_counter() - start
+
+
+class Torch:
+    """A loop on PyTorch."""
+
+    def __init__(self, setting: Setting, strong: bool):
+        import torch
+        from torch_loops import StockLoop, StrongLoop
+
+        from ti_jax.data.images import load_images
+        from ti_jax.data.prompts import load_templates
+
+        self.setting, self.torch = setting, torch
+        model_index = json.loads((setting.model / "unet" / "config.json").read_text())
+        pixels = load_images(str(CONCEPT), setting.resolution or 8 * model_index["sample_size"]).pixels
+        StrongLoop.compiled = setting.torch_compile
+        self.loop = (StrongLoop if strong else StockLoop)(
+            setting.model, torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
+            load_templates("object", str(TEMPLATES)), TOKEN, INITIALIZER, learning_rate=1e-3,
+            batch_size=setting.batch_size, device="cuda" if torch.cuda.is_available() else "cpu",
+            dtype=getattr(torch, setting.dtype),
+        )  # fmt: skip
+
+    def compile(self) -> dict[str, float]:
+        """PyTorch compiles at the first step, if at all."""
+        start = time.perf_counter()
+        self.run(1)
+        first = time.perf_counter() - start
+        return {"first step": first}
+
+    def check(self) -> tuple[float, np.ndarray]:
+        """See `Contender`."""
+        loop, torch = self.loop, self.torch
+        height, width = (side // 8 for side in loop.pixels.shape[2:])
+        drawn = draws(self.setting, (height, width, 4))
+        texts = [loop.templates[number].replace("{}", TOKEN) for number in drawn["prompts"]]
+        ids = loop.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        latents, noise = (torch.from_numpy(drawn[name]).permute(0, 3, 1, 2) for name in ("latents", "noise"))
+        arguments = (latents, noise, torch.from_numpy(drawn["timesteps"]), ids)
+        loss = loop.loss(*(each.to(loop.device) for each in arguments))
+        loss.backward()
+        gradient = loop.row_gradient[0]
+        loop.optimizer.zero_grad()
+        return float(loss.detach()), gradient
+
+    def run(self, steps: int) -> float:
+        """See `Contender`."""
+        return self.loop.run(steps)
+
+
+def work(name: str, setting: Setting, pipe: Connection) -> None:
+    """A contender's process: answers a number of steps with the seconds that they take and the peak memory in bytes."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    contender: Contender = Ours(setting) if name == "ours" else Torch(setting, strong=name == "strong")
+    pipe.send(contender.check())  # before a step has moved the row
+    pipe.send(contender.compile())
+    while steps := pipe.recv():
+        seconds = contender.run(steps)
+        pipe.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+
+
+def make_model(size: str, folder: Path) -> Path:
+    """A diffusers folder of a published size with random weights; the embedded model as it is."""
+    import torch
+    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from ti_jax.weights.published import SD15
+    from ti_jax.weights.tokenizers import clip_tokenizer
+
+    if size == "mini":
+        return ASSETS / "mini-sd"
+    unet = dict(SD15["unet"])
+    if size == "137m":
+        unet |= {"block_out_channels": [128, 256, 512, 512], "sample_size": 32}
+    torch.manual_seed(0)
+    StableDiffusionPipeline(
+        vae=AutoencoderKL(**SD15["vae"]),
+        text_encoder=CLIPTextModel(CLIPTextConfig(vocab_size=49408, eos_token_id=49407, **SD15["text_encoder"])),
+        tokenizer=clip_tokenizer("<|endoftext|>"),
+        unet=UNet2DConditionModel(**unet),
+        scheduler=DDPMScheduler(**SD15["scheduler"]),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def compare(names: list[str], setting: Setting, rounds: int, steps: int) -> Mapping[str, Any]:
+    """Run all by turns: by contender, seconds of each round, peak memory and seconds of compiling."""
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = {}, []
+    results: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in names}
+    answers = {}
+    for name in names:
+        pipes[name], theirs = context.Pipe()
+        processes.append(context.Process(target=work, args=(name, setting, theirs), daemon=True))
+        processes[-1].start()
+        answers[name] = pipes[name].recv()
+        results[name]["compile"] = pipes[name].recv()
+        print(f"{name}: loss {answers[name][0]:.6f}, {results[name]['compile']}", flush=True)
+    if setting.dtype == "float32":
+        loss, gradient = answers[names[0]]
+        for name, (other, its_gradient) in answers.items():
+            difference = np.linalg.norm(its_gradient - gradient) / np.linalg.norm(gradient)
+            if abs(other - loss) > AGREEMENT * loss or difference > AGREEMENT:
+                raise SystemExit(f"{name} computes something else: loss {other} against {loss}, gradient {difference}")
+    for number in range(rounds):
+        for name in names:
+            pipes[name].send(steps)
+            seconds, memory = pipes[name].recv()
+            results[name]["seconds"].append(seconds / steps)
+            results[name]["memory"] = memory
+            print(f"round {number}: {name} {seconds / steps * 1e3:.1f} ms a step", flush=True)
+    for pipe in pipes.values():
+        pipe.send(0)
+    for process in processes:
+        process.join()
+    return results
+
+
+def report(results: Mapping[str, Any], batch_size: int, flops: float) -> None:
+    """A table; ratios are medians over the rounds, with the smallest and the largest."""
+    print("| | s/step | samples/s | GFLOP/s of the least work | peak memory | ready after | ours is faster by |")
+    print("|---|---|---|---|---|---|---|")
+    ours = np.array(results["ours"]["seconds"]) if "ours" in results else None
+    for name, result in results.items():
+        seconds = np.array(result["seconds"])
+        median = float(np.median(seconds))
+        ready = ", ".join(f"{value:.1f} s {kind}" for kind, value in result["compile"].items())
+        ratio = ""
+        if ours is not None and name != "ours":
+            ratios = seconds / ours
+            ratio = f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
+        print(
+            f"| {name} | {median:.4f} | {batch_size / median:.2f} | {flops / median / 1e9:.0f} | "
+            f"{result['memory'] / 1e9:.2f} GB | {ready} | {ratio} |"
+        )
+
+
+def least_work(setting: Setting) -> float:
+    """Floating-point operations that a step cannot do without."""
+    import jax.numpy as jnp
+
+    from ti_jax.config import PlanConfig, resolve_plan
+    from ti_jax.planning import Planner
+
+    config = PlanConfig(pretrained_model_name_or_path=str(setting.model), resolution=setting.resolution)
+    return Planner(resolve_plan(config), jnp.float32).least_flops(setting.batch_size)
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=("mini", "137m", "sd15"), default="mini", help="the model")
+    parser.add_argument("--model", type=Path, default=None, help="a diffusers folder instead")
+    parser.add_argument("--resolution", type=int, default=None, help="in pixels (default: the model's)")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the frozen networks")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=10, help="a round")
+    parser.add_argument("--torch_compile", action="store_true", help="the strong loop is compiled")
+    parser.add_argument("--profile", default=None, help="folder for a trace of ours")
+    arguments = parser.parse_args()
+
+    folder = Path(tempfile.mkdtemp())
+    try:
+        model = arguments.model or make_model(arguments.size, folder)
+        setting = Setting(
+            model, arguments.resolution, arguments.batch_size, arguments.dtype, arguments.torch_compile,
+            arguments.profile,
+        )  # fmt: skip
+        print(f"{model.name if arguments.size == 'mini' else arguments.size}, batch {arguments.batch_size}, "
+              f"{arguments.dtype}, {len(os.sched_getaffinity(0))} cores", flush=True)  # fmt: skip
+        results = compare(list(arguments.contenders), setting, arguments.rounds, arguments.steps)
+        report(results, arguments.batch_size, least_work(setting))
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,18 +4,21 @@ import importlib.util
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from test_full_size import TEXT_PARAMETERS, UNET_PARAMETERS, VAE_PARAMETERS
 
 from ti_jax.cli import main
-from ti_jax.config import PlanConfig
+from ti_jax.config import PlanConfig, resolve_plan
 from ti_jax.networks import make_networks, network_shapes
 from ti_jax.pipeline import StableDiffusion
-from ti_jax.planning import crossing_bytes, plan
+from ti_jax.planning import Plan, Planner, crossing_bytes, plan
 from ti_jax.weights.published import PUBLISHED, SD15, SD21, SDXL
 
 SIZES = [
@@ -34,45 +37,43 @@ def test_published_sizes(configs, encoders, unet):
 
 
 def test_the_shipped_configs_name_published_models():
-    from pathlib import Path
-
-    import yaml
-
     configs = Path(__file__).parent.parent / "configs"
     for name in ("sd15", "sd21", "sdxl"):
         assert yaml.safe_load((configs / f"{name}.yaml").read_text())["pretrained_model_name_or_path"] in PUBLISHED
 
 
 @pytest.fixture(scope="module")
-def embedded():
-    return plan(PlanConfig(train_batch_size=2, num_vectors=3))
+def config(tiny_sd):
+    return PlanConfig(pretrained_model_name_or_path=str(tiny_sd), train_batch_size=2, num_vectors=3)
 
 
-def test_memory_holds_the_weights_that_the_step_reads(embedded):
-    params = StableDiffusion.from_pretrained().params
+@pytest.fixture(scope="module")
+def tiny(config):
+    return plan(config)
+
+
+def test_memory_holds_the_weights_that_the_step_reads(tiny, tiny_sd):
+    params = StableDiffusion.from_pretrained(tiny_sd).params
     weights = sum(leaf.nbytes for name in ("text_encoder", "unet") for leaf in jax.tree.leaves(params[name]))
     # Beside them lie the pictures' moments, prompts and schedule.
-    assert weights < embedded.arguments < weights + 2e5
-    assert embedded.temporary > 1e6
-    assert embedded.peak_memory == embedded.arguments + embedded.temporary + embedded.code
+    assert weights < tiny.arguments < weights + 2e5
+    assert tiny.temporary > 1e5
+    assert tiny.peak_memory == tiny.arguments + tiny.temporary + tiny.code
 
 
-def test_only_rows_and_scalars_cross_devices(embedded):
-    rows = 3 * 192 * 4
+def test_only_rows_and_scalars_cross_devices(tiny):
+    rows = 3 * 32 * 4
     assert jax.device_count() == 8
-    assert embedded.samples == 16
-    assert set(embedded.crossing) == {"all-reduce"}
-    assert rows < embedded.crossing["all-reduce"] <= rows + 16
+    assert tiny.samples == 16
+    assert set(tiny.crossing) == {"all-reduce"}
+    assert rows < tiny.crossing["all-reduce"] <= rows + 16
 
 
-def test_work_is_about_the_least_possible(embedded):
-    assert 0.95 < embedded.flops / embedded.least_flops < 1.5
+def test_work_is_about_the_least_possible(tiny):
+    assert 0.9 < tiny.flops / tiny.least_flops < 2
 
 
 def test_the_published_step_of_stable_diffusion_needs_what_is_known_of_it():
-    from ti_jax.config import resolve_plan
-    from ti_jax.planning import Planner
-
     config = resolve_plan(PlanConfig(pretrained_model_name_or_path="stable-diffusion-v1-5/stable-diffusion-v1-5"))
     planner = Planner(config, jnp.bfloat16, jax.devices()[:1])
     # 308 TFLOP/s is 44 ms at batch 8.
@@ -88,19 +89,38 @@ def test_transfers_are_found_in_a_program():
     assert crossing_bytes(program) == {"all-reduce": 2 * 768 * 4 + 4, "all-gather": 8 * 4 * 2}
 
 
-def test_the_command_tells_it(capsys):
-    assert main(["plan", "--train_batch_size", "1", "--gradient_accumulation_steps", "2"]) == 0
+def test_the_command_tells_it(capsys, tiny_sd):
+    flags = ["--train_batch_size", "1", "--gradient_accumulation_steps", "2"]
+    assert main(["plan", "--pretrained_model_name_or_path", str(tiny_sd), *flags]) == 0
     out = capsys.readouterr().out
-    assert "mini-sd: 1 a device on 8 x cpu, float32, 64 px, 16 samples an update" in out
+    assert f"{tiny_sd}: 1 a device on 8 x cpu, float32, 16 px, 16 samples an update" in out
     assert "of the least possible" in out
 
 
-def test_a_batch_is_looked_for(monkeypatch):
-    monkeypatch.setattr("ti_jax.planning._memory_of", lambda device: 3e8)
-    found = plan(PlanConfig(train_batch_size=1, largest_batch=True))
-    assert found.largest_batch > 2
-    assert plan(PlanConfig(train_batch_size=found.largest_batch)).peak_memory <= 3e8
-    assert plan(PlanConfig(train_batch_size=found.largest_batch + 1)).peak_memory > 3e8
+@pytest.mark.parametrize("first", [1, 4, 32])
+@pytest.mark.parametrize(("each", "most"), [(10, 5), (10, 1), (10, 40), (3, 7), (200, 0)])
+def test_the_largest_batch_for_memory_that_goes_up_with_it(config, each, most, first):
+    class Linear(Planner):
+        def plan_of(self, batch):
+            return Plan("", "", batch, 0, 100, each * batch, 0, self.memory, 1.0, 1.0, {}, None)
+
+        def at(self, batch):
+            found = self.plan_of(batch)
+            return None if found.peak_memory > 2 * self.memory else found  # beyond that the compiler gives up
+
+    planner = Linear(resolve_plan(config), jnp.float32)
+    planner.memory = 100 + each * most + each / 2
+    assert planner.largest(planner.plan_of(first)) == most
+
+
+@pytest.mark.slow
+def test_a_batch_is_looked_for(monkeypatch, config):
+    def peak(batch):
+        return plan(replace(config, train_batch_size=batch)).peak_memory
+
+    memory = (peak(5) + peak(6)) / 2
+    monkeypatch.setattr("ti_jax.planning._memory_of", lambda device: memory)
+    assert plan(replace(config, train_batch_size=1, largest_batch=True)).largest_batch == 5
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")

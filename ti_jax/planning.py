@@ -36,8 +36,19 @@ PICTURES = 4  # of a concept whose folder is not named
 GIGA, TERA = 1e9, 1e12
 # What well-tuned diffusion models reach of a chip's published peak.
 USUAL_UTILISATION = 0.4
-# More compilations than this for the largest batch mean that memory does not go up with the batch as it should.
-BATCHES_TRIED = 4
+BATCHES_TRIED = 8  # in looking for the largest that fits
+
+
+# libtpu would ask a cloud machine's metadata server which slice it is in, complain that it is in none, and let one
+# process at a time have the chips; here it only compiles.
+LIBTPU_SETTINGS = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,6 @@ class Chip:
 
 # By JAX's `device_kind`. https://cloud.google.com/tpu/docs, https://www.nvidia.com/en-us/data-center/h100/ and /a100/
 CHIPS = {
-    "TPU v4": Chip("TPU v4", 32 * 2**30, 275 * TERA),
     "TPU v5 lite": Chip("TPU v5e", 16 * 2**30, 197 * TERA),
     "TPU v5": Chip("TPU v5p", 95 * 2**30, 459 * TERA),
     "TPU v6 lite": Chip("TPU v6e", 32 * 2**30, 918 * TERA),
@@ -158,7 +168,7 @@ class Planner:
         if self.resolution % factor:
             raise InputError(f"--resolution {self.resolution}: must be a multiple of {factor}")
         chip = CHIPS.get(devices[0].device_kind)
-        self.memory = chip.memory if chip else _memory_of(devices[0])
+        self.memory = chip.memory if chip else None if config.topology else _memory_of(devices[0])
         self.peak = chip.peak if chip and dtype == jnp.bfloat16 else None
         kind = chip.name if chip else devices[0].device_kind
         self.devices = f"{len(devices)} x {kind}, {np.dtype(dtype).name}, {self.resolution} px"
@@ -204,26 +214,29 @@ class Planner:
         )
 
     def largest(self, first: Plan) -> int:
-        """The largest batch that fits; memory goes up with the batch by the same for each sample."""
-        if self.memory is None:
-            raise InputError("--largest_batch: this machine does not say how much memory its devices have")
-        fits, does_not = first.batch, None
-        second = self.at(2 * first.batch)
-        if second is None or second.peak_memory > self.memory:
-            does_not = 2 * first.batch
-            guess = first.batch + first.batch // 2
-        else:
-            fits = second.batch
-            each = (second.peak_memory - first.peak_memory) / first.batch
-            guess = second.batch + int((self.memory - second.peak_memory) / max(each, 1))
+        """The largest batch that fits, 0 if none does; each sample takes about the same memory."""
+        memory = self.memory
+        if memory is None:
+            raise InputError("--largest_batch: it is not known how much memory these devices have")
+        known = [first]
+        fits, does_not = (first.batch, math.inf) if first.peak_memory <= memory else (0, first.batch)
         for _ in range(BATCHES_TRIED):
-            if guess <= fits or (does_not is not None and guess >= does_not):
+            if does_not - fits <= 1:
                 break
-            found = self.at(guess)
-            if found is not None and found.peak_memory <= self.memory:
-                fits, guess = guess, guess + 1
+            if len(known) == 1:
+                guess = 2 * fits or first.batch // 2
             else:
-                does_not, guess = guess, max(fits + 1, guess - max(1, guess // 16))
+                one, other = known[-2:]
+                each = (other.peak_memory - one.peak_memory) / (other.batch - one.batch)
+                guess = other.batch + int((memory - other.peak_memory) // max(each, 1.0))
+            guess = int(max(fits + 1, min(guess, does_not - 1)))
+            found = self.at(guess)
+            if found is not None:
+                known.append(found)
+            if found is not None and found.peak_memory <= memory:
+                fits = guess
+            else:
+                does_not = guess
         return fits
 
     def _rows(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -316,12 +329,10 @@ def _devices(topology: str | None) -> Sequence[Any]:
         return jax.devices()
     from jax.experimental import topologies
 
-    # What there is to compute is computed here, and JAX looks for no TPU; libtpu would ask a cloud machine's metadata
-    # server which slice it is in.
+    # What there is to compute is computed here, and JAX looks for no TPU.
     jax.config.update("jax_platforms", "cpu")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    # libtpu lets one process at a time have the chips; here none is used, and several may plan.
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    for name, value in LIBTPU_SETTINGS.items():
+        os.environ.setdefault(name, value)
     try:
         import libtpu  # noqa: F401
     except ImportError as error:
@@ -331,7 +342,8 @@ def _devices(topology: str | None) -> Sequence[Any]:
         return topologies.get_topology_desc(topology, platform="tpu").devices
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"--topology {topology}: {reason}; known are v4:2x2x1, v5e:2x4, v6e:4x4 and so on") from error
+        message = f"--topology {topology}: {reason.rstrip('. ')}; it is written v5e:2x4, v6e:2x2, v5p:2x2x1 and so on"
+        raise InputError(message) from error
 
 
 def _memory_of(device: Any) -> float | None:

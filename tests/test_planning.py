@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -69,15 +70,11 @@ def test_only_rows_and_scalars_cross_devices(tiny):
     assert rows < tiny.crossing["all-reduce"] <= rows + 16
 
 
-def test_work_is_about_the_least_possible(tiny):
-    assert 0.9 < tiny.flops / tiny.least_flops < 2
-
-
 def test_the_published_step_of_stable_diffusion_needs_what_is_known_of_it():
     config = resolve_plan(PlanConfig(pretrained_model_name_or_path="stable-diffusion-v1-5/stable-diffusion-v1-5"))
     planner = Planner(config, jnp.bfloat16, jax.devices()[:1])
-    # 308 TFLOP/s is 44 ms at batch 8.
-    np.testing.assert_allclose(planner.least_flops(8), 308e12 * 0.044, rtol=0.01)
+    # 44 ms at 308 TFLOP/s for a batch of 8, products with the zeros around a picture among them.
+    np.testing.assert_allclose(planner.least_flops(8), 308e12 * 0.044, rtol=0.05)
 
 
 def test_transfers_are_found_in_a_program():
@@ -94,7 +91,7 @@ def test_the_command_tells_it(capsys, tiny_sd):
     assert main(["plan", "--pretrained_model_name_or_path", str(tiny_sd), *flags]) == 0
     out = capsys.readouterr().out
     assert f"{tiny_sd}: 1 a device on 8 x cpu, float32, 16 px, 16 samples an update" in out
-    assert "of the least possible" in out
+    assert "TFLOP an update and device at least\n" in out
 
 
 @pytest.mark.parametrize("first", [1, 4, 32])
@@ -141,3 +138,5 @@ def test_for_a_tpu_slice():
     )  # fmt: skip
     assert "mini-sd: 8 a device on 4 x TPU v5e, bfloat16, 64 px, 32 samples an update" in done.stdout
     assert "all-reduce 0.8 kB an update" in done.stdout
+    # Not more work than there is, as counted on the traced function; XLA counts element-wise work, too.
+    assert 0.98 <= float(re.search(r"compiled ([\d.]+) of that", done.stdout)[1]) < 1.5

@@ -1,5 +1,7 @@
 """Counting the least work: a product once forward, and once backward for each factor that the gradient goes through."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -41,12 +43,12 @@ def test_functions_within_functions():
     assert flops(custom, X, trained=[True]) == 2 * PRODUCT
 
 
-def test_one_branch_is_taken():
+def test_of_several_ways_the_one_with_the_least_work_counts():
     small = W[:, :4]
     assert flops(
         lambda x, which: lax.cond(which, lambda x: jnp.sum(x @ W), lambda x: jnp.sum(x @ small), x),
         X, True, trained=[True, False],
-    ) == 2 * PRODUCT  # fmt: skip
+    ) == 2 * PRODUCT / 4  # fmt: skip
 
 
 def test_a_loop_carries_the_influence_from_turn_to_turn():
@@ -62,7 +64,11 @@ def test_a_loop_carries_the_influence_from_turn_to_turn():
 def test_a_convolution():
     picture, kernel = jnp.ones((2, 6, 6, 3)), jnp.ones((3, 3, 3, 5))
 
-    def convolve(x, w):
-        return lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    def convolve(x, w, stride=1, padding=((1, 1), (1, 1))):
+        return lax.conv_general_dilated(x, w, (stride,) * 2, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
-    assert flops(convolve, picture, kernel, trained=[True, False]) == 2 * 2 * (2 * 6 * 6 * 5) * 3 * 3 * 3
+    # Along a side four places have three neighbours in the picture, and two have two.
+    assert flops(convolve, picture, kernel, trained=[True, False]) == 2 * 2 * 2 * (4 * 3 + 2 * 2) ** 2 * 3 * 5
+    # Of three, the first has no neighbour to the left.
+    strided = partial(convolve, stride=2)
+    assert flops(strided, picture, kernel, trained=[False, False]) == 2 * 2 * (2 + 3 + 3) ** 2 * 3 * 5

@@ -38,7 +38,6 @@ GIGA, TERA = 1e9, 1e12
 USUAL_UTILISATION = 0.4
 BATCHES_TRIED = 8  # in looking for the largest that fits
 
-
 # libtpu would ask a cloud machine's metadata server which slice it is in, complain that it is in none, and let one
 # process at a time have the chips; here it only compiles.
 LIBTPU_SETTINGS = {
@@ -81,7 +80,8 @@ class Plan:
       samples: that one update sees, over all devices.
       arguments, temporary, code: bytes on each device: weights and data; activations; the program.
       memory: bytes that a device has, None where nothing says so.
-      flops: of one update on one device, as compiled. least_flops: that cannot be done without.
+      flops: of one update on one device, as compiled; None on CPU, whose forms have loops that XLA does not count.
+      least_flops: that cannot be done without.
       crossing: bytes that each device sends for an update, by kind of transfer.
       peak: FLOP/s of the device in bfloat16, None if not known or not in use.
       largest_batch: that fits, None if it was not looked for.
@@ -95,7 +95,7 @@ class Plan:
     temporary: int
     code: int
     memory: float | None
-    flops: float
+    flops: float | None
     least_flops: float
     crossing: Mapping[str, int]
     peak: float | None
@@ -115,11 +115,12 @@ class Plan:
         yield f"    weights, data  {self.arguments / GIGA:.2f} GB"
         yield f"    activations    {self.temporary / GIGA:.2f} GB"
         yield f"    program        {self.code / GIGA:.2f} GB"
-        share = self.flops / self.least_flops
-        yield f"  work           {self.flops / TERA:.3f} TFLOP an update and device, {share:.2f} of the least possible"
+        least = f"{self.least_flops / TERA:.4g} TFLOP an update and device at least"
+        compiled = f"; compiled {self.flops / self.least_flops:.2f} of that" if self.flops else ""
+        yield f"  work           {least}{compiled}"
         sent = ", ".join(f"{kind} {count / 1e3:.1f} kB" for kind, count in self.crossing.items()) or "nothing"
         yield f"  between devices  {sent} an update"
-        if self.peak:
+        if self.peak and self.flops:
             floor, usual = (self.flops / self.peak / share * 1e3 for share in (1, USUAL_UTILISATION))
             yield (
                 f"  time           {floor:.1f} ms an update at the published peak of {self.peak / TERA:.0f} TFLOP/s, "
@@ -137,10 +138,7 @@ def plan(config: PlanConfig) -> Plan:
     """
     config = resolve_plan(config)
     devices = _devices(config.topology)
-    if config.mixed_precision is None:
-        bf16 = config.topology is not None or devices[0].platform != "cpu"
-    else:
-        bf16 = config.mixed_precision == "bf16"
+    bf16 = devices[0].platform != "cpu" if config.mixed_precision is None else config.mixed_precision == "bf16"
     planner = Planner(config, jnp.bfloat16 if bf16 else jnp.float32, devices)
     assert config.train_batch_size is not None, "the config is resolved"
     found = planner.at(config.train_batch_size)
@@ -167,6 +165,7 @@ class Planner:
         self.resolution = config.resolution or self.networks.unet.config.sample_size * factor
         if self.resolution % factor:
             raise InputError(f"--resolution {self.resolution}: must be a multiple of {factor}")
+        self.on_cpu = devices[0].platform == "cpu"
         chip = CHIPS.get(devices[0].device_kind)
         self.memory = chip.memory if chip else None if config.topology else _memory_of(devices[0])
         self.peak = chip.peak if chip and dtype == jnp.bfloat16 else None
@@ -207,7 +206,7 @@ class Planner:
             code=memory.generated_code_size_in_bytes,
             memory=self.memory,
             # The analysis counts the body of a loop once: the steps of a chunk, and the micro-batches of a step.
-            flops=cost["flops"] * accumulation,
+            flops=None if self.on_cpu else cost["flops"] * accumulation,
             least_flops=self.least_flops(batch) * accumulation,
             crossing={kind: size * accumulation for kind, size in crossing_bytes(compiled.as_text()).items()},
             peak=self.peak,

@@ -32,9 +32,9 @@ def _count(jaxpr: Jaxpr, trained: list[bool]) -> tuple[float, list[bool]]:
         outputs = [any(inputs)] * len(equation.outvars)
         if name in ("dot_general", "conv_general_dilated"):
             total += _forward(equation) * (1 + sum(inputs))
-        elif name == "cond":  # of which one branch is taken: for each platform the same is done in another way
+        elif name == "cond":  # for each platform the same is done in another way
             branches = [_count(branch.jaxpr, inputs[1:]) for branch in equation.params["branches"]]
-            total += max(flops for flops, _ in branches)
+            total += min(flops for flops, _ in branches)
             outputs = [any(each) for each in zip(*(results for _, results in branches), strict=True)]
         elif name == "scan":
             flops, outputs = _scan(equation, inputs)
@@ -65,11 +65,20 @@ def _inner(params: dict[str, Any]) -> list[Jaxpr]:
 
 
 def _forward(equation: Any) -> float:
-    """Multiplications and additions of a product or a convolution."""
+    """Multiplications and additions of a product or a convolution, those with the zeros around a picture left out."""
     left, right = (variable.aval.shape for variable in equation.invars)
-    results = math.prod(equation.outvars[0].aval.shape)
+    results = equation.outvars[0].aval.shape
     numbers = equation.params["dimension_numbers"]
     if equation.primitive.name == "dot_general":
         (contracted, _), _ = numbers
-        return 2.0 * results * math.prod(left[axis] for axis in contracted)
-    return 2.0 * results * math.prod(right) / right[numbers.rhs_spec[0]]
+        return 2.0 * math.prod(results) * math.prod(left[axis] for axis in contracted)
+    total = 2.0 * math.prod(results[axis] for axis in numbers.out_spec[:2]) * right[numbers.rhs_spec[1]]
+    for axis, (low, _) in enumerate(equation.params["padding"]):
+        size, taps, places = (
+            shape[spec[2 + axis]]
+            for shape, spec in ((left, numbers.lhs_spec), (right, numbers.rhs_spec), (results, numbers.out_spec))
+        )
+        stride, dilation = (equation.params[name][axis] for name in ("window_strides", "rhs_dilation"))
+        starts = (place * stride - low for place in range(places))
+        total *= sum(0 <= start + tap * dilation < size for start in starts for tap in range(taps))
+    return total

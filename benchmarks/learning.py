@@ -273,7 +273,7 @@ def main() -> None:
         metavar="NAME=VALUE",
         help="settings other than the defaults, e.g. num_vectors=2",
     )
-    parser.add_argument("--table", action="store_true", help="measure nothing; print the table and write the sheet")
+    parser.add_argument("--table", action="store_true", help="measure nothing; print the table, write the sheet")
     arguments = parser.parse_args()
     changes = {}
     for item in arguments.set:
@@ -305,7 +305,7 @@ def main() -> None:
                     flush=True,
                 )
     print("\n".join(table(lines, everyone, bench.judge)))
-    drawn = sheet(bench.strips, chosen, list(METHODS))
+    drawn = sheet(bench.strips, chosen, arguments.methods)
     path = arguments.results.with_suffix(".png")
     drawn.resize((drawn.width * 2, drawn.height * 2), Image.Resampling.NEAREST).save(path)
     print(f"sheet: {path}")

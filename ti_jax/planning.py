@@ -152,6 +152,11 @@ def plan(config: PlanConfig) -> Plan:
     return found
 
 
+def array(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding | None = None) -> Any:
+    """An array of which only the shape is there."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
 class Planner:
     """The step of one config on some devices, at any batch size."""
 
@@ -184,18 +189,17 @@ class Planner:
         )  # fmt: skip
         frozen = self._placed(self._frozen())
         rows = self._rows()
-        scalar = jax.ShapeDtypeStruct
-        state = TrainState(rows, jax.eval_shape(optimizer.init, rows), scalar((), jnp.int32), scalar((), jnp.bool_))
+        state = TrainState(rows, jax.eval_shape(optimizer.init, rows), array((), jnp.int32), array((), jnp.bool_))
         run_steps = make_run_steps(step, self.mesh, config.logging_steps)
-        lowered = run_steps.lower(frozen, self._placed(state), self._placed(scalar((), jnp.int32)))
+        lowered = run_steps.lower(frozen, self._placed(state), self._placed(array((), jnp.int32)))
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" in str(error):
                 return None
             raise
-        memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-        assert memory is not None, "every backend that compiles ahead of time says how much memory a program takes"
+        memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
+        assert memory is not None and cost is not None and text is not None, "every backend that compiles has them"
         return Plan(
             model=config.pretrained_model_name_or_path or "mini-sd",
             devices=self.devices,
@@ -208,7 +212,7 @@ class Planner:
             # The analysis counts the body of a loop once: the steps of a chunk, and the micro-batches of a step.
             flops=None if self.on_cpu else cost["flops"] * accumulation,
             least_flops=self.least_flops(batch) * accumulation,
-            crossing={kind: size * accumulation for kind, size in crossing_bytes(compiled.as_text()).items()},
+            crossing={kind: size * accumulation for kind, size in crossing_bytes(text).items()},
             peak=self.peak,
         )
 
@@ -238,9 +242,9 @@ class Planner:
                 does_not = guess
         return fits
 
-    def _rows(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def _rows(self) -> dict[str, jax.Array]:
         return {
-            name: jax.ShapeDtypeStruct((self.config.num_vectors, module.config.hidden_size), jnp.float32)
+            name: array((self.config.num_vectors, module.config.hidden_size), jnp.float32)
             for name, module in self.networks.text_encoders
         }
 
@@ -249,42 +253,40 @@ class Planner:
         config, networks = self.config, self.networks
         shapes = network_shapes(networks)
         del shapes["vae"]
-        params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.dtype), shapes)
+        params = jax.tree.map(lambda leaf: array(leaf.shape, self.dtype), shapes)
         side, channels = self.resolution // networks.latent_factor, networks.vae.config.latent_channels
         prompts = len(load_templates(config.learnable_property, config.templates))
-        number = jax.ShapeDtypeStruct((), jnp.float32)
+        number = array((), jnp.float32)
         return Frozen(
             params=params,
-            schedule=jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.schedule),
+            schedule=jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), self.schedule),
             dataset=Dataset(
-                moments=jax.ShapeDtypeStruct((PICTURES, 2, side, side, 2 * channels), jnp.float32),
+                moments=array((PICTURES, 2, side, side, 2 * channels), jnp.float32),
                 ids={
-                    name: jax.ShapeDtypeStruct((prompts, module.config.max_position_embeddings), jnp.int32)
+                    name: array((prompts, module.config.max_position_embeddings), jnp.int32)
                     for name, module in networks.text_encoders
                 },
-                time_ids=jax.ShapeDtypeStruct((PICTURES, 2, 6), jnp.float32),
+                time_ids=array((PICTURES, 2, 6), jnp.float32),
                 flip_probability=number,
                 latent_scale=number,
                 latent_shift=number,
             ),
-            row_mask={
-                name: jax.ShapeDtypeStruct((config.num_vectors,), jnp.bool_) for name, _ in networks.text_encoders
-            },
+            row_mask={name: array((config.num_vectors,), jnp.bool_) for name, _ in networks.text_encoders},
             key=jax.eval_shape(lambda: jax.random.key(0)),
         )
 
     def _placed(self, tree: Any) -> Any:
         """A whole copy of each leaf on each device."""
         everywhere = NamedSharding(self.mesh, P())
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), tree)
+        return jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype, sharding=everywhere), tree)
 
     def least_flops(self, batch: int) -> float:
         """Of the loss and its gradient for the rows, at a batch."""
         frozen, config = self._frozen(), self.networks.vae.config
         side = self.resolution // self.networks.latent_factor
-        noisy = jax.ShapeDtypeStruct((batch, side, side, config.latent_channels), jnp.float32)
-        timesteps = jax.ShapeDtypeStruct((batch,), jnp.int32)
-        ids = {name: jax.ShapeDtypeStruct((batch, ids.shape[1]), jnp.int32) for name, ids in frozen.dataset.ids.items()}
+        noisy = array((batch, side, side, config.latent_channels), jnp.float32)
+        timesteps = array((batch,), jnp.int32)
+        ids = {name: array((batch, ids.shape[1]), jnp.int32) for name, ids in frozen.dataset.ids.items()}
 
         def predict(rows: Any, params: Any, ids: Any, noisy: jax.Array, timesteps: jax.Array) -> jax.Array:
             condition: Condition = self.networks.encode_text(params, ids, rows)
@@ -315,7 +317,7 @@ def crossing_bytes(program: str) -> dict[str, int]:
 def _configs(config: PlanConfig) -> Mapping[str, Mapping[str, Any]]:
     """The components' configurations: of a model that is published under the name, or of the model itself."""
     name = config.pretrained_model_name_or_path
-    if name in PUBLISHED:
+    if name is not None and name in PUBLISHED:
         return PUBLISHED[name]
     path = resolve_model(name, config.revision, config.variant)
     with open_source(path, config.variant, config.prediction_type) as source:

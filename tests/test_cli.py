@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from ti_jax import cli
-from ti_jax.config import InferConfig, TrainConfig
+from ti_jax.config import InferConfig, PlanConfig, TrainConfig
 from ti_jax.config_yaml import strip_optional
 from ti_jax.errors import InputError
 from ti_jax.flags import NO_COUNTERPART, field_docs, parse
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = {"train": TrainConfig, "infer": InferConfig, "verify FILE": cli.VerifyConfig}
+COMMANDS = {"train": TrainConfig, "infer": InferConfig, "plan": PlanConfig, "verify FILE": cli.VerifyConfig}
 FIELDS = [
     pytest.param(cls, field.name, id=f"{cls.__name__}-{field.name}")
     for cls in COMMANDS.values()
@@ -224,12 +224,12 @@ def test_help_into_a_closed_pipe_is_quiet():
     [
         (
             "-m ti_jax",
-            "ti-jax: error: no command given; one of train, infer, evaluate, verify, embedding, or ti-jax --help",
+            "ti-jax: error: no command given; one of train, infer, evaluate, plan, verify, embedding, or ti-jax --help",
         ),
         ("-m ti_jax trian", "ti-jax: error: unknown command 'trian'; did you mean train?"),
         (
             "-m ti_jax xyz --seed",
-            "ti-jax: error: unknown command 'xyz'; known are train, infer, evaluate, verify, embedding",
+            "ti-jax: error: unknown command 'xyz'; known are train, infer, evaluate, plan, verify, embedding",
         ),
         ("-m ti_jax train --sed 1", "ti-jax: error: unknown flag --sed; did you mean --seed?"),
         (

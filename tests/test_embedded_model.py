@@ -24,7 +24,7 @@ def sd():
 
 @pytest.fixture(scope="module")
 def pipe(sd):
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(sd.path, torch_dtype=torch.float32)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(sd.path, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

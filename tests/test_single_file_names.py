@@ -12,10 +12,10 @@ from diffusers.loaders import single_file_utils
 from flax.traverse_util import flatten_dict
 from test_full_size import TEXT_ENCODERS, UNETS, VAES
 
-from ti_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
-from ti_jax.models.unet import UNet2DConditionModel, UNetConfig
-from ti_jax.models.vae import AutoencoderKL, VAEConfig
-from ti_jax.networks import network_shapes
+from ti_jax.models.clip_text import CLIPTextConfig
+from ti_jax.models.unet import UNetConfig
+from ti_jax.models.vae import VAEConfig
+from ti_jax.networks import make_networks, network_shapes
 from ti_jax.weights.families import SD1, SD2, SDXL, identify
 from ti_jax.weights.ldm_names import is_buffer
 from ti_jax.weights.load import plan
@@ -53,14 +53,8 @@ def full_size(request):
     return family, networks, state, prediction_type
 
 
-def modules(configs):
-    text_encoders = tuple(
-        (name, CLIPTextModel(CLIPTextConfig.from_dict(config), jnp.bfloat16))
-        for name, config in configs.items()
-        if name.startswith("text_encoder")
-    )
-    unet = UNet2DConditionModel(UNetConfig.from_dict(configs["unet"]), jnp.bfloat16)
-    return text_encoders, unet, AutoencoderKL(VAEConfig.from_dict(configs["vae"]), jnp.bfloat16)
+def networks_of(configs):
+    return make_networks({**configs, "scheduler": {}}, jnp.bfloat16, False)
 
 
 def test_each_name_of_the_published_models_is_for_one_leaf(full_size):
@@ -76,7 +70,7 @@ def test_each_name_of_the_published_models_is_for_one_leaf(full_size):
         assert len(components) + is_buffer(name) == 1, name
 
     # And from leaves to names: each leaf has one tensor, of its shape.
-    for component, tree in network_shapes(*modules(configs)).items():
+    for component, tree in network_shapes(networks_of(configs)).items():
         targets = flatten_dict(tree)
         placed, faults = plan([RenamedTensors(file, names[component])], component, targets)
         assert len(placed) == len(targets) and not any(faults.values()), faults
@@ -88,15 +82,16 @@ def test_configs_of_the_published_models(full_size):
     """What the tensors tell is what the published configs say, wherever that changes what is computed."""
     family, _, state, prediction_type = full_size
     _, unet, vae, text, _ = next(entry for entry in FULL_SIZE.values() if entry[0] is family)
-    text_encoders, ours, autoencoder = modules(component_configs(ShapesOnly(state).shapes, family, prediction_type))
+    networks = networks_of(component_configs(ShapesOnly(state).shapes, family, prediction_type))
+    ours = networks.unet
     published = UNetConfig.from_dict(UNETS[unet])
     assert (ours.config.down_levels, ours.config.mid_level, ours.config.up_levels) == (
         published.down_levels, published.mid_level, published.up_levels,
     )  # fmt: skip
     for option in ("sample_size", "cross_attention_dim", "addition_time_embed_dim", "flip_sin_to_cos", "norm_eps"):
         assert getattr(ours.config, option) == getattr(published, option)
-    assert autoencoder.config == VAEConfig.from_dict(VAES[vae])
-    for name, module in text_encoders:
+    assert networks.vae.config == VAEConfig.from_dict(VAES[vae])
+    for name, module in networks.text_encoders:
         published = CLIPTextConfig.from_dict(TEXT_ENCODERS[text[name]])
         for option in ("num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps", "with_projection"):
             assert getattr(module.config, option) == getattr(published, option)

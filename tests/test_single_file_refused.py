@@ -16,10 +16,7 @@ from flax.traverse_util import flatten_dict
 from safetensors.torch import save_file
 
 from ti_jax.errors import InputError
-from ti_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
-from ti_jax.models.unet import UNet2DConditionModel, UNetConfig
-from ti_jax.models.vae import AutoencoderKL, VAEConfig
-from ti_jax.networks import network_shapes
+from ti_jax.networks import make_networks, network_shapes
 from ti_jax.weights.identity import Identity
 from ti_jax.weights.sources import open_source
 
@@ -34,14 +31,7 @@ def state_of(family):
 @functools.cache
 def shapes_of(configs):
     """Trees that the modules of these configs want; tracing them is most of the time that a file takes."""
-    configs = json.loads(configs)
-    text = tuple(
-        (name, CLIPTextModel(CLIPTextConfig.from_dict(config)))
-        for name, config in configs.items()
-        if name.startswith("text_encoder")
-    )
-    unet = UNet2DConditionModel(UNetConfig.from_dict(configs["unet"]))
-    return network_shapes(text, unet, AutoencoderKL(VAEConfig.from_dict(configs["vae"])))
+    return network_shapes(make_networks(json.loads(configs), jnp.float32, False))
 
 
 def load(path, prediction_type="epsilon"):

@@ -49,13 +49,20 @@ def _count(jaxpr: Jaxpr, trained: list[bool]) -> tuple[float, list[bool]]:
 
 def _scan(equation: Any, inputs: list[bool]) -> tuple[float, list[bool]]:
     """As `_count`; what is carried is touched if any turn of the loop touches it."""
-    constants, carried = equation.params["num_consts"], equation.params["num_carry"]
+    (body,) = _inner(equation.params)
+    # Versions of JAX name the parts in other ways; only what is looped over, or gathered, has another shape within.
+    carried = sum(_same_shapes(body.outvars, equation.outvars))
+    constants = sum(_same_shapes(body.invars, equation.invars)) - carried
     while True:
-        flops, outputs = _count(equation.params["jaxpr"].jaxpr, inputs)
+        flops, outputs = _count(body, inputs)
         now = [one or other for one, other in zip(inputs[constants:], outputs[:carried], strict=False)]
         if inputs[constants : constants + carried] == now:
             return flops * equation.params["length"], outputs
         inputs = [*inputs[:constants], *now, *inputs[constants + carried :]]
+
+
+def _same_shapes(within: Any, without: Any) -> list[bool]:
+    return [one.aval.shape == other.aval.shape for one, other in zip(within, without, strict=True)]
 
 
 def _inner(params: dict[str, Any]) -> list[Jaxpr]:

@@ -74,7 +74,7 @@ def test_the_published_step_of_stable_diffusion_needs_what_is_known_of_it():
     config = resolve_plan(PlanConfig(pretrained_model_name_or_path="stable-diffusion-v1-5/stable-diffusion-v1-5"))
     planner = Planner(config, jnp.bfloat16, jax.devices()[:1])
     # 44 ms at 308 TFLOP/s for a batch of 8, products with the zeros around a picture among them.
-    np.testing.assert_allclose(planner.least_flops(8), 308e12 * 0.044, rtol=0.05)
+    np.testing.assert_allclose(planner.least_flops(8), 308e12 * 0.044, rtol=0.03)
 
 
 def test_transfers_are_found_in_a_program():
@@ -120,8 +120,8 @@ def test_a_batch_is_looked_for(monkeypatch, config):
     assert plan(replace(config, train_batch_size=1, largest_batch=True)).largest_batch == 5
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
-def test_without_libtpu_one_line(capsys):
+def test_without_libtpu_one_line(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)  # as if it were not installed
     assert main(["plan", "--topology", "v5e:2x2"]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1

@@ -32,7 +32,7 @@ from .weights.published import PUBLISHED
 from .weights.sources import open_source
 from .work import least_flops
 
-PICTURES = 4  # of a concept whose folder is not named
+PICTURES = 4  # of a concept: their moments are kilobytes, so that another number changes nothing
 GIGA, TERA = 1e9, 1e12
 # What well-tuned diffusion models reach of a chip's published peak.
 USUAL_UTILISATION = 0.4
@@ -330,15 +330,15 @@ def _devices(topology: str | None) -> Sequence[Any]:
         return jax.devices()
     from jax.experimental import topologies
 
-    # What there is to compute is computed here, and JAX looks for no TPU.
-    jax.config.update("jax_platforms", "cpu")
-    for name, value in LIBTPU_SETTINGS.items():
-        os.environ.setdefault(name, value)
     try:
         import libtpu  # noqa: F401
     except ImportError as error:
         message = "--topology needs libtpu, the TPU compiler: pip install 'ti_jax[plan]' (Linux only)"
         raise InputError(message) from error
+    # What there is to compute is computed here, and JAX looks for no TPU.
+    jax.config.update("jax_platforms", "cpu")
+    for name, value in LIBTPU_SETTINGS.items():
+        os.environ.setdefault(name, value)
     try:
         return topologies.get_topology_desc(topology, platform="tpu").devices
     except (jax.errors.JaxRuntimeError, ValueError) as error:

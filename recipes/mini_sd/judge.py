@@ -41,10 +41,10 @@ def augment(pixels: jax.Array, key: jax.Array) -> jax.Array:
     """Pictures [B, S, S, 3] in [-1, 1], each a little worse: what a good picture may suffer and still be the same."""
     blur, shift, noise, bright = jax.random.split(key, 4)
     batch, side = pixels.shape[:2]
+    weights = jnp.array([1, 2, 1, 2, 4, 2, 1, 2, 1]) / 16
     for once in jax.random.split(blur):
         padded = jnp.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
         taps = [padded[:, i : i + side, j : j + side] for i in range(3) for j in range(3)]
-        weights = jnp.array([1, 2, 1, 2, 4, 2, 1, 2, 1]) / 16
         blurred = sum(weight * tap for weight, tap in zip(weights, taps, strict=True))
         amount = jax.random.uniform(once, (batch, 1, 1, 1)) * jax.random.bernoulli(once, 0.6, (batch, 1, 1, 1))
         pixels = pixels + amount * (blurred - pixels)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from . import __version__
 from .config import EvaluateConfig, InferConfig, PlanConfig, TrainConfig, resolve, resolve_evaluate, resolve_infer
 from .config_yaml import nearest
-from .errors import InputError
+from .errors import InputError, OutOfStep
 
 TRAIN_EXAMPLES = """\
 examples:
@@ -84,7 +84,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "ti-jax") -> int:
     try:
         return _run(argv, prog)
     except InputError as error:
-        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        if isinstance(error, OutOfStep):
+            os._exit(2)
         return 2
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)

@@ -54,6 +54,11 @@ def input_path(default: Any = None) -> Any:
     return dataclasses.field(default=default, metadata={"input_path": True})
 
 
+def of_this_process() -> Any:
+    """A field that other processes of the run have otherwise: not kept in the run's ``config.yaml``."""
+    return dataclasses.field(default=None, metadata={"of_this_process": True})
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Learn a new word for a frozen Stable Diffusion from a few pictures."""
@@ -121,6 +126,18 @@ class TrainConfig:
     """How often one epoch shows each picture."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+
+    # -- several machines: the same command on each; batches are shared by all their devices, the first one writes
+    distributed: Literal["auto", "always", "never"] = "auto"
+    """Whether this is one of several processes. auto: with --coordinator_address, on a TPU VM, and as one of several
+    tasks of Slurm or Open MPI; each process must see the pictures and the model under the same paths."""
+    coordinator_address: str | None = of_this_process()
+    """HOST:PORT of the first process, which the others find it by. Left out: JAX_COORDINATOR_ADDRESS; a TPU pod, Slurm
+    and Open MPI tell by themselves, also what follows."""
+    num_processes: int | None = of_this_process()
+    """Processes in all. Left out: JAX_NUM_PROCESSES."""
+    process_id: int | None = of_this_process()
+    """Number of this process, from 0. Left out: JAX_PROCESS_ID."""
 
     # -- the optimizer
     learning_rate: float | None = None

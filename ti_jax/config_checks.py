@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import typing
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ TEXT: Rule = ("text that is not empty", lambda value: bool(value.strip()))
 TEXTS: Rule = ("texts that are not empty", lambda value: all(item.strip() for item in value))
 SOME_TEXTS: Rule = ("one text or more, none empty", lambda value: bool(value) and all(item.strip() for item in value))
 WORD: Rule = ("one word without spaces, like <cat-toy>", lambda value: value.split() == [value])
+ADDRESS: Rule = ("HOST:PORT, like 10.0.0.1:1234", lambda value: re.fullmatch(r"\S+:\d+", value) is not None)
 PNG: Rule = ("the path of a .png file", lambda value: value.lower().endswith(".png"))
 JSON: Rule = ("the path of a .json file", lambda value: value.lower().endswith(".json"))
 
@@ -53,6 +55,9 @@ TRAIN_RULES: dict[str, Rule] = {
     "max_train_steps": COUNT,
     "num_train_epochs": COUNT,
     "repeats": COUNT,
+    "coordinator_address": ADDRESS,
+    "num_processes": COUNT,
+    "process_id": WHOLE,
     "learning_rate": POSITIVE,
     "lr_warmup_steps": WHOLE,
     "lr_num_cycles": COUNT,
@@ -124,6 +129,10 @@ def check_train(config: TrainConfig) -> None:
             f"--initializer_token {config.initializer_token!r} and --initializer_embedding "
             f"{config.initializer_embedding!r}: the rows start from one of them; leave one out (--initializer_token "
             f"None undoes the one of a config file)"
+        )
+    if config.process_id is not None and config.num_processes is not None and config.process_id >= config.num_processes:
+        raise InputError(
+            f"--process_id {config.process_id}: must be from 0 to {config.num_processes - 1}, one below --num_processes"
         )
     prompts = [("overview_prompts", prompt) for prompt in config.overview_prompts or ()]
     if config.validation_prompt is not None:

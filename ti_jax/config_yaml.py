@@ -97,14 +97,16 @@ def load_yaml(path: str | Path, cls: type) -> dict[str, Any]:
 
 
 def dump_yaml(config: Any) -> str:
-    """A config dataclass as YAML that `load_yaml` reads back to the same values; secrets are left out.
+    """A config dataclass as YAML that `load_yaml` reads back to the same values.
+
+    Secrets are left out, and what another process of the same run has otherwise.
 
     Fields that are None are left out too: None is the default of every field that can be None.
     """
     values = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if value is not None and not field.metadata.get("secret"):
+        if value is not None and not field.metadata.keys() & {"secret", "of_this_process"}:
             values[field.name] = list(value) if isinstance(value, tuple) else value
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 

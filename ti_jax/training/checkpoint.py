@@ -1,6 +1,7 @@
 """Checkpoints to resume from: step, rows and optimizer state, with a fingerprint of everything that they depend on.
 
-Orbax writes them, one folder a step, complete or not at all. The frozen model is never in them: its hash is.
+Orbax writes them, one folder a step, complete or not at all. The frozen model is never in them: its hash is. Of several
+processes the first one alone reads and writes, so that the hosts need no disk in common.
 """
 
 from __future__ import annotations
@@ -81,10 +82,9 @@ class Checkpoints:
     def __init__(self, folder: Path, limit: int | None, identity: Fingerprint):
         self.folder = folder
         self.identity = identity
-        self._manager = ocp.CheckpointManager(
-            folder.absolute(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=limit, enable_async_checkpointing=False, create=True),
-        )
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=_options(limit))
 
     def save(self, state: TrainState) -> None:
         """Write the state under its step; older checkpoints past the limit go.
@@ -96,7 +96,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         contents = ocp.args.Composite(
-            state=ocp.args.StandardSave(state._asdict()), identity=ocp.args.JsonSave(self.identity)
+            state=ocp.args.StandardSave(jax.device_get(state._asdict())), identity=ocp.args.JsonSave(self.identity)
         )
         with disk_errors(self.folder):
             # Orbax's threads tell of a full disk in tracebacks of their own, so it is better not to begin.
@@ -113,7 +113,7 @@ class Checkpoints:
         """The state at "latest" (None where there is no checkpoint yet) or in the checkpoint folder ``wanted``.
 
         Args:
-          like: a state with the shapes and the placement on devices that the result shall have.
+          like: a state with the shapes that the result shall have, in arrays of the host.
 
         Raises:
           InputError: no such checkpoint, one that cannot be read, or one of another model, concept or setting.
@@ -133,7 +133,7 @@ class Checkpoints:
             )
         if folder.absolute().parent == self.folder.absolute():
             return self._read(self._manager, int(folder.name), like)
-        with ocp.CheckpointManager(folder.absolute().parent) as manager:
+        with ocp.CheckpointManager(folder.absolute().parent, options=_options(None, read_only=True)) as manager:
             return self._read(manager, int(folder.name), like)
 
     def _read(self, manager: ocp.CheckpointManager, step: int, like: TrainState) -> TrainState:
@@ -152,9 +152,9 @@ class Checkpoints:
                 f"{where} belongs to another run ({details}); use the settings that it was made with, or another "
                 f"--output_dir"
             )
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
+        wanted_state = ocp.args.StandardRestore(jax.device_get(like._asdict()))
         try:
-            state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
+            state = manager.restore(step, args=ocp.args.Composite(state=wanted_state))["state"]
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"{where} cannot be read ({one_line(error)}); resume from another one") from error
         return TrainState(**state)
@@ -162,6 +162,19 @@ class Checkpoints:
     def close(self) -> None:
         """Let go of the folder."""
         self._manager.close()
+
+
+def _options(limit: int | None, read_only: bool = False) -> ocp.CheckpointManagerOptions:
+    """Orbax's options for one process that reads and writes, whatever others the run has."""
+    return ocp.CheckpointManagerOptions(
+        max_to_keep=limit,
+        enable_async_checkpointing=False,
+        create=False,
+        read_only=read_only,
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+            primary_host=0, active_processes={0}, barrier_sync_key_prefix="first"
+        ),
+    )
 
 
 def _difference(name: str, found: Any, wanted: Any) -> str:

@@ -8,9 +8,11 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +24,12 @@ from ..embeddings import Embedding
 from ..errors import InputError
 from ..files import ensure_writable_folder, write_atomically
 from ..pipeline import StableDiffusion
-from . import run_folder, showing
+from . import processes, run_folder, showing
 from .checkpoint import Checkpoints, fingerprint
 from .measuring import Measuring, make_measuring
 from .optimizer import make_optimizer
 from .parallel import AXIS, make_mesh, make_run_steps, replicate
+from .processes import StopRequests, is_first, on_first, together
 from .reporting import Reporter
 from .setup import Concept, make_dataset, prepare_concept, row_figures
 from .step import Frozen, TrainState, make_train_step
@@ -108,30 +111,32 @@ def next_stop(config: TrainConfig, step: int, total: int) -> int:
 def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> TrainResult:
     """Learn a new word as the config says, and write it to ``config.output_dir``.
 
+    Of several processes (see `processes`) each calls this with the same config; the first one writes.
+
     Args:
       devices: those to share the batches; None: all that JAX has.
 
     Raises:
       InputError: something in the config, the pictures or the model is wrong, a disk is full, or the loss became
-        non-finite (the last good rows are saved first).
+        non-finite (the last good rows are saved first); here or in another process.
+      OutOfStep: likewise, where the other processes cannot be told, or one of them has ended.
     """
     config = resolve(config)
+    processes.join(config)
+    with processes.in_step():
+        return _train(config, devices)
+
+
+def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> TrainResult:
     clock = _Clock()
-    folder = ensure_writable_folder(config.output_dir)
-    push = None
-    if config.push_to_hub:
-        from . import hub
-
-        push = hub.open_repository(config)
-
+    folder = on_first(lambda: ensure_writable_folder(config.output_dir))
+    push = together(lambda: _open_hub(config) if is_first() else None)
     with clock.phase("load"):
-        sd = StableDiffusion.from_config(config, config.gradient_checkpointing)
-        concept = prepare_concept(config, sd, lambda text: print(text, file=sys.stderr))
+        sd, concept = together(lambda: _load(config))
     config = dataclasses.replace(config, resolution=concept.pictures.pixels.shape[1])
-    measuring = make_measuring(config, sd, concept, folder)
+    measuring = together(lambda: make_measuring(config, sd, concept, folder) if is_first() else None)
     # Only now, when nothing about the input can be wrong any more: a mistyped command displaces no results.
-    run_folder.prepare(folder, resume=config.resume_from_checkpoint is not None)
-    write_atomically(folder / "config.yaml", dump_yaml(config).encode())
+    on_first(lambda: _open_folder(config, folder))
 
     mesh = make_mesh(devices)
     with clock.phase("encode"):
@@ -156,35 +161,27 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> T
         sd, params={**sd.params, **jax.tree.map(lambda leaf: leaf.addressable_data(0), frozen.params)}
     )
     rows = {name: jnp.asarray(value) for name, value in concept.rows.items()}
-    state = replicate(TrainState(rows, optimizer.init(rows), jnp.int32(0), jnp.bool_(True)), mesh)
-
-    checkpoints = Checkpoints(
-        folder / "checkpoints",
-        config.checkpoints_total_limit,
-        fingerprint(
-            config,
-            model_identity=sd.identity,
-            prediction_type=sd.schedule.prediction_type,
-            dtype=sd.dtype,
-            pixels=concept.pictures.pixels,
-            prompts=concept.prompts,
-            words=concept.words,
-            initializer_embedding=concept.metadata.get("initializer_embedding_hash"),
-            global_batch=samples_per_step // config.gradient_accumulation_steps,
-            total_steps=total,
-        ),
+    start = TrainState(rows, optimizer.init(rows), jnp.int32(0), jnp.bool_(True))
+    identity = fingerprint(
+        config,
+        model_identity=sd.identity,
+        prediction_type=sd.schedule.prediction_type,
+        dtype=sd.dtype,
+        pixels=concept.pictures.pixels,
+        prompts=concept.prompts,
+        words=concept.words,
+        initializer_embedding=concept.metadata.get("initializer_embedding_hash"),
+        global_batch=samples_per_step // config.gradient_accumulation_steps,
+        total_steps=total,
     )
-    with contextlib.closing(checkpoints):
+    processes.check_same(identity)
+    checkpoints = together(
+        lambda: Checkpoints(folder / "checkpoints", config.checkpoints_total_limit, identity) if is_first() else None
+    )
+    with _closing(checkpoints):
         if config.resume_from_checkpoint is not None:
-            restored = checkpoints.restore(config.resume_from_checkpoint, state)
-            if restored is None:
-                print(f"no checkpoint in {checkpoints.folder} yet: starting from the beginning", file=sys.stderr)
-            else:
-                state = restored
-                print(f"resuming at step {int(state.step)} of {total}", file=sys.stderr)
-            if measuring is not None:
-                measuring.resume(int(state.step))
-
+            start = on_first(lambda: _resume(config, checkpoints, measuring, start, total))
+        state = replicate(start, mesh)
         train_step = make_train_step(
             sd.networks,
             optimizer,
@@ -196,38 +193,59 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> T
         longest_chunk = min(config.logging_steps, total)
         with clock.phase("compile"):
             run_steps = make_run_steps(train_step, mesh, longest_chunk).lower(frozen, state, jnp.int32(1)).compile()
-        print(
-            f"{sd.name}, {mesh.size} x {mesh.devices.flat[0].device_kind}, {np.dtype(sd.dtype).name}: "
+        on_hosts = "" if jax.process_count() == 1 else f" in {jax.process_count()} processes"
+        processes.say(
+            f"{sd.name}, {mesh.size} x {mesh.devices.flat[0].device_kind}{on_hosts}, {np.dtype(sd.dtype).name}: "
             f"{len(concept.pictures.pixels)} pictures, {len(concept.prompts)} prompts, {samples_per_step} samples a "
-            f"step; the training step took {clock.seconds['compile']:.1f} s to compile",
-            file=sys.stderr,
+            f"step; the training step took {clock.seconds['compile']:.1f} s to compile"
         )
         run = _Run(config, sd, concept, folder, checkpoints, measuring, schedule, clock, total, samples_per_step)
         state, losses, interrupted = run.go(run_steps, frozen, state)
-
-    final_step = int(state.step)
-    embedding = concept.embedding(state.rows, final_step)
-    run_folder.save_embedding(embedding, folder)
-    say_how_far(row_figures(sd, concept, state.rows), final_step)
-    if not interrupted:
-        if measuring is not None:
-            with clock.phase("measure"):
-                embedding, scores = measuring.finish(sd, embedding, final_step)
-            run_folder.save_embedding(embedding, folder)
-            print(f"{embedding.token} after {embedding.metadata['steps']} steps: {scores}", file=sys.stderr)
-        with clock.phase("pictures"):
-            showing.save_overview(config, sd, concept, embedding, folder)
-        if push is not None:
-            push(folder, embedding)
-    phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in clock.seconds.items())
-    print(
-        f"{folder / run_folder.EMBEDDING_FILE}: {embedding.token} after {final_step} steps ({phases})", file=sys.stderr
-    )
+    embedding = on_first(lambda: run.finish(state, push, interrupted))
     return TrainResult(embedding, np.asarray(losses, np.float32), folder, clock.seconds, interrupted)
 
 
+def _open_hub(config: TrainConfig) -> Callable[[Path, Embedding], None] | None:
+    if not config.push_to_hub:
+        return None
+    from . import hub
+
+    return hub.open_repository(config)
+
+
+def _load(config: TrainConfig) -> tuple[StableDiffusion, Concept]:
+    sd = StableDiffusion.from_config(config, config.gradient_checkpointing)
+    return sd, prepare_concept(config, sd, processes.say)
+
+
+def _open_folder(config: TrainConfig, folder: Path) -> None:
+    run_folder.prepare(folder, resume=config.resume_from_checkpoint is not None)
+    write_atomically(folder / "config.yaml", dump_yaml(config).encode())
+
+
+def _closing(thing: Any) -> contextlib.AbstractContextManager:
+    """Closes ``thing`` behind it, if it is not None."""
+    return contextlib.nullcontext() if thing is None else contextlib.closing(thing)
+
+
+def _resume(
+    config: TrainConfig, checkpoints: Checkpoints | None, measuring: Measuring | None, start: TrainState, total: int
+) -> TrainState:
+    """The state to go on from, in arrays of the host."""
+    assert config.resume_from_checkpoint is not None and checkpoints is not None, "the first process has them"
+    restored = checkpoints.restore(config.resume_from_checkpoint, start)
+    if restored is None:
+        processes.say(f"no checkpoint in {checkpoints.folder} yet: starting from the beginning")
+    else:
+        processes.say(f"resuming at step {int(restored.step)} of {total}")
+    state = jax.device_get(start if restored is None else restored)
+    if measuring is not None:
+        measuring.resume(int(state.step))
+    return state
+
+
 class _Run:
-    """The host's side of the loop: everything between two dispatches."""
+    """The host's side of the loop: everything between two dispatches, and behind the last."""
 
     def __init__(self, config, sd, concept, folder, checkpoints, measuring, schedule, clock, total, samples_per_step):
         self.config: TrainConfig = config
@@ -245,11 +263,13 @@ class _Run:
     def go(self, run_steps, frozen: Frozen, state: TrainState) -> tuple[TrainState, list[float], bool]:
         """Run to the last step, or to a request to stop: (state, losses, stopped early)."""
         step = int(state.step)
-        self.reporter = Reporter(self.config, self.folder, step, self.total)
         pending = None  # a chunk whose losses are not read yet, so that the device has the next one to work on already
-        with contextlib.closing(self.reporter), _Stop().listening() as stop:
-            while step < self.total and not stop.requested:
+        stopping, requests = False, StopRequests()
+        self.reporter = together(lambda: Reporter(self.config, self.folder, step, self.total) if is_first() else None)
+        with _closing(self.reporter), _Stop().listening() as stop:
+            while step < self.total and not stopping:
                 end = next_stop(self.config, step, self.total)
+                requests.tell(stop.requested)
                 with self.clock.phase("train"):
                     state, losses = run_steps(frozen, state, jnp.int32(end - step))
                     if pending is not None:
@@ -260,27 +280,35 @@ class _Run:
                     with self.clock.phase("train"):
                         self._read(*pending, state)
                     pending = None
-                    self._events(step, state)
+                    on_first(partial(self._events, step, state))
+                stopping = requests.heard(stop.requested)
             if pending is not None:
                 self._read(*pending, state)
-            if stop.requested:
+            if stopping and self.reporter is not None:
                 self.reporter.say(f"asked to stop: a checkpoint of step {step} is saved")
-            self.checkpoints.save(state)
+            on_first(lambda: self.checkpoints.save(state))
         return state, self.losses, step < self.total
 
     def _read(self, start: int, end: int, losses: jax.Array, state: TrainState) -> None:
         """Wait for a chunk's losses and log them; a non-finite one ends the run with the last good rows saved."""
         values = np.asarray(losses)[: end - start].tolist()
         if not np.isfinite(values).all():
-            good = int(state.step)
-            run_folder.save_embedding(self.concept.embedding(state.rows, good), self.folder)
-            raise InputError(
-                f"the loss became non-finite at step {good + 1}; the rows of step {good} are saved in "
-                f"{self.folder / run_folder.EMBEDDING_FILE}: use a lower --learning_rate "
-                f"({float(self.schedule(good)):g} there)"
-            )
+            on_first(partial(self._give_up, state))
         self.losses += values
-        self.reporter.chunk(end, values, float(self.schedule(end - 1)), self.samples_per_step * len(values))
+        if self.reporter is not None:
+            self.reporter.chunk(end, values, float(self.schedule(end - 1)), self.samples_per_step * len(values))
+
+    def _give_up(self, state: TrainState) -> None:
+        good = int(state.step)
+        run_folder.save_embedding(self.concept.embedding(state.rows, good), self.folder)
+        raise InputError(
+            f"the loss became non-finite at step {good + 1}; the rows of step {good} are saved in "
+            f"{self.folder / run_folder.EMBEDDING_FILE}: use a lower --learning_rate "
+            f"({float(self.schedule(good)):g} there)"
+        )
+
+    def _to_measure_at(self, step: int) -> bool:
+        return self.config.keep_best is not None and step % self.config.evaluation_steps == 0
 
     def _needed_at(self, step: int) -> bool:
         config = self.config
@@ -288,15 +316,16 @@ class _Run:
             step % config.save_steps == 0
             or step % config.checkpointing_steps == 0
             or (config.validation_prompt is not None and step % config.validation_steps == 0)
-            or (self.measuring is not None and self.measuring.due(step))
+            or self._to_measure_at(step)
         )
 
     def _events(self, step: int, state: TrainState) -> None:
         """Save and draw what is due at this step."""
-        config = self.config
+        config, reporter = self.config, self.reporter
+        assert reporter is not None, "the first process has one"
         for row in row_figures(self.sd, self.concept, state.rows):
             name = f"{row['encoder']}/row_{row['row']}"
-            self.reporter.rows(step, {f"{name}/{key}": row[key] for key in ("distance", "cosine", "norm")})
+            reporter.rows(step, {f"{name}/{key}": row[key] for key in ("distance", "cosine", "norm")})
         if step % config.checkpointing_steps == 0:
             self.checkpoints.save(state)
         if step % config.save_steps == 0:
@@ -306,12 +335,34 @@ class _Run:
                 image = showing.save_validation(
                     config, self.sd, self.concept, self.concept.embedding(state.rows, step), self.folder, step
                 )
-            self.reporter.picture("validation", image, step)
-        if self.measuring is not None and self.measuring.due(step):
+            reporter.picture("validation", image, step)
+        if self.measuring is not None and self._to_measure_at(step):
             with self.clock.phase("measure"):
                 scores = self.measuring.measure(self.sd, self.concept.embedding(state.rows, step), step)
-            self.reporter.say(f"step {step}: {scores}")
-        self.reporter.pause()
+            reporter.say(f"step {step}: {scores}")
+        reporter.pause()
+
+    def finish(self, state: TrainState, push: Callable[[Path, Embedding], None] | None, interrupted: bool) -> Embedding:
+        """Save the word; unless the run is to go on later, measure it, draw with it and push it, too."""
+        final_step = int(state.step)
+        embedding = self.concept.embedding(state.rows, final_step)
+        run_folder.save_embedding(embedding, self.folder)
+        say_how_far(row_figures(self.sd, self.concept, state.rows), final_step)
+        if not interrupted:
+            if self.measuring is not None:
+                with self.clock.phase("measure"):
+                    embedding, scores = self.measuring.finish(self.sd, embedding, final_step)
+                run_folder.save_embedding(embedding, self.folder)
+                processes.say(f"{embedding.token} after {embedding.metadata['steps']} steps: {scores}")
+            with self.clock.phase("pictures"):
+                showing.save_overview(self.config, self.sd, self.concept, embedding, self.folder)
+            if push is not None:
+                push(self.folder, embedding)
+        phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.clock.seconds.items())
+        processes.say(
+            f"{self.folder / run_folder.EMBEDDING_FILE}: {embedding.token} after {final_step} steps ({phases})"
+        )
+        return embedding
 
 
 def say_how_far(figures: list[dict], step: int) -> None:

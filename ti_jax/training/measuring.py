@@ -26,7 +26,7 @@ class Measuring:
     """Measures states of the word; with ``keep_best`` it keeps a copy of the best one in the run's folder.
 
     Attributes:
-      by: the measure to keep the best by, or None. every: updates between two measurements.
+      by: the measure to keep the best by, or None.
       best: step and scores of the best state so far, whose vectors are in `BEST_FILE`. last: of the last one measured.
     """
 
@@ -34,13 +34,8 @@ class Measuring:
     others: tuple[Embedding, ...]
     folder: Path
     by: str | None
-    every: int
     best: tuple[int, Scores] | None = None
     last: tuple[int, Scores] | None = None
-
-    def due(self, step: int) -> bool:
-        """Whether the word is to be measured at this step."""
-        return self.by is not None and step % self.every == 0
 
     def measure(self, sd: StableDiffusion, embedding: Embedding, step: int) -> Scores:
         """Measure, log, and keep the word if it is the best so far."""
@@ -104,4 +99,4 @@ def make_measuring(config: TrainConfig, sd: StableDiffusion, concept: Concept, f
         guidance_scale=config.validation_guidance_scale,
         seed=config.seed,
     )
-    return Measuring(evaluator, concept.others, folder, config.keep_best, config.evaluation_steps)
+    return Measuring(evaluator, concept.others, folder, config.keep_best)

@@ -1,4 +1,4 @@
-"""The one place that knows about several devices: the mesh, replication, and the mapped loop of many steps."""
+"""Several devices: the mesh, replication, and the mapped loop of many steps."""
 
 from __future__ import annotations
 
@@ -23,8 +23,20 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """A whole copy of every leaf on each device of the mesh."""
-    return jax.device_put(tree, NamedSharding(mesh, P()))
+    """A whole copy of every leaf on each device of the mesh.
+
+    Where other processes have some of the devices, each gives its own devices their copies. `jax.device_put` would
+    first send all weights around to see that they are the same.
+    """
+    everywhere = NamedSharding(mesh, P())
+    if everywhere.is_fully_addressable:
+        return jax.device_put(tree, everywhere)
+
+    def put(leaf: jax.Array) -> jax.Array:
+        copies = [jax.device_put(leaf, device) for device in mesh.local_devices]
+        return jax.make_array_from_single_device_arrays(leaf.shape, everywhere, copies)
+
+    return jax.tree.map(put, tree)
 
 
 def make_run_steps(

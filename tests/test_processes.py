@@ -1,0 +1,176 @@
+"""One run on several processes: two of four CPU devices each, over loopback, are one process of eight."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ti_jax
+from ti_jax.config_yaml import dump_yaml
+from ti_jax.errors import InputError
+from ti_jax.training import processes
+
+REPOSITORY = Path(__file__).parent.parent
+FOUR_DEVICES = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+
+
+@pytest.fixture
+def config(tiny_sd, pictures, tmp_path):
+    templates = tmp_path / "templates.txt"
+    templates.write_text("a portrait of {}\na drawing of {}\n")
+    return ti_jax.TrainConfig(
+        pretrained_model_name_or_path=str(tiny_sd), train_data_dir=str(pictures), placeholder_token="<new>",
+        initializer_token="person", templates=str(templates), overview_prompts=("a portrait of {}",),
+        train_batch_size=1, learning_rate=1e-2, max_train_steps=12, logging_steps=3, checkpointing_steps=6,
+        validation_inference_steps=2, report_to="none", output_dir=str(tmp_path / "out"),
+    )  # fmt: skip
+
+
+class Pair:
+    """``train.py`` twice, as the two processes of a run; what each says goes into a file."""
+
+    def __init__(self, config, tmp_path, *second_says, environment=None):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        self.logs = [tmp_path / f"process-{number}" for number in range(2)]
+        (tmp_path / "run.yaml").write_text(dump_yaml(config))
+        joining = ["--coordinator_address", address, "--num_processes", "2"]
+        command = [sys.executable, str(REPOSITORY / "train.py"), "--config", str(tmp_path / "run.yaml"), *joining]
+        self.runs = []
+        for number, log in enumerate(self.logs):
+            words = [*command, "--process_id", str(number), *(second_says if number == 1 else ())]
+            with log.open("w") as told:
+                self.runs.append(subprocess.Popen(words, stderr=told, stdout=told, env=FOUR_DEVICES))
+
+    def wait(self):
+        """Exit statuses, and what the two said."""
+        try:
+            statuses = [run.wait(timeout=180) for run in self.runs]
+        finally:
+            for run in self.runs:
+                run.kill()
+        return statuses, [log.read_text() for log in self.logs]
+
+
+def rows(folder):
+    return ti_jax.Embedding.load(Path(folder) / "learned_embeds.safetensors").vectors["text_encoder"]
+
+
+def test_two_processes_are_one_of_eight_devices(config, tmp_path):
+    whole = ti_jax.train(replace(config, output_dir=str(tmp_path / "whole")))
+    statuses, (first, second) = Pair(config, tmp_path, "--output_dir", str(tmp_path / "second")).wait()
+    assert statuses == [0, 0], first + second
+    learned = whole.embedding.vectors["text_encoder"]
+    assert np.abs(rows(config.output_dir) - learned).max() <= 1e-6 * np.abs(learned).max()
+    assert "8 x cpu in 2 processes" in first
+    # The first alone writes and speaks.
+    assert not (tmp_path / "second").exists() and "steps" not in second
+    assert "process_id" not in (Path(config.output_dir) / "config.yaml").read_text()
+
+
+# The harder one always: JAX's service for the processes lives in the first.
+@pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_killing_one_ends_the_other_and_a_resumed_run_is_the_same_to_the_bit(config, tmp_path, killed):
+    config = replace(config, max_train_steps=120, checkpointing_steps=10)
+    statuses, told = Pair(replace(config, output_dir=str(tmp_path / "whole")), tmp_path).wait()
+    assert statuses == [0, 0], told
+
+    pair = Pair(config, tmp_path)
+    checkpoint = Path(config.output_dir) / "checkpoints" / "20"
+    while not checkpoint.exists() and pair.runs[0].poll() is None:
+        time.sleep(0.02)
+    pair.runs[killed].kill()
+    statuses, told = pair.wait()
+    # Where the first one is gone JAX itself may end the other, by SIGABRT.
+    assert statuses[killed] == -signal.SIGKILL and statuses[1 - killed] in (2, -signal.SIGABRT), told
+    *_, last = told[1 - killed].strip().splitlines()
+    assert re.search(r"another (process|one) has", last) and "--resume_from_checkpoint latest" in last
+
+    statuses, told = Pair(replace(config, resume_from_checkpoint="latest"), tmp_path).wait()
+    assert statuses == [0, 0], told
+    assert 20 <= int(re.search(r"resuming at step (\d+)", told[0])[1]) < 120
+    assert np.array_equal(rows(config.output_dir), rows(tmp_path / "whole"))
+
+
+def test_a_request_to_stop_reaches_all(config, tmp_path):
+    config = replace(config, max_train_steps=100_000, checkpointing_steps=100_000)
+    pair = Pair(config, tmp_path)
+    metrics = Path(config.output_dir) / "metrics.jsonl"
+    while pair.runs[0].poll() is None and not (metrics.exists() and metrics.stat().st_size > 1000):
+        time.sleep(0.02)
+    pair.runs[1].send_signal(signal.SIGTERM)
+    statuses, told = pair.wait()
+    assert statuses == [130, 130], told
+    assert re.search(r"asked to stop: a checkpoint of step (\d+) is saved", told[0])
+
+
+def test_what_is_wrong_in_one_process_ends_all_with_its_reason(config, tmp_path):
+    statuses, (first, second) = Pair(config, tmp_path, "--train_data_dir", str(tmp_path / "none")).wait()
+    assert statuses == [2, 2], first + second
+    assert "process 1 of 2: " in first and str(tmp_path / "none") in first and "Traceback" not in first + second
+    assert not (tmp_path / "out" / "config.yaml").exists()
+
+
+def test_processes_with_other_settings_are_refused(config, tmp_path):
+    statuses, (first, second) = Pair(config, tmp_path, "--learning_rate", "0.5").wait()
+    assert statuses == [2, 2], first + second
+    assert "process 1 of 2: learning_rate not as in the first process" in first
+
+
+def test_a_checkpoint_that_cannot_be_used_is_told_to_all(config, tmp_path):
+    wrong = replace(config, resume_from_checkpoint=str(tmp_path / "7"))
+    statuses, told = Pair(wrong, tmp_path).wait()
+    assert statuses == [2, 2], told
+    assert all("not a checkpoint folder" in text for text in told)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"coordinator_address": "somewhere"}, "must be HOST:PORT"),
+        ({"num_processes": 2, "process_id": 2}, "must be from 0 to 1"),
+        ({"num_processes": 0}, "must be 1 or more"),
+    ],
+)
+def test_settings_that_cannot_be(config, changes, message):
+    with pytest.raises(InputError, match=message):
+        ti_jax.train(replace(config, **changes))
+
+
+def test_no_others_to_be_found_is_one_line(config, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "train.py"), "--distributed", "always"],
+        env=FOUR_DEVICES, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "--coordinator_address HOST:PORT" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "settings", "expected"),
+    [
+        ({}, {}, False),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, {}, True),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, {"distributed": "never"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, {}, True),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, {}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "8"}, {}, True),
+        ({}, {"coordinator_address": "a:1"}, True),
+        ({}, {"distributed": "always"}, True),
+    ],
+)
+def test_when_there_are_others(monkeypatch, environment, settings, expected):
+    for name in ("JAX_COORDINATOR_ADDRESS", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert processes.has_others(ti_jax.TrainConfig(**settings)) is expected

@@ -154,6 +154,7 @@ BAD_VALUES = {
     config_checks.TEXTS: [("",), ("a", " ")],
     config_checks.SOME_TEXTS: [("{}", " ")],
     config_checks.WORD: ["", " ", "my cat", " cat", "cat\n"],
+    config_checks.ADDRESS: ["", "host", "host:", ":80", "host:80:", "a b:80"],
     config_checks.PNG: ["", "out.jpg", "out", "folder/"],
 }
 GOOD_VALUES = {
@@ -169,6 +170,7 @@ GOOD_VALUES = {
     config_checks.TEXTS: [(), ("a", "b")],
     config_checks.SOME_TEXTS: [("a {}",)],
     config_checks.WORD: ["<cat-toy>", "sks"],
+    config_checks.ADDRESS: ["10.0.0.1:1234", "[::1]:80"],
     config_checks.PNG: ["out.png", "a/b.PNG"],
 }
 RULES = [(TrainConfig, config_checks.TRAIN_RULES), (InferConfig, config_checks.INFER_RULES)]

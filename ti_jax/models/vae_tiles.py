@@ -34,7 +34,7 @@ def decode_in_tiles(decode: Callable[[jax.Array], jax.Array], latents: jax.Array
         return _decode_equal(decode, latents, [(0, 0)], (height, width, channels))[0]
     # As diffusers has it: a tile begins at every step, along the side that is not longer than a tile, too.
     step = tile - tile // OVERLAP
-    tops, lefts = ([(start, min(tile, size - start)) for start in range(0, size, step)] for size in (height, width))
+    tops, lefts = _spans(height, tile, step), _spans(width, tile, step)
 
     # One compiled decoder, and one loop, for all tiles of a size. The last of a row or column are smaller: if they were
     # filled up, or moved inwards, their norms would see something else.
@@ -44,12 +44,12 @@ def decode_in_tiles(decode: Callable[[jax.Array], jax.Array], latents: jax.Array
             corners = [
                 (top, left) for top, length in tops if length == rows for left, other in lefts if other == columns
             ]
-            pixels = _decode_equal(decode, latents, corners, (rows, columns, channels))
-            decoded |= dict(zip(corners, pixels, strict=True))
+            equal = _decode_equal(decode, latents, corners, (rows, columns, channels))
+            decoded |= dict(zip(corners, equal, strict=True))
 
-    picture = []
+    picture: list[jax.Array] = []
     for i, (top, _) in enumerate(tops):
-        line = []
+        line: list[jax.Array] = []
         for j, (left, _) in enumerate(lefts):
             pixels = decoded[top, left]
             # A neighbour is blended before it is blended into, as diffusers does.
@@ -61,6 +61,11 @@ def decode_in_tiles(decode: Callable[[jax.Array], jax.Array], latents: jax.Array
             line.append(pixels[:, : factor * step, : factor * step])
         picture.append(jnp.concatenate(line, axis=2))
     return jnp.concatenate(picture, axis=1)
+
+
+def _spans(size: int, tile: int, step: int) -> list[tuple[int, int]]:
+    """Start and length of each tile along a side."""
+    return [(start, min(tile, size - start)) for start in range(0, size, step)]
 
 
 def _decode_equal(

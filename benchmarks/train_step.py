@@ -17,23 +17,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
-import resource
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from contenders import SIZES, Contender, compare, faster_by, make_model, ready_after  # noqa: E402
 
 from ti_jax.config import ASSETS, TrainConfig  # noqa: E402
 
@@ -81,19 +81,6 @@ def draws(setting: Setting, latent_shape: tuple[int, int, int]) -> dict[str, np.
         "timesteps": random.integers(0, 1000, setting.batch_size),
         "prompts": np.arange(setting.batch_size) % len(TEMPLATES.read_text().split("\n")[:-1]),
     }
-
-
-class Contender(Protocol):
-    """Something that trains."""
-
-    def compile(self) -> dict[str, float]:
-        """Get ready; seconds by kind."""
-
-    def check(self) -> tuple[float, np.ndarray]:
-        """Loss and row gradient [D] on the common `draws`."""
-
-    def run(self, steps: int) -> float:
-        """Seconds that so many steps take."""
 
 
 class Ours:
@@ -224,94 +211,34 @@ class Torch:
         return self.loop.run(steps)
 
 
-def work(name: str, setting: Setting, pipe: Connection) -> None:
-    """A contender's process: answers a number of steps with the seconds that they take and the peak memory in bytes."""
-    sys.path.insert(0, str(Path(__file__).parent))
-    contender: Contender = Ours(setting) if name == "ours" else Torch(setting, strong=name == "strong")
-    pipe.send(contender.check())  # before a step has moved the row
-    pipe.send(contender.compile())
-    while steps := pipe.recv():
-        seconds = contender.run(steps)
-        pipe.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+def make(name: str, setting: Setting) -> Contender:
+    """A contender, in its own process."""
+    return Ours(setting) if name == "ours" else Torch(setting, strong=name == "strong")
 
 
-def make_model(size: str, folder: Path) -> Path:
-    """A diffusers folder of a published size with random weights; the embedded model as it is."""
-    import torch
-    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    from ti_jax.weights.published import SD15
-    from ti_jax.weights.tokenizers import clip_tokenizer
-
-    if size == "mini":
-        return ASSETS / "mini-sd"
-    unet = dict(SD15["unet"])
-    if size == "137m":
-        unet |= {"block_out_channels": [128, 256, 512, 512], "sample_size": 32}
-    torch.manual_seed(0)
-    StableDiffusionPipeline(
-        vae=AutoencoderKL(**SD15["vae"]),
-        text_encoder=CLIPTextModel(CLIPTextConfig(vocab_size=49408, eos_token_id=49407, **SD15["text_encoder"])),
-        tokenizer=clip_tokenizer("<|endoftext|>"),
-        unet=UNet2DConditionModel(**unet),
-        scheduler=DDPMScheduler(**SD15["scheduler"]),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
-    return folder
-
-
-def compare(names: list[str], setting: Setting, rounds: int, steps: int) -> Mapping[str, Any]:
-    """Run all by turns: by contender, seconds of each round, peak memory and seconds of compiling."""
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = {}, []
-    results: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in names}
-    answers = {}
-    for name in names:
-        pipes[name], theirs = context.Pipe()
-        processes.append(context.Process(target=work, args=(name, setting, theirs), daemon=True))
-        processes[-1].start()
-        answers[name] = pipes[name].recv()
-        results[name]["compile"] = pipes[name].recv()
-        print(f"{name}: loss {answers[name][0]:.6f}, {results[name]['compile']}", flush=True)
-    if setting.dtype == "float32":
-        loss, gradient = answers[names[0]]
-        for name, (other, its_gradient) in answers.items():
-            difference = np.linalg.norm(its_gradient - gradient) / np.linalg.norm(gradient)
-            if abs(other - loss) > AGREEMENT * loss or difference > AGREEMENT:
-                raise SystemExit(f"{name} computes something else: loss {other} against {loss}, gradient {difference}")
-    for number in range(rounds):
-        for name in names:
-            pipes[name].send(steps)
-            seconds, memory = pipes[name].recv()
-            results[name]["seconds"].append(seconds / steps)
-            results[name]["memory"] = memory
-            print(f"round {number}: {name} {seconds / steps * 1e3:.1f} ms a step", flush=True)
-    for pipe in pipes.values():
-        pipe.send(0)
-    for process in processes:
-        process.join()
-    return results
+def agree(answers: Mapping[str, tuple[float, np.ndarray]], setting: Setting) -> None:
+    """Losses and row gradients must be those of the first contender; float32 ones, for bfloat16 rounds too much."""
+    first, *others = answers
+    loss, gradient = answers[first]
+    print(f"{first}: loss {loss:.6f}", flush=True)
+    for name in others:
+        other, its_gradient = answers[name]
+        difference = np.linalg.norm(its_gradient - gradient) / np.linalg.norm(gradient)
+        print(f"{name}: loss {other:.6f}, row gradient off by {difference:.1e}", flush=True)
+        if setting.dtype == "float32" and (abs(other - loss) > AGREEMENT * loss or difference > AGREEMENT):
+            raise SystemExit(f"{name} computes something else")
 
 
 def report(results: Mapping[str, Any], batch_size: int, flops: float) -> None:
     """A table; ratios are medians over the rounds, with the smallest and the largest."""
     print("| | s/step | samples/s | GFLOP/s of the least work | peak memory | ready after | ours is faster by |")
     print("|---|---|---|---|---|---|---|")
-    ours = np.array(results["ours"]["seconds"]) if "ours" in results else None
     for name, result in results.items():
-        seconds = np.array(result["seconds"])
-        median = float(np.median(seconds))
-        ready = ", ".join(f"{value:.1f} s {kind}" for kind, value in result["compile"].items())
-        ratio = ""
-        if ours is not None and name != "ours":
-            ratios = seconds / ours
-            ratio = f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
+        median = float(np.median(result["seconds"]))
+        ratio = faster_by(result, results["ours"]) if "ours" in results and name != "ours" else ""
         print(
             f"| {name} | {median:.4f} | {batch_size / median:.2f} | {flops / median / 1e9:.0f} | "
-            f"{result['memory'] / 1e9:.2f} GB | {ready} | {ratio} |"
+            f"{result['memory'] / 1e9:.2f} GB | {ready_after(result)} | {ratio} |"
         )
 
 
@@ -329,7 +256,7 @@ def least_work(setting: Setting) -> float:
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=("mini", "137m", "sd15"), default="mini", help="the model")
+    parser.add_argument("--size", choices=SIZES, default="mini", help="the model")
     parser.add_argument("--model", type=Path, default=None, help="a diffusers folder instead")
     parser.add_argument("--resolution", type=int, default=None, help="in pixels (default: the model's)")
     parser.add_argument("--batch_size", type=int, default=8)
@@ -350,7 +277,15 @@ def main() -> None:
         )  # fmt: skip
         print(f"{model.name if arguments.size == 'mini' else arguments.size}, batch {arguments.batch_size}, "
               f"{arguments.dtype}, {len(os.sched_getaffinity(0))} cores", flush=True)  # fmt: skip
-        results = compare(list(arguments.contenders), setting, arguments.rounds, arguments.steps)
+        results = compare(
+            make,
+            arguments.contenders,
+            setting,
+            partial(agree, setting=setting),
+            arguments.rounds,
+            arguments.steps,
+            "step",
+        )
         report(results, arguments.batch_size, least_work(setting))
     finally:
         shutil.rmtree(folder)

@@ -93,6 +93,9 @@ def test_sampler_steps_and_batch_size_reach_the_drawing(tmp_path):
     assert np.abs(drawn(*PROGRAM, "--num_inference_steps", "3") - first).max() > 1
     # Another program may round otherwise.
     np.testing.assert_allclose(drawn(*PROGRAM, "--batch_size", "2"), first, atol=1)
+    # The embedded model's tiles are 64 pixels.
+    wide, tiled = (drawn(*PROGRAM, "--width", "72", "--vae_tiling", tiling) for tiling in ("never", "always"))
+    assert np.abs(wide - tiled).max() > 1
 
 
 @pytest.mark.parametrize(

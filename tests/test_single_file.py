@@ -206,6 +206,8 @@ def test_prediction_type(model, tmp_path, family, markers, metadata, flag, predi
         assert bool(scheduler.get("rescale_betas_zero_snr")) == ("ztsnr" in markers)
         if family == "sd2":
             assert source.configs["unet"]["sample_size"] == {"epsilon": 64, "v_prediction": 96}[predicts]
+            # Of the small autoencoder here, whose latents are half as large as its pictures.
+            assert source.configs["vae"]["sample_size"] == 2 * source.configs["unet"]["sample_size"]
         for name in (None, "ddim", "euler", "euler_a", "dpm++"):
             sampler = make_sampler(name, scheduler, 10)
             assert sampler.prediction_type == predicts and (sampler.clip_range is None)

@@ -1,5 +1,6 @@
 """The autoencoder is diffusers' AutoencoderKL, through the loader: encoder, decoder, and their gradient."""
 
+import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -128,6 +129,9 @@ def test_bfloat16_is_as_near_to_float32_as_pytorch_is(tmp_path):
         ({"layers_per_block": [1, 1, 1]}, r"layers_per_block is \(1, 1, 1\)"),
         ({"mid_block_add_attention": None}, "mid_block_add_attention is None"),
         ({"norm_type": "spatial"}, "norm_type = 'spatial'"),
+        ({"sample_size": 0}, "sample_size is 0"),
+        ({"sample_size": []}, r"sample_size is \(\)"),
+        ({"sample_size": [512, "512"]}, r"sample_size is \(512, '512'\)"),
         ({"scaling_factor": None}, "scaling_factor is None"),
         ({"scaling_factor": -1}, "scaling_factor is -1"),
         ({"shift_factor": "none"}, "shift_factor is 'none'"),
@@ -164,3 +168,13 @@ def test_published_config():
     parsed = VAEConfig.from_dict(config | {"scaling_factor": 1.5305, "shift_factor": 0.0609, "force_upcast": True})
     assert (parsed.scaling_factor, parsed.shift_factor) == (1.5305, 0.0609)
     hash(parsed)
+
+
+def test_tiles_are_as_large_as_the_pictures_that_it_was_trained_on():
+    config = dict(torch_vae(**VAE).config)
+    for sample_size, tile in ((512, 128), ([768, 512], 192), (6, 4)):
+        parsed = VAEConfig.from_dict(config | {"sample_size": sample_size})
+        assert parsed.tile_latent_size == tile
+        hash(parsed)
+    del config["sample_size"]
+    assert VAEConfig.from_dict(config).tile_latent_size == diffusers.AutoencoderKL(**config).tile_latent_min_size == 8

@@ -32,6 +32,7 @@ LearnableProperty = Literal["object", "style"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 PredictionType = Literal["epsilon", "v_prediction"]
 SamplerName = Literal["ddim", "euler", "euler_a", "dpm++"]
+VaeTiling = Literal["auto", "always", "never"]
 Measure = Literal["identity", "editability", "clip_i", "clip_t"]
 
 STABLE_DIFFUSION_DEFAULTS: dict[str, Any] = {
@@ -267,6 +268,9 @@ class InferConfig:
     """Seed of the noise that the first picture starts from; the next has seed + 1, and so on."""
     batch_size: int = 4
     """Pictures drawn at once: more is faster, less needs less memory."""
+    vae_tiling: VaeTiling = "auto"
+    """Decode pictures in overlapping tiles, as large as those that the model was trained on: needs far less memory, and
+    changes large pictures a little. auto: only where the free memory is too little for them whole."""
     output: str = "out.png"
     """Where the picture goes. Several go into numbered files beside it, out-0.png and so on, and together into
     out-grid.png."""

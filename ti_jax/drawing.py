@@ -53,6 +53,7 @@ def draw(config: InferConfig) -> list[Path]:
         width=config.width,
         seed=config.seed,
         batch_size=config.batch_size,
+        vae_tiling=config.vae_tiling,
         weighted=not config.plain_prompts,
     )
 

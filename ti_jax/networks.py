@@ -14,6 +14,7 @@ from .diffusion.schedule import NoiseSchedule
 from .models.clip_text import CLIPTextConfig, CLIPTextModel
 from .models.unet import UNet2DConditionModel, UNetConfig
 from .models.vae import AutoencoderKL, VAEConfig
+from .models.vae_tiles import decode_in_tiles
 from .weights.load import param_shapes
 from .weights.sources import TEXT_ENCODERS
 
@@ -110,11 +111,19 @@ class Networks:
         """Pixels [B, H, W, 3] in [-1, 1] -> mean and log-variance of the latents, float32 [B, h, w, 2c], unscaled."""
         return _apply(self.vae, params["vae"], pixels, method="encode").astype(jnp.float32)
 
-    def decode_latents(self, params: Params, latents: jax.Array) -> jax.Array:
-        """Scaled latents [B, h, w, c] -> pixels, float32 [B, H, W, 3], about [-1, 1]."""
+    def decode_latents(self, params: Params, latents: jax.Array, tile: int | None = None) -> jax.Array:
+        """Scaled latents [B, h, w, c] -> pixels, float32 [B, H, W, 3], about [-1, 1].
+
+        Whole pictures and all at once, or with `tile` one tile of that side in latents after the other
+        (`decode_in_tiles`).
+        """
         config = self.vae.config
+
+        def decode(unscaled: jax.Array) -> jax.Array:
+            return _apply(self.vae, params["vae"], unscaled, method="decode").astype(jnp.float32)
+
         unscaled = latents / config.scaling_factor + (config.shift_factor or 0.0)
-        return _apply(self.vae, params["vae"], unscaled, method="decode").astype(jnp.float32)
+        return decode(unscaled) if tile is None else decode_in_tiles(decode, unscaled, tile, self.latent_factor)
 
 
 def weighted(states: jax.Array, weights: jax.Array) -> jax.Array:

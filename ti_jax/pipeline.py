@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from . import prompt_weights, sampling, tokens
-from .config import EvaluateConfig, InferConfig, TrainConfig
+from .config import EvaluateConfig, InferConfig, TrainConfig, VaeTiling
+from .decoding import choose_tile
 from .diffusion.samplers import make_sampler
 from .diffusion.schedule import NoiseSchedule
 from .embeddings import Embedding, check_fits
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _run(networks: Networks, function: str, params: Params, *args: Any) -> Any:
-    return getattr(networks, function)(params, *args)
+@partial(jax.jit, static_argnames=("networks", "function", "tile"))
+def _run(networks: Networks, function: str, params: Params, *args: Any, **tile: int | None) -> Any:
+    return getattr(networks, function)(params, *args, **tile)
 
 
 def _check_family(path: Path, networks: Networks) -> None:
@@ -232,9 +233,15 @@ class StableDiffusion:
         """Pixels [B, H, W, 3] in [-1, 1] -> mean and log-variance of the latents [B, h, w, 2c], unscaled."""
         return _run(self.networks, "encode_image", self.params, jnp.asarray(pixels))
 
-    def decode_latents(self, latents: Any) -> jax.Array:
-        """Scaled latents [B, h, w, c] -> pixels [B, H, W, 3] in [-1, 1]."""
-        return _run(self.networks, "decode_latents", self.params, jnp.asarray(latents))
+    def decode_latents(self, latents: Any, vae_tiling: VaeTiling = "auto") -> jax.Array:
+        """Scaled latents [B, h, w, c] -> pixels [B, H, W, 3] in [-1, 1]; in tiles where `vae_tiling` says so."""
+        latents = jnp.asarray(latents)
+
+        def lower(tile: int | None) -> jax.stages.Lowered:
+            return _run.lower(self.networks, "decode_latents", self.params, latents, tile=tile)
+
+        tile = choose_tile(self.networks, latents.shape[1:], len(latents), vae_tiling, lower)
+        return _run(self.networks, "decode_latents", self.params, latents, tile=tile)
 
     def generate(
         self,
@@ -249,6 +256,7 @@ class StableDiffusion:
         width: int | None = None,
         seed: int | Sequence[int] = 0,
         batch_size: int | None = None,
+        vae_tiling: VaeTiling = "auto",
         weighted: bool = False,
     ) -> list[Image.Image]:
         """Draw one picture for each prompt.
@@ -261,6 +269,7 @@ class StableDiffusion:
           height, width: in pixels, multiples of 8; None: the size that the model was trained on.
           seed: picture i is drawn from ``seed + i`` alone; or one seed for each picture.
           batch_size: pictures at a time; None: `sampling.DEFAULT_BATCH_SIZE`.
+          vae_tiling: "auto", "always" or "never": whether pictures are decoded in tiles (`ti_jax.decoding`).
           weighted: prompts are in AUTOMATIC1111's notation, ``(word:1.2)``, ``[word]``, ``BREAK``, and of any length
             (`ti_jax.prompt_weights`).
 
@@ -297,6 +306,7 @@ class StableDiffusion:
                 guidance_scale=guidance_scale,
                 seed=seeds[chosen].tolist(),
                 batch_size=batch_size or sampling.DEFAULT_BATCH_SIZE,
+                vae_tiling=vae_tiling,
             )
             pictures |= dict(zip(chosen, pixels, strict=True))
         return [Image.fromarray(pictures[number]) for number in range(len(prompts))]

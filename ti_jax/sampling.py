@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from .config import VaeTiling
+from .decoding import choose_tile
 from .diffusion.samplers import Sampler
 from .errors import InputError
 from .networks import Condition, Networks, Params
@@ -110,7 +112,7 @@ def _encode(
 
 # The module-level jit keeps its programs: a new one is compiled only for other networks, kinds of sampler, numbers of
 # steps and shapes. Weights, rows, prompts, seeds and guidance are arguments.
-@partial(jax.jit, static_argnames=("networks", "latent_shape", "guided"))
+@partial(jax.jit, static_argnames=("networks", "latent_shape", "guided", "tile"))
 def _draw_batch(
     networks: Networks,
     params: Params,
@@ -123,11 +125,12 @@ def _draw_batch(
     *,
     latent_shape: tuple[int, int, int],
     guided: bool,
+    tile: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Pixels uint8 [B, H, W, 3], and bool [B]: whether the picture is made of numbers."""
     condition = _encode(networks, params, ids, negative_ids, rows, guided)
     latents = sample_latents(networks, params, sampler, condition, image_keys(seeds), guidance_scale, latent_shape)
-    pixels = networks.decode_latents(params, latents)
+    pixels = networks.decode_latents(params, latents, tile)
     finite = jnp.isfinite(pixels).all(axis=(1, 2, 3))
     # As diffusers' VaeImageProcessor rounds.
     levels = jnp.round(jnp.clip(pixels / 2 + 0.5, 0.0, 1.0) * 255.0)
@@ -146,6 +149,7 @@ def draw(
     guidance_scale: float = 7.5,
     seed: int | Sequence[int] = 0,
     batch_size: int = DEFAULT_BATCH_SIZE,
+    vae_tiling: VaeTiling = "auto",
 ) -> np.ndarray:
     """Pictures of N prompts, uint8 [N, H, W, 3]. Held to diffusers' ``StableDiffusionPipeline``.
 
@@ -159,9 +163,11 @@ def draw(
       seed: one for each picture, or a number: then picture i has ``seed + i``. A picture depends on its own seed and
         prompt alone, so that any one of a call can be drawn again by itself.
       batch_size: pictures in one dispatch. The last batch is filled up, so that one program draws any number.
+      vae_tiling: whether pictures are decoded in tiles (`choose_tile`).
 
     Raises:
-      InputError: a seed that does not fit, a batch size below 1, or a picture that is not made of finite numbers.
+      InputError: a seed that does not fit, a batch size below 1, a `vae_tiling` that is not known, or a picture that is
+        not made of finite numbers.
     """
     if batch_size < 1:
         raise InputError(f"the batch size must be 1 or more, not {batch_size}")
@@ -169,23 +175,21 @@ def draw(
     batch_size = min(batch_size, count)
     seeds = image_seeds(seed, count)
     guided = guidance_scale > 1.0
-    drawn = []
-    for first in range(0, count, batch_size):
+
+    def arguments(first: int) -> tuple[Any, ...]:
         chosen = np.minimum(np.arange(first, first + batch_size), count - 1)
-        drawn.append(
-            _draw_batch(
-                networks,
-                params,
-                sampler,
-                _take(ids, chosen),
-                _take(negative_ids, chosen) if guided else None,
-                rows,
-                seeds[chosen],
-                jnp.float32(guidance_scale),
-                latent_shape=latent_shape,
-                guided=guided,
-            )
-        )
+        negative = _take(negative_ids, chosen) if guided else None
+        scale = jnp.float32(guidance_scale)
+        return networks, params, sampler, _take(ids, chosen), negative, rows, seeds[chosen], scale
+
+    def lower(tile: int | None) -> jax.stages.Lowered:
+        return _draw_batch.lower(*arguments(0), latent_shape=latent_shape, guided=guided, tile=tile)
+
+    tile = choose_tile(networks, latent_shape, batch_size, vae_tiling, lower)
+    drawn = [
+        _draw_batch(*arguments(first), latent_shape=latent_shape, guided=guided, tile=tile)
+        for first in range(0, count, batch_size)
+    ]
     # Only now does the host wait: every batch is under way by then.
     pictures = np.concatenate([np.asarray(pixels) for pixels, _ in drawn])[:count]
     finite = np.concatenate([np.asarray(flags) for _, flags in drawn])[:count]

@@ -23,8 +23,7 @@ ACTIVATIONS = ("silu", "swish")  # two names of one function
 
 # Of no bearing on what the network computes; ``force_upcast`` is advice on fp16 (see `VAEConfig`).
 METADATA = frozenset(
-    {"_class_name", "_diffusers_version", "_name_or_path", "_use_default_values", "_commit_hash"}
-    | {"sample_size", "force_upcast"}
+    {"_class_name", "_diffusers_version", "_name_or_path", "_use_default_values", "_commit_hash"} | {"force_upcast"}
 )
 
 
@@ -33,7 +32,8 @@ class VAEConfig:
     """Sizes and options under their names in ``config.json``, lists as tuples; defaults are diffusers'.
 
     Latents that a UNet sees are ``(latents - shift_factor) * scaling_factor``; this is the caller's to do. Weights
-    whose config says ``force_upcast`` overflow in float16, not in bfloat16 or float32.
+    whose config says ``force_upcast`` overflow in float16, not in bfloat16 or float32. ``sample_size``, the side in
+    pixels of the pictures that it was trained on, says how large the tiles of `tile_latent_size` are.
     """
 
     in_channels: int = 3
@@ -50,6 +50,16 @@ class VAEConfig:
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
+    sample_size: int | tuple[int, ...] = 32
+
+    @property
+    def tile_latent_size(self) -> int:
+        """Side in latents of the tiles that a picture is decoded in, ``tile_latent_min_size`` in diffusers.
+
+        At least 4, below which a tile has no quarter to share with the next.
+        """
+        side = self.sample_size[0] if isinstance(self.sample_size, tuple) else self.sample_size
+        return max(4, side // 2 ** (len(self.block_out_channels) - 1))
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> VAEConfig:
@@ -85,6 +95,9 @@ class VAEConfig:
                 self._refuse(option, f"implemented: {kind}, once for each of block_out_channels")
         if self.act_fn not in ACTIVATIONS:
             self._refuse("act_fn", f"implemented: {', '.join(ACTIVATIONS)}")
+        sides = self.sample_size if isinstance(self.sample_size, tuple) else (self.sample_size,)
+        if not sides or not all(map(_is_positive, sides)):
+            self._refuse("sample_size", "expected a positive integer, or one for each side")
         for option in ("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"):
             if not isinstance(getattr(self, option), bool):
                 self._refuse(option, "expected true or false")

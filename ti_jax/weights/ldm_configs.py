@@ -128,7 +128,7 @@ def _down_levels(shapes: Shapes) -> tuple[list[int], list[int], list[int]]:
     return [level[0][0] for level in levels], [len(level) for level in levels], [level[0][1] for level in levels]
 
 
-def vae_config(shapes: Shapes, family: Family) -> dict[str, Any]:
+def vae_config(shapes: Shapes, family: Family, prediction_type: str) -> dict[str, Any]:
     """``config.json`` of the VAE. Errors as `text_encoder_config`."""
     levels = _count(shapes, f"{VAE}encoder.down.{{}}.block.0.conv2.weight")
     channels = [_shape(shapes, f"{VAE}encoder.down.{level}.block.0.conv2.weight", 4)[0] for level in range(levels)]
@@ -141,6 +141,7 @@ def vae_config(shapes: Shapes, family: Family) -> dict[str, Any]:
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "layers_per_block": _count(shapes, f"{VAE}encoder.down.0.block.{{}}.conv2.weight"),
         "scaling_factor": family.scaling_factor,
+        "sample_size": family.sample_size[prediction_type] * 2 ** (levels - 1),
     }
 
 

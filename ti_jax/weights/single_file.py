@@ -136,7 +136,7 @@ def component_configs(shapes: Shapes, family: Family, prediction_type: str) -> d
     return {
         **text_configs(shapes, family),
         "unet": ldm_configs.unet_config(shapes, family, prediction_type),
-        "vae": ldm_configs.vae_config(shapes, family),
+        "vae": ldm_configs.vae_config(shapes, family, prediction_type),
     }
 
 

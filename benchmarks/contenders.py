@@ -1,0 +1,135 @@
+"""What the benchmarks share: models to measure with, and contenders that take turns."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ti_jax.config import ASSETS
+
+SIZES = ("mini", "137m", "sd15")
+
+
+class Contender(Protocol):
+    """Something that is measured."""
+
+    def check(self) -> Any:
+        """Its answer to what all are asked, before anything is measured."""
+
+    def compile(self) -> Mapping[str, float]:
+        """Get ready; seconds by kind."""
+
+    def run(self, count: int) -> float:
+        """Seconds that so many of what is counted take."""
+
+
+def peak_memory() -> int:
+    """Bytes that this process has had at most: in the GPU's memory where it has used one, else in the machine's."""
+    torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
+    if torch and torch.cuda.is_available() and (peak := torch.cuda.max_memory_allocated()):
+        return peak
+    if jax and (stats := jax.local_devices()[0].memory_stats()):
+        return stats["peak_bytes_in_use"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _work(make: Callable[[str, Any], Contender], name: str, setting: Any, pipe: Connection) -> None:
+    """A contender's process: answers a count with the seconds that it takes and the peak memory in bytes."""
+    contender = make(name, setting)
+    pipe.send(contender.check())
+    pipe.send(contender.compile())
+    while count := pipe.recv():
+        seconds = contender.run(count)
+        pipe.send((seconds, peak_memory()))
+
+
+def compare(
+    make: Callable[[str, Any], Contender],
+    names: Sequence[str],
+    setting: Any,
+    agree: Callable[[Mapping[str, Any]], None],
+    rounds: int,
+    count: int,
+    unit: str,
+) -> dict[str, dict[str, Any]]:
+    """Run all by turns, each in a process of its own that sleeps while another runs.
+
+    Args:
+      make: contender of a name, in its process.
+      setting: what `make` is told beside the name.
+      agree: of the contenders' answers; ends the program where they do not do the same.
+      count: of `unit` in a round.
+
+    Returns:
+      By contender: "seconds" for one of `unit`, of each round, peak "memory" in bytes and seconds of "compile" by kind.
+    """
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = {}, []
+    results: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in names}
+    answers = {}
+    for name in names:
+        pipes[name], theirs = context.Pipe()
+        processes.append(context.Process(target=_work, args=(make, name, setting, theirs), daemon=True))
+        processes[-1].start()
+        answers[name] = pipes[name].recv()
+        results[name]["compile"] = pipes[name].recv()
+        print(f"{name}: {results[name]['compile']}", flush=True)
+    agree(answers)
+    for number in range(rounds):
+        for name in names:
+            pipes[name].send(count)
+            seconds, memory = pipes[name].recv()
+            results[name]["seconds"].append(seconds / count)
+            results[name]["memory"] = memory
+            print(f"round {number}: {name} {seconds / count * 1e3:.1f} ms a {unit}", flush=True)
+    for pipe in pipes.values():
+        pipe.send(0)
+    for process in processes:
+        process.join()
+    return results
+
+
+def ready_after(result: Mapping[str, Any]) -> str:
+    """Seconds of compiling, for a table."""
+    return ", ".join(f"{value:.1f} s {kind}" for kind, value in result["compile"].items())
+
+
+def faster_by(result: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """How many times as long a contender takes as ours: median over the rounds, smallest and largest."""
+    ratios = np.array(result["seconds"]) / np.array(ours["seconds"])
+    return f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
+
+
+def make_model(size: str, folder: Path) -> Path:
+    """A diffusers folder of a published size with random weights; the embedded model as it is."""
+    import torch
+    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from ti_jax.weights.published import SD15
+    from ti_jax.weights.tokenizers import clip_tokenizer
+
+    if size == "mini":
+        return ASSETS / "mini-sd"
+    unet = dict(SD15["unet"])
+    if size == "137m":
+        unet |= {"block_out_channels": [128, 256, 512, 512], "sample_size": 32}
+    torch.manual_seed(0)
+    StableDiffusionPipeline(
+        vae=AutoencoderKL(**SD15["vae"]),
+        text_encoder=CLIPTextModel(CLIPTextConfig(vocab_size=49408, eos_token_id=49407, **SD15["text_encoder"])),
+        tokenizer=clip_tokenizer("<|endoftext|>"),
+        unet=UNet2DConditionModel(**unet),
+        scheduler=DDPMScheduler(**SD15["scheduler"]),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder

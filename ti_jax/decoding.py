@@ -1,0 +1,99 @@
+"""Whole pictures or tiles? By what a compiled program needs and what memory the device has left."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from .config import VaeTiling
+from .errors import InputError
+from .networks import Networks
+
+MEMORY_INFO = Path("/proc/meminfo")
+
+
+def free_memory() -> int | None:
+    """Bytes that the default device can still give, None if nobody says so.
+
+    Of a CPU these are the machine's; that a container may have less is not seen.
+    """
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        stats = device.memory_stats() or {}
+        return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None
+    if not MEMORY_INFO.exists():  # not Linux
+        return None
+    lines = dict(line.split(":") for line in MEMORY_INFO.read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
+
+
+def choose_tile(
+    networks: Networks,
+    latent_shape: tuple[int, ...],
+    batch_size: int,
+    vae_tiling: VaeTiling,
+    lower: Callable[[int | None], jax.stages.Lowered],
+    free: Callable[[], int | None] = free_memory,
+) -> int | None:
+    """How `Networks.decode_latents` is to decode a batch: its `tile`.
+
+    Args:
+      latent_shape: (h, w, c) of one picture.
+      vae_tiling: "never": whole pictures and all at once; "always": tiles, where a picture is larger than one; "auto":
+        the first that the memory is enough for of all pictures at once, one whole picture after the other, and tiles.
+        The first two draw the same, the last something near it.
+      lower: the program that the tile goes into. It is compiled here where there is a choice; calling it with the same
+        shapes does not compile it again.
+      free: bytes that the device has left; None: not known, and then memory is taken to be enough.
+
+    Raises:
+      InputError: `vae_tiling` is none of its values.
+    """
+    if vae_tiling not in typing.get_args(VaeTiling):
+        raise InputError(f"vae_tiling {vae_tiling!r}: must be one of {', '.join(typing.get_args(VaeTiling))}")
+    tile, side = networks.vae.config.tile_latent_size, max(latent_shape[:2])
+    ways: list[int | None] = [None]
+    if batch_size > 1:
+        ways.append(side)  # a tile that a whole picture is in
+    if side > tile:
+        ways.append(tile)
+    if vae_tiling == "never":
+        return ways[0]
+    if vae_tiling == "always":
+        return ways[-1]
+    for way in ways[:-1]:
+        available = free()
+        if available is None or _fits(lower(way), available):
+            return way
+    if side > tile:
+        factor = networks.latent_factor
+        width, height = factor * latent_shape[1], factor * latent_shape[0]
+        _tell(
+            f"note: too little memory is free for decoding {width} x {height} pixels at once: pictures are decoded in "
+            f"tiles of {factor * tile} pixels (--vae_tiling never decodes them whole)"
+        )
+    return ways[-1]
+
+
+def _fits(lowered: jax.stages.Lowered, available: int) -> bool:
+    """Does the compiled program find room beside its arguments, most of which are weights and on the device already?"""
+    try:
+        memory: Any = lowered.compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        # A TPU's compiler has to find a place for everything and says so if it does not.
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return False
+        raise
+    return memory.temp_size_in_bytes + memory.output_size_in_bytes <= available
+
+
+@functools.cache
+def _tell(note: str) -> None:
+    """Once, though many pictures may follow."""
+    print(note, file=sys.stderr)

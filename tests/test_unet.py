@@ -78,7 +78,7 @@ def test_whole_unet_of_rarer_options(name, tmp_path):
 
 def test_gradient_checkpointing_recomputes_every_block_and_changes_nothing(tmp_path):
     module, params = loaded_unet(torch_unet(**SD1), tmp_path)
-    frugal = dataclasses.replace(module, gradient_checkpointing=True)
+    frugal = dataclasses.replace(module, gradient_checkpointing="full")
     inputs = unet_inputs(module.config, 8, 8)
 
     def recomputed(module):

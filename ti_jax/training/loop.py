@@ -25,6 +25,7 @@ from ..pipeline import StableDiffusion
 from . import run_folder, showing
 from .checkpoint import Checkpoints, fingerprint
 from .measuring import Measuring, make_measuring
+from .memory import CompiledStep, compile_step, free_memory
 from .optimizer import make_optimizer
 from .parallel import AXIS, make_mesh, make_run_steps, replicate
 from .reporting import Reporter
@@ -125,7 +126,7 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> T
         push = hub.open_repository(config)
 
     with clock.phase("load"):
-        sd = StableDiffusion.from_config(config, config.gradient_checkpointing)
+        sd = StableDiffusion.from_config(config)
         concept = prepare_concept(config, sd, lambda text: print(text, file=sys.stderr))
     config = dataclasses.replace(config, resolution=concept.pictures.pixels.shape[1])
     measuring = make_measuring(config, sd, concept, folder)
@@ -137,7 +138,8 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> T
     with clock.phase("encode"):
         dataset = make_dataset(config, sd, concept)
     assert config.train_batch_size is not None, "the config is resolved"
-    samples_per_step = config.train_batch_size * config.gradient_accumulation_steps * mesh.size
+    batch_size = config.train_batch_size
+    samples_per_step = batch_size * config.gradient_accumulation_steps * mesh.size
     total = total_updates(config, len(concept.pictures.pixels), samples_per_step)
     optimizer, schedule = make_optimizer(config, total, samples_per_step)
 
@@ -185,25 +187,36 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> T
             if measuring is not None:
                 measuring.resume(int(state.step))
 
-        train_step = make_train_step(
-            sd.networks,
-            optimizer,
-            batch_size=config.train_batch_size,
-            accumulation=config.gradient_accumulation_steps,
-            num_devices=mesh.size,
-            axis_name=AXIS,
-        )
-        longest_chunk = min(config.logging_steps, total)
+        def lower(gradient_checkpointing: str) -> jax.stages.Lowered:
+            train_step = make_train_step(
+                sd.networks.with_gradient_checkpointing(gradient_checkpointing),
+                optimizer,
+                batch_size=batch_size,
+                accumulation=config.gradient_accumulation_steps,
+                num_devices=mesh.size,
+                axis_name=AXIS,
+            )
+            longest_chunk = min(config.logging_steps, total)
+            return make_run_steps(train_step, mesh, longest_chunk).lower(frozen, state, jnp.int32(1))
+
+        memory = free_memory(mesh.local_devices)
+        if memory is not None:
+            memory += sum(leaf.nbytes for leaf in jax.tree.leaves((frozen, state)))
         with clock.phase("compile"):
-            run_steps = make_run_steps(train_step, mesh, longest_chunk).lower(frozen, state, jnp.int32(1)).compile()
+            compiled = checked(compile_step(lower, config.gradient_checkpointing, memory), memory)
+        # Once more, with what was chosen: another machine, or a fuller one, would choose something else.
+        config = dataclasses.replace(config, gradient_checkpointing=compiled.gradient_checkpointing)
+        write_atomically(folder / "config.yaml", dump_yaml(config).encode())
+        way = compiled.gradient_checkpointing
+        checkpointing = "" if way == "none" else f"gradient checkpointing {way}; "
         print(
             f"{sd.name}, {mesh.size} x {mesh.devices.flat[0].device_kind}, {np.dtype(sd.dtype).name}: "
             f"{len(concept.pictures.pixels)} pictures, {len(concept.prompts)} prompts, {samples_per_step} samples a "
-            f"step; the training step took {clock.seconds['compile']:.1f} s to compile",
+            f"step; {checkpointing}the training step took {clock.seconds['compile']:.1f} s to compile",
             file=sys.stderr,
         )
         run = _Run(config, sd, concept, folder, checkpoints, measuring, schedule, clock, total, samples_per_step)
-        state, losses, interrupted = run.go(run_steps, frozen, state)
+        state, losses, interrupted = run.go(compiled.program, frozen, state)
 
     final_step = int(state.step)
     embedding = concept.embedding(state.rows, final_step)
@@ -312,6 +325,26 @@ class _Run:
                 scores = self.measuring.measure(self.sd, self.concept.embedding(state.rows, step), step)
             self.reporter.say(f"step {step}: {scores}")
         self.reporter.pause()
+
+
+def checked(compiled: CompiledStep | None, memory: float | None) -> CompiledStep:
+    """The compiled step, if there is one; with a warning if it takes more than the `memory` in bytes that a device has.
+
+    Raises:
+      InputError: the compiler has found that it cannot fit.
+    """
+    remedy = "give a smaller --train_batch_size (--gradient_accumulation_steps makes up for it) or --resolution"
+    if compiled is None or compiled.gradient_checkpointing != "full":
+        remedy += ", and leave out --gradient_checkpointing"
+    if compiled is None:
+        raise InputError(f"the training step does not fit the device's memory, says the compiler: {remedy}")
+    if not compiled.fits and memory is not None:
+        print(
+            f"warning: the training step takes {compiled.memory / 1e9:.1f} GB with --gradient_checkpointing "
+            f"{compiled.gradient_checkpointing} and {memory / 1e9:.1f} GB are free, so it may not run: {remedy}",
+            file=sys.stderr,
+        )
+    return compiled
 
 
 def say_how_far(figures: list[dict], step: int) -> None:

@@ -40,10 +40,11 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _work(make: Callable[[str, Any], Contender], name: str, setting: Any, pipe: Connection) -> None:
+def _work(make: Callable[[str, Any], Contender], name: str, setting: Any, alone: bool, pipe: Connection) -> None:
     """A contender's process: answers a count with the seconds that it takes and the peak memory in bytes."""
     contender = make(name, setting)
-    pipe.send(contender.check())
+    if not alone:
+        pipe.send(contender.check())
     pipe.send(contender.compile())
     while count := pipe.recv():
         seconds = contender.run(count)
@@ -64,7 +65,7 @@ def compare(
     Args:
       make: contender of a name, in its process.
       setting: what `make` is told beside the name.
-      agree: of the contenders' answers; ends the program where they do not do the same.
+      agree: of the contenders' answers; ends the program where they do not do the same. One alone is not asked.
       count: of `unit` in a round.
 
     Returns:
@@ -73,15 +74,17 @@ def compare(
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
     results: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in names}
-    answers = {}
+    answers, alone = {}, len(names) == 1
     for name in names:
         pipes[name], theirs = context.Pipe()
-        processes.append(context.Process(target=_work, args=(make, name, setting, theirs), daemon=True))
+        processes.append(context.Process(target=_work, args=(make, name, setting, alone, theirs), daemon=True))
         processes[-1].start()
-        answers[name] = pipes[name].recv()
+        if not alone:
+            answers[name] = pipes[name].recv()
         results[name]["compile"] = pipes[name].recv()
         print(f"{name}: {results[name]['compile']}", flush=True)
-    agree(answers)
+    if not alone:
+        agree(answers)
     for number in range(rounds):
         for name in names:
             pipes[name].send(count)

@@ -3,6 +3,7 @@
     python benchmarks/train_step.py                                  # the embedded model, batch 8
     python benchmarks/train_step.py --size 137m --batch_size 2       # a UNet of 137M parameters at 256 px
     python benchmarks/train_step.py --size sd15 --batch_size 8 --dtype bfloat16      # on a GPU
+    python benchmarks/train_step.py --size sd15 --batch_size 1 --contenders ours --gradient_checkpointing policy
 
     ours     ti_jax's training loop
     stock    PyTorch as diffusers' script has it (benchmarks/torch_loops.py)
@@ -10,12 +11,14 @@
 
 Models but the embedded one have random weights. Each contender is a process of its own that sleeps while another runs.
 Before anything is measured, the losses and the row's gradients of all on the same draws must agree. Seconds do not
-hold compiling, which is told apart: with an empty cache of programs, and from the cache.
+hold compiling, which is told apart: with an empty cache of programs, and from the cache. One contender alone has nobody
+to agree with and compiles once, so that its peak memory is that of a training run.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -52,7 +55,8 @@ class Setting:
     Attributes:
       model: a diffusers folder. resolution: side of the pictures in pixels, None: the model's.
       batch_size: pictures a step. dtype: of the frozen networks. torch_compile: of the strong loop.
-      profile: where ours writes a trace, None: nowhere.
+      profile: where ours writes a trace, None: nowhere. gradient_checkpointing: of ours.
+      alone: there is one contender only.
     """
 
     model: Path
@@ -61,6 +65,8 @@ class Setting:
     dtype: str
     torch_compile: bool = False
     profile: str | None = None
+    gradient_checkpointing: str = "none"
+    alone: bool = False
 
     def config(self) -> TrainConfig:
         """As ti_jax is told of it."""
@@ -99,7 +105,9 @@ class Ours:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         self.setting, self.mesh = setting, make_mesh(jax.devices()[:1])
         config = resolve(setting.config())
-        self.sd = StableDiffusion.from_config(config)
+        sd = StableDiffusion.from_config(config)
+        networks = sd.networks.with_gradient_checkpointing(setting.gradient_checkpointing)
+        self.sd = dataclasses.replace(sd, networks=networks)
         self.concept = prepare_concept(config, self.sd, print)
         self.optimizer, _ = make_optimizer(config, 1, setting.batch_size)
         params = {name: tree for name, tree in self.sd.params.items() if name != "vae"}
@@ -113,7 +121,7 @@ class Ours:
         self.latent_shape = self.sd.latent_shape(height, width)
 
     def compile(self) -> dict[str, float]:
-        """Cold and from the cache; then one step, to be warm."""
+        """Cold and, unless alone, from the cache; then one step, to be warm."""
         import jax
 
         from ti_jax.training.parallel import AXIS, make_run_steps
@@ -122,7 +130,7 @@ class Ours:
         seconds = {}
         with tempfile.TemporaryDirectory() as cache:
             jax.config.update("jax_compilation_cache_dir", cache)
-            for kind in ("cold", "cached"):
+            for kind in ("cold",) if self.setting.alone else ("cold", "cached"):
                 step = make_train_step(
                     self.sd.networks, self.optimizer, batch_size=self.setting.batch_size, accumulation=1,
                     num_devices=1, axis_name=AXIS,
@@ -265,6 +273,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10, help="a round")
     parser.add_argument("--torch_compile", action="store_true", help="the strong loop is compiled")
+    parser.add_argument(
+        "--gradient_checkpointing", choices=("none", "policy", "full"), default="none", help="of ours (default: none)"
+    )
     parser.add_argument("--profile", default=None, help="folder for a trace of ours")
     arguments = parser.parse_args()
 
@@ -273,7 +284,7 @@ def main() -> None:
         model = arguments.model or make_model(arguments.size, folder)
         setting = Setting(
             model, arguments.resolution, arguments.batch_size, arguments.dtype, arguments.torch_compile,
-            arguments.profile,
+            arguments.profile, arguments.gradient_checkpointing, alone=len(arguments.contenders) == 1,
         )  # fmt: skip
         print(f"{model.name if arguments.size == 'mini' else arguments.size}, batch {arguments.batch_size}, "
               f"{arguments.dtype}, {len(os.sched_getaffinity(0))} cores", flush=True)  # fmt: skip

@@ -87,6 +87,24 @@ def test_switches_are_turned_off_in_either_spelling(tmp_path):
     assert not flags(TrainConfig, "--config", str(path), "--no-center-crop").center_crop
 
 
+@pytest.mark.parametrize(
+    ("args", "value"),
+    [
+        ([], None),
+        (["--gradient_checkpointing"], "full"),  # as diffusers' script has it
+        (["--gradient-checkpointing", "--seed", "1"], "full"),
+        (["--no_gradient_checkpointing"], "none"),
+        (["--no-gradient-checkpointing"], "none"),
+        (["--gradient_checkpointing", "policy"], "policy"),
+        (["--gradient-checkpointing=none"], "none"),
+        (["--gradient_checkpointing", "--no_gradient_checkpointing"], "none"),
+        (["--no_gradient_checkpointing", "--gradient_checkpointing"], "full"),
+    ],
+)
+def test_gradient_checkpointing_is_a_switch_or_has_a_value(args, value):
+    assert flags(TrainConfig, *args).gradient_checkpointing == value
+
+
 def test_the_last_of_repeated_flags_counts():
     assert flags(TrainConfig, "--seed", "1", "--seed", "2").seed == 2
 
@@ -117,6 +135,16 @@ def test_negative_numbers_and_leading_hyphens_are_values():
         (["cat/"], "'cat/' belongs to no flag; a flag is written --name value (quote text that has spaces)"),
         (["--", "--seed"], "--seed"),
         (["--no-seed", "3"], "--no-seed: --seed has a value and no --no_ form; "),
+        (["--gradient_checkpointing", "half"], "--gradient_checkpointing half: must be one of none, policy or full"),
+        (["--gradient-checkpointing=true"], "--gradient_checkpointing true: must be one of none, policy or full"),
+        (
+            ["--gradient_checkpointing", "none", "full"],
+            "--gradient_checkpointing takes one value, one of none, policy ",
+        ),
+        (
+            ["--no_gradient_checkpointing=full"],
+            "--no_gradient_checkpointing=full: --no_gradient_checkpointing takes no ",
+        ),
         (["--config"], "--config takes one value, text; it has none"),
         (["--config", "nope.yaml"], "nope.yaml: cannot read the config"),
         (["--config", "nope.yaml", "--sed", "1"], "unknown flag --sed; did you mean --seed?"),
@@ -241,6 +269,10 @@ def test_help_into_a_closed_pipe_is_quiet():
             "ti-jax: error: unknown flag --seed; see ti-jax verify FILE --help",
         ),
         ("train.py --seed x", "train.py: error: --seed x: must be a whole number"),
+        (
+            "train.py --gradient_checkpointing half",
+            "train.py: error: --gradient_checkpointing half: must be one of none, policy or full",
+        ),
         ("train.py --num_vectors 0", "train.py: error: --num_vectors 0: must be 1 or more"),
         ("train.py --local_rank 3", "train.py: error: --local_rank has no counterpart here (JAX finds the devices by "),
         (

@@ -89,6 +89,11 @@ def test_what_is_given_stays():
     assert config.overview_prompts == ("a {}",)
 
 
+@pytest.mark.parametrize(("given", "word"), [(True, "full"), (False, "none"), ("policy", "policy"), (None, None)])
+def test_gradient_checkpointing_in_python_is_a_word_or_true_or_false(given, word):
+    assert resolve(TrainConfig(gradient_checkpointing=given)).gradient_checkpointing == word
+
+
 def test_epochs_are_not_overridden_by_the_default_number_of_steps():
     assert resolve(TrainConfig(num_train_epochs=2)).max_train_steps is None
     assert resolve(TrainConfig(num_train_epochs=2, **OTHER)).max_train_steps is None
@@ -226,6 +231,7 @@ def test_every_field_has_a_rule_or_a_closed_type(cls, rules):
         ({"center_crop": 1}, "--center_crop 1: must be true or false"),
         ({"lr_scheduler": "cosin"}, "--lr_scheduler 'cosin': must be one of constant, "),
         ({"mixed_precision": "fp16"}, "--mixed_precision 'fp16': must be no or bf16"),
+        ({"gradient_checkpointing": "half"}, "--gradient_checkpointing 'half': must be one of none, policy or full"),
         ({"overview_prompts": ()}, "--overview_prompts : must be one text or more"),
     ],
 )
@@ -321,6 +327,11 @@ def test_fields_that_a_dump_leaves_out_come_back_by_default(cls):
         ("revision: on\nvariant: 2024-01-01", {"revision": "on", "variant": "2024-01-01"}),
         ("center_crop: true\nseed: -0", {"center_crop": True, "seed": 0}),
         ("resolution: null\nvariant: ~\nrevision:", {"resolution": None, "variant": None, "revision": None}),
+        ("gradient_checkpointing: true", {"gradient_checkpointing": "full"}),
+        ("gradient_checkpointing: false", {"gradient_checkpointing": "none"}),
+        ("gradient_checkpointing: none", {"gradient_checkpointing": "none"}),
+        ("gradient_checkpointing: policy", {"gradient_checkpointing": "policy"}),
+        ("gradient_checkpointing: null", {"gradient_checkpointing": None}),
         ("embeddings: [a, 'b c']", {"embeddings": ("a", "b c")}),
         ("overview_prompts:\n  - a {}\n", {"overview_prompts": ("a {}",)}),
         ("placeholder_token: <cat-toy>", {"placeholder_token": "<cat-toy>"}),
@@ -354,6 +365,8 @@ def test_yaml_is_read_as_people_mean_it(tmp_path, text, values):
         ("learning_rate: [1]", "learning_rate: [1] is not a number"),
         ("learning_rate: false", "learning_rate: False is not a number"),
         ("center_crop: yes", "center_crop: 'yes' is not true or false"),
+        ("gradient_checkpointing: yes", "gradient_checkpointing: 'yes' is not one of none, policy or full"),
+        ("gradient_checkpointing: 1", "gradient_checkpointing: 1 is not one of none, policy or full"),
         ("center_crop: 1", "center_crop: 1 is not true or false"),
         ("revision: 1234567", "revision: 1234567 is not text; put quotes around it"),
         ("revision: {a: b}", "revision: {'a': 'b'} is not text"),

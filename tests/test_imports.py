@@ -7,10 +7,10 @@ PACKAGE = Path(__file__).parent.parent / "ti_jax"
 
 # From the bottom up; a package stands for all its modules.
 ORDER = [
-    "errors", "files", "batches", "config_yaml", "config_checks", "config", "flags", "diffusion", "models", "weights",
-    "networks", "embeddings", "tokens", "prompt_weights", "decoding", "sampling", "text_encoders", "pictures",
-    "pipeline", "data", "evaluation", "training", "work", "planning", "drawing", "verify", "embedding_commands",
-    "compilation_cache", "cli",
+    "errors", "files", "batches", "config_yaml", "config_checks", "config", "flags", "free_memory", "diffusion",
+    "models", "weights", "networks", "embeddings", "tokens", "prompt_weights", "decoding", "sampling",
+    "text_encoders", "pictures", "pipeline", "data", "evaluation", "training", "work", "planning", "drawing",
+    "verify", "embedding_commands", "compilation_cache", "cli",
 ]  # fmt: skip
 
 

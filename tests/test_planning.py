@@ -31,7 +31,7 @@ SIZES = [
 
 @pytest.mark.parametrize(("configs", "encoders", "unet"), SIZES)
 def test_published_sizes(configs, encoders, unet):
-    shapes = network_shapes(make_networks(configs, jnp.bfloat16, False))
+    shapes = network_shapes(make_networks(configs, jnp.bfloat16))
     counts = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in shapes.items()}
     wanted = {name: TEXT_PARAMETERS[size] for name, size in encoders.items()}
     assert counts == wanted | {"unet": UNET_PARAMETERS[unet], "vae": VAE_PARAMETERS}
@@ -92,6 +92,7 @@ def test_the_command_tells_it(capsys, tiny_sd):
     out = capsys.readouterr().out
     assert f"{tiny_sd}: 1 a device on 8 x cpu, float32, 16 px, 16 samples an update" in out
     assert "TFLOP an update and device at least\n" in out
+    assert "GB with --gradient_checkpointing none\n" in out
 
 
 @pytest.mark.parametrize("first", [1, 4, 32])
@@ -116,7 +117,8 @@ def test_a_batch_is_looked_for(monkeypatch, config):
         return plan(replace(config, train_batch_size=batch)).peak_memory
 
     memory = (peak(5) + peak(6)) / 2
-    monkeypatch.setattr("ti_jax.planning._memory_of", lambda device: memory)
+    monkeypatch.setattr("ti_jax.planning.Planner._memory_for_the_step", lambda *_: memory)
+    config = replace(config, gradient_checkpointing="none")
     assert plan(replace(config, train_batch_size=1, largest_batch=True)).largest_batch == 5
 
 

@@ -54,7 +54,7 @@ def full_size(request):
 
 
 def networks_of(configs):
-    return make_networks({**configs, "scheduler": {}}, jnp.bfloat16, False)
+    return make_networks({**configs, "scheduler": {}}, jnp.bfloat16)
 
 
 def test_each_name_of_the_published_models_is_for_one_leaf(full_size):

@@ -31,7 +31,7 @@ def state_of(family):
 @functools.cache
 def shapes_of(configs):
     """Trees that the modules of these configs want; tracing them is most of the time that a file takes."""
-    return network_shapes(make_networks(json.loads(configs), jnp.float32, False))
+    return network_shapes(make_networks(json.loads(configs), jnp.float32))
 
 
 def load(path, prediction_type="epsilon"):

@@ -1,5 +1,6 @@
 """The training step against a PyTorch loop on the same draws, and on eight devices against one."""
 
+import dataclasses
 import re
 
 import jax
@@ -198,12 +199,15 @@ def test_sdxl_is_told_sizes_and_crops(tiny_sdxl, wide_pictures, tmp_path):
     assert told[2].tolist() == [[16, 16, 0, 0, 16, 16]] * 2
 
 
-def test_gradient_checkpointing_changes_nothing(tiny_sd, pictures, tmp_path):
+@pytest.mark.parametrize("way", ["policy", "full"])
+def test_gradient_checkpointing_changes_nothing(tiny_sd, pictures, tmp_path, way):
     problem = Problem(tiny_sd, pictures, tmp_path)
-    plain, _ = problem.run(1, 2)
-    problem.sd = StableDiffusion.from_pretrained(tiny_sd, gradient_checkpointing=True)
-    again, _ = problem.run(1, 2)
+    plain, losses = problem.run(1, 2)
+    networks = problem.sd.networks.with_gradient_checkpointing(way)
+    problem.sd = dataclasses.replace(problem.sd, networks=networks)
+    again, losses_again = problem.run(1, 2)
     assert relative(again.rows["text_encoder"], plain.rows["text_encoder"]) < 1e-6
+    assert relative(losses_again, losses) < 1e-6
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

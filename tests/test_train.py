@@ -19,7 +19,9 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import ti_jax
+from ti_jax.config import PlanConfig, resolve_plan
 from ti_jax.config_yaml import load_yaml
+from ti_jax.planning import Planner
 from ti_jax.training.loop import next_stop, total_updates
 
 REPOSITORY = Path(__file__).parent.parent
@@ -75,6 +77,30 @@ def test_what_a_run_leaves(config, capsys):
     assert load_yaml(out / "config.yaml", ti_jax.TrainConfig)["max_train_steps"] == 12
     told = capsys.readouterr().err
     assert "row 0 moved by" in told and "row 1 moved by" in told and "to compile" in told
+
+
+def test_what_is_kept_is_chosen_by_the_memory_that_is_free(config, capsys, monkeypatch):
+    config = replace(config, max_train_steps=1)
+    same = {name: getattr(config, name) for name in ("pretrained_model_name_or_path", "num_vectors", "templates")}
+
+    def temporary(way):
+        plan = resolve_plan(PlanConfig(**same, gradient_checkpointing=way, logging_steps=1))
+        return Planner(plan, np.float32, jax.devices()[:1]).at(config.train_batch_size).temporary
+
+    def run(free):
+        monkeypatch.setattr("ti_jax.training.loop.free_memory", lambda devices: free)
+        out = train(config).output_dir
+        return capsys.readouterr().err, load_yaml(out / "config.yaml", ti_jax.TrainConfig)["gradient_checkpointing"]
+
+    told, kept = run(None)
+    assert kept == "none" and "gradient checkpointing" not in told
+    told, kept = run((temporary("none") + temporary("policy")) / 2)
+    assert kept == "policy" and "a step; gradient checkpointing policy; the training step took" in told
+    told, kept = run(0)
+    assert kept == "full" and "gradient checkpointing full; the training step took" in told
+    assert re.search(
+        r"^warning: the training step takes .* give a smaller --train_batch_size .*--resolution$", told, re.M
+    )
 
 
 def test_an_sdxl_word_is_two_files_that_diffusers_loads(config, tiny_sdxl):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .config_checks import check_evaluate, check_infer, check_train
-from .config_yaml import dump_yaml, load_yaml
+from .config_yaml import dump_yaml, load_yaml, switched
 from .errors import InputError
 
 __all__ = [
@@ -31,6 +31,7 @@ PAPER_STEPS, EMBEDDED_STEPS = 50, 25  # of the sampler, when a word is measured
 LearnableProperty = Literal["object", "style"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 PredictionType = Literal["epsilon", "v_prediction"]
+Checkpointing = Literal["none", "policy", "full"]
 SamplerName = Literal["ddim", "euler", "euler_a", "dpm++"]
 VaeTiling = Literal["auto", "always", "never"]
 Measure = Literal["identity", "editability", "clip_i", "clip_t"]
@@ -125,8 +126,13 @@ class TrainConfig:
     left out."""
     repeats: int = 100
     """How often one epoch shows each picture."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
+    gradient_checkpointing: Checkpointing | None = dataclasses.field(
+        default=None,
+        metadata={"switch": ("full", "none")},  # diffusers' flag: alone it is on, and --no_ in front of it is off
+    )
+    """What the UNet keeps for the backward pass: all (none), what convolutions and dense layers make (policy; the rest
+    is cheap to make again), or the inputs of its blocks alone (full, or no value; --no_gradient_checkpointing is none).
+    Left out: the first of the three that fits the device's memory."""
 
     # -- several machines: the same command on each; batches are shared by all their devices, the first one writes
     distributed: Literal["auto", "always", "never"] = "auto"
@@ -219,7 +225,8 @@ class PlanConfig(TrainConfig):
     """TPU slice to compile for, e.g. v5e:2x4, with libtpu (pip install 'ti_jax[plan]'). Left out: this machine's
     devices."""
     largest_batch: bool = False
-    """Also look for the largest --train_batch_size that fits; this compiles the step several times."""
+    """Also look for the largest --train_batch_size that fits, with --gradient_checkpointing full where that is left
+    out; this compiles the step several times."""
 
 
 @dataclass(frozen=True)
@@ -341,8 +348,8 @@ def resolve_evaluate(config: EvaluateConfig) -> EvaluateConfig:
 def resolve(config: TrainConfig) -> TrainConfig:
     """Check a config and fill in what it leaves to the model; a resolved config comes back as it is.
 
-    Three fields may stay None: ``resolution`` and ``mixed_precision``, which the model and the device decide, and
-    ``max_train_steps`` where ``num_train_epochs`` is given.
+    Four fields may stay None: ``resolution``, ``mixed_precision`` and ``gradient_checkpointing``, which the model and
+    the device decide, and ``max_train_steps`` where ``num_train_epochs`` is given.
 
     Raises:
       InputError: a value that cannot be, or something that only the user can tell is missing.
@@ -361,7 +368,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     start = () if config.initializer_embedding is not None else ("initializer_token",)
     _require(config, "train_data_dir", "placeholder_token", *start)
     paths = ("pretrained_model_name_or_path", "train_data_dir", "initializer_embedding", "templates", "embeddings")
-    config = _plain_paths(config, *paths, "output_dir", "logging_dir", "evaluation_clip")
+    config = _plain_switches(_plain_paths(config, *paths, "output_dir", "logging_dir", "evaluation_clip"))
     check_train(config)
     return config
 
@@ -375,7 +382,7 @@ def resolve_plan(config: PlanConfig) -> PlanConfig:
     defaults = _model_defaults(config.pretrained_model_name_or_path)
     left_out = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     config = dataclasses.replace(config, **left_out)
-    config = _plain_paths(config, "pretrained_model_name_or_path", "templates")
+    config = _plain_switches(_plain_paths(config, "pretrained_model_name_or_path", "templates"))
     check_train(config)
     return config
 
@@ -419,6 +426,12 @@ def _require(config: TrainConfig, *names: str) -> None:
             f"{' and '.join(missing)} must be given with --pretrained_model_name_or_path: only the embedded model has "
             f"an example (for instance --train_data_dir cat/ --placeholder_token '<cat-toy>' --initializer_token toy)"
         )
+
+
+def _plain_switches(config: Any) -> Any:
+    """True and False as the words that they stand for: a config made in Python has been through no parser."""
+    fields = dataclasses.fields(config)
+    return dataclasses.replace(config, **{field.name: switched(getattr(config, field.name), field) for field in fields})
 
 
 def _plain_paths(config: Any, *names: str) -> Any:

@@ -88,7 +88,7 @@ def load_yaml(path: str | Path, cls: type) -> dict[str, Any]:
             remedy = nearest(str(key), fields, "did you mean {}?", "keys are the flags of --help without their hyphens")
             raise InputError(f"{path}: unknown key {key!r}; {remedy}")
         try:
-            values[key] = from_yaml(value, hints[key])
+            values[key] = from_yaml(switched(value, fields[key]), hints[key])
         except ValueError as error:
             raise InputError(f"{path}: {key}: {_shown(value)} is not {error}") from error
         if fields[key].metadata.get("input_path"):
@@ -129,6 +129,13 @@ def from_yaml(value: Any, hint: Any) -> Any:
         return value
     quotes = "; put quotes around it" if base is str and isinstance(value, (int, float)) else ""
     raise ValueError(expected(base) + quotes)
+
+
+def switched(value: Any, field: dataclasses.Field) -> Any:
+    """``value``, or the word that its True or False stands for in a field with ``metadata["switch"]``: (on, off)."""
+    if isinstance(value, bool) and "switch" in field.metadata:
+        return field.metadata["switch"][0 if value else 1]
+    return value
 
 
 def strip_optional(hint: Any) -> tuple[Any, bool]:

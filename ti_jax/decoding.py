@@ -6,31 +6,14 @@ import functools
 import sys
 import typing
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from .config import VaeTiling
 from .errors import InputError
+from .free_memory import free_memory
 from .networks import Networks
-
-MEMORY_INFO = Path("/proc/meminfo")
-
-
-def free_memory() -> int | None:
-    """Bytes that the default device can still give, None if nobody says so.
-
-    Of a CPU these are the machine's; that a container may have less is not seen.
-    """
-    device = jax.local_devices()[0]
-    if device.platform != "cpu":
-        stats = device.memory_stats() or {}
-        return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None
-    if not MEMORY_INFO.exists():  # not Linux
-        return None
-    lines = dict(line.split(":") for line in MEMORY_INFO.read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024
 
 
 def choose_tile(
@@ -39,7 +22,7 @@ def choose_tile(
     batch_size: int,
     vae_tiling: VaeTiling,
     lower: Callable[[int | None], jax.stages.Lowered],
-    free: Callable[[], int | None] = free_memory,
+    free: Callable[[], float | None] = lambda: free_memory(jax.local_devices()[:1]),
 ) -> int | None:
     """How `Networks.decode_latents` is to decode a batch: its `tile`.
 
@@ -81,7 +64,7 @@ def choose_tile(
     return ways[-1]
 
 
-def _fits(lowered: jax.stages.Lowered, available: int) -> bool:
+def _fits(lowered: jax.stages.Lowered, available: float) -> bool:
     """Does the compiled program find room beside its arguments, most of which are weights and on the device already?"""
     try:
         memory: Any = lowered.compile().memory_analysis()

@@ -51,6 +51,8 @@ class _Flag:
     hint: Any
     doc: str
     default: Any
+    switch: tuple[str, str] | None = None
+    """The words that ``--name`` without a value and ``--no_name`` stand for, where the flag may be given so."""
 
     def annotation(self) -> Any:
         """The field's type for tyro."""
@@ -76,6 +78,8 @@ class _Flag:
             return None
         if typing.get_origin(base) is tuple:
             return tuple(words)
+        if self.switch is not None and not words:
+            return self.switch[0]
         if len(words) != 1:
             told = f"it has {len(words)}: {' '.join(words)} (quote text that has spaces)" if words else "it has none"
             raise _Refused(f"--{self.name} takes one value, {expected(base)}; {told}")
@@ -132,7 +136,8 @@ def parse(
         flags = [_Flag("config", str | None, CONFIG_DOC, None)] if config_file else []
         for field in dataclasses.fields(cls):  # type: ignore[arg-type]
             default = from_file.get(field.name, field.default)
-            flags.append(_Flag(field.name, hints[field.name], docs[field.name], default))
+            switch = field.metadata.get("switch")
+            flags.append(_Flag(field.name, hints[field.name], docs[field.name], default, switch))
         return _run_tyro(flags, args, prog, cls.__doc__, examples, no_counterpart or {})
 
     values = run({})
@@ -155,7 +160,7 @@ def _run_tyro(
     try:
         parsed, unknown = tyro.cli(
             dataclasses.make_dataclass("Flags", fields),
-            args=args,
+            args=_without_no(args, flags),
             prog=prog,
             description=description,
             use_underscores=True,
@@ -172,6 +177,12 @@ def _run_tyro(
     return {flag.name: getattr(parsed, flag.name) for flag in flags}
 
 
+def _without_no(args: Sequence[str], flags: Sequence[_Flag]) -> list[str]:
+    """The words of a command line, ``--no_name`` of a flag with a `switch` written as ``--name`` and its value."""
+    offs = {f"no_{flag.name}": f"--{flag.name}={flag.switch[1]}" for flag in flags if flag.switch is not None}
+    return [offs.get(word[2:].replace("-", "_"), word) if word.startswith("--") else word for word in args]
+
+
 def _unknown(words: Sequence[str], flags: Mapping[str, _Flag], prog: str, no_counterpart: Mapping[str, str]) -> str:
     """What to say of the first word that belongs to no flag."""
     word = next((word for word in words if word.startswith("--") and word != "--"), words[0])
@@ -181,8 +192,8 @@ def _unknown(words: Sequence[str], flags: Mapping[str, _Flag], prog: str, no_cou
         return f"{word!r} belongs to no flag; a flag is written --name value (quote text that has spaces)"
     name = word.lstrip("-").partition("=")[0].replace("-", "_")
     plain = name.removeprefix("no_")
-    if plain in flags and strip_optional(flags[plain].hint)[0] is bool:
-        return f"{word}: --{plain} takes no value; write --{plain} or --no_{plain}"
+    if plain in flags and (flags[plain].switch is not None or strip_optional(flags[plain].hint)[0] is bool):
+        return f"{word}: --no_{plain} takes no value; write --{plain} or --no_{plain}"
     if plain in flags:
         return f"{word}: --{plain} has a value and no --no_ form; write --{plain} and its value, or leave it out"
     if name in no_counterpart:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -50,6 +51,10 @@ class Networks:
     def latent_factor(self) -> int:
         """Pixels to a latent, along one side (8 for every published Stable Diffusion)."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def with_gradient_checkpointing(self, gradient_checkpointing: str) -> Networks:
+        """The same functions, whose UNet keeps no more for a backward pass than it is told to; see `checkpointed`."""
+        return dataclasses.replace(self, unet=self.unet.clone(gradient_checkpointing=gradient_checkpointing))
 
     def encode_text(
         self,
@@ -135,13 +140,12 @@ def weighted(states: jax.Array, weights: jax.Array) -> jax.Array:
     return jnp.where(new_mean == mean, emphasized, emphasized * (mean / new_mean)).astype(states.dtype)
 
 
-def make_networks(configs: Mapping[str, Mapping[str, Any]], dtype: Any, gradient_checkpointing: bool) -> Networks:
+def make_networks(configs: Mapping[str, Mapping[str, Any]], dtype: Any) -> Networks:
     """The modules of a model, from the contents of its components' ``config.json`` files.
 
     Args:
       configs: by component; ``scheduler`` has the contents of ``scheduler_config.json``.
       dtype: of weights and activations.
-      gradient_checkpointing: the UNet recomputes its activations in a backward pass.
 
     Raises:
       InputError: an option or value that is not implemented.
@@ -152,7 +156,7 @@ def make_networks(configs: Mapping[str, Mapping[str, Any]], dtype: Any, gradient
             for name in TEXT_ENCODERS
             if name in configs
         ),
-        unet=UNet2DConditionModel(UNetConfig.from_dict(configs["unet"]), dtype, gradient_checkpointing),
+        unet=UNet2DConditionModel(UNetConfig.from_dict(configs["unet"]), dtype),
         vae=AutoencoderKL(VAEConfig.from_dict(configs["vae"]), dtype),
         prediction_type=NoiseSchedule.from_config(configs["scheduler"]).prediction_type,
     )

@@ -97,7 +97,6 @@ class StableDiffusion:
         revision: str | None = None,
         variant: str | None = None,
         prediction_type: str | None = None,
-        gradient_checkpointing: bool = False,
     ) -> StableDiffusion:
         """Read a diffusers folder, hub repository or single-file checkpoint; ``None`` is the embedded default.
 
@@ -108,7 +107,6 @@ class StableDiffusion:
           dtype: of the frozen weights and activations. ``None``: bfloat16 on TPU and GPU, float32 on CPU.
           revision, variant: as in diffusers, for folders and repositories.
           prediction_type: ``epsilon`` or ``v_prediction``, for a single file that does not say what it predicts.
-          gradient_checkpointing: the UNet recomputes its activations in a backward pass.
 
         Raises:
           InputError: no such model, a file that cannot be read, an option that is not implemented, or weights that do
@@ -118,7 +116,7 @@ class StableDiffusion:
             dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         path = resolve(None if path_or_hub_id is None else str(path_or_hub_id), revision, variant)
         with open_source(path, variant, prediction_type) as source:
-            networks = make_networks(source.configs, dtype, gradient_checkpointing)
+            networks = make_networks(source.configs, dtype)
             schedule = NoiseSchedule.from_config(source.configs["scheduler"])
             _check_family(path, networks)
 
@@ -146,9 +144,7 @@ class StableDiffusion:
         )
 
     @classmethod
-    def from_config(
-        cls, config: TrainConfig | InferConfig | EvaluateConfig, gradient_checkpointing: bool = False
-    ) -> StableDiffusion:
+    def from_config(cls, config: TrainConfig | InferConfig | EvaluateConfig) -> StableDiffusion:
         """The model that a config names, in the precision that it names; arguments and errors of `from_pretrained`."""
         return cls.from_pretrained(
             config.pretrained_model_name_or_path,
@@ -156,7 +152,6 @@ class StableDiffusion:
             revision=config.revision,
             variant=config.variant,
             prediction_type=config.prediction_type,
-            gradient_checkpointing=gradient_checkpointing,
         )
 
     # -- sizes

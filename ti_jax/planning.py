@@ -23,7 +23,9 @@ from .config import PlanConfig, resolve_plan
 from .data.prompts import load_templates
 from .diffusion.schedule import NoiseSchedule
 from .errors import InputError
+from .free_memory import SPARE, free_memory
 from .networks import Condition, make_networks, network_shapes
+from .training.fitting import compile_step
 from .training.optimizer import make_optimizer
 from .training.parallel import AXIS, make_mesh, make_run_steps
 from .training.step import Dataset, Frozen, TrainState, make_train_step
@@ -79,12 +81,13 @@ class Plan:
       model: as the user named it. devices: how many, and of which kind. batch: samples a device and micro-batch.
       samples: that one update sees, over all devices.
       arguments, temporary, code: bytes on each device: weights and data; activations; the program.
-      memory: bytes that a device has, None where nothing says so.
+      memory: bytes that a device has for it, None where nothing says so.
       flops: of one update on one device, as compiled; None on CPU, whose forms have loops that XLA does not count.
       least_flops: that cannot be done without.
       crossing: bytes that each device sends for an update, by kind of transfer.
       peak: FLOP/s of the device in bfloat16, None if not known or not in use.
       largest_batch: that fits, None if it was not looked for.
+      gradient_checkpointing: as told, or the first way that fits.
     """
 
     model: str
@@ -100,6 +103,7 @@ class Plan:
     crossing: Mapping[str, int]
     peak: float | None
     largest_batch: int | None = None
+    gradient_checkpointing: str = "none"
 
     @property
     def peak_memory(self) -> int:
@@ -113,7 +117,8 @@ class Plan:
         yield f"{self.model}: {self.batch} a device on {self.devices}, {self.samples} samples an update"
         yield f"  memory         {self.peak_memory / GIGA:.2f} GB{of} a device{fits}"
         yield f"    weights, data  {self.arguments / GIGA:.2f} GB"
-        yield f"    activations    {self.temporary / GIGA:.2f} GB"
+        way = f"--gradient_checkpointing {self.gradient_checkpointing}"
+        yield f"    activations    {self.temporary / GIGA:.2f} GB with {way}"
         yield f"    program        {self.code / GIGA:.2f} GB"
         least = f"{self.least_flops / TERA:.4g} TFLOP an update and device at least"
         compiled = f"; compiled {self.flops / self.least_flops:.2f} of that" if self.flops else ""
@@ -145,11 +150,23 @@ def plan(config: PlanConfig) -> Plan:
     if found is None:
         raise InputError(
             f"a batch of {config.train_batch_size} at {planner.resolution} px does not fit: the compiler finds no way "
-            "to lay it out in the device's memory; give a smaller --train_batch_size or --gradient_checkpointing"
+            "to lay it out in the device's memory; give a smaller --train_batch_size, or leave out "
+            "--gradient_checkpointing"
         )
     if config.largest_batch:
-        found = dataclasses.replace(found, largest_batch=planner.largest(found))
+        found = dataclasses.replace(found, largest_batch=_largest_batch(config, planner, found))
     return found
+
+
+def _largest_batch(config: PlanConfig, planner: Planner, found: Plan) -> int:
+    """The largest batch that fits; where nothing is said of it, with as much computed again as can be."""
+    if config.gradient_checkpointing is None and found.gradient_checkpointing != "full":
+        config = dataclasses.replace(config, gradient_checkpointing="full")
+        planner = Planner(config, planner.dtype, planner.mesh.devices.tolist())
+        frugal = planner.at(found.batch)
+        assert frugal is not None, "it takes less than what was found to fit"
+        found = frugal
+    return planner.largest(found)
 
 
 def array(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding | None = None) -> Any:
@@ -164,7 +181,7 @@ class Planner:
         devices = jax.devices() if devices is None else devices
         configs = _configs(config)
         self.config, self.mesh, self.dtype = config, make_mesh(devices), dtype
-        self.networks = make_networks(configs, dtype, config.gradient_checkpointing)
+        self.networks = make_networks(configs, dtype)
         self.schedule = NoiseSchedule.from_config(configs["scheduler"])
         factor = self.networks.latent_factor
         self.resolution = config.resolution or self.networks.unet.config.sample_size * factor
@@ -172,7 +189,7 @@ class Planner:
             raise InputError(f"--resolution {self.resolution}: must be a multiple of {factor}")
         self.on_cpu = devices[0].platform == "cpu"
         chip = CHIPS.get(devices[0].device_kind)
-        self.memory = chip.memory if chip else None if config.topology else _memory_of(devices[0])
+        self.memory = self._memory_for_the_step(devices, chip)
         self.peak = chip.peak if chip and dtype == jnp.bfloat16 else None
         kind = chip.name if chip else devices[0].device_kind
         self.devices = f"{len(devices)} x {kind}, {np.dtype(dtype).name}, {self.resolution} px"
@@ -183,37 +200,38 @@ class Planner:
         accumulation = config.gradient_accumulation_steps
         samples = batch * accumulation * self.mesh.size
         optimizer, _ = make_optimizer(config, config.max_train_steps or 1, samples)
-        step = make_train_step(
-            self.networks, optimizer, batch_size=batch, accumulation=accumulation, num_devices=self.mesh.size,
-            axis_name=AXIS,
-        )  # fmt: skip
         frozen = self._placed(self._frozen())
         rows = self._rows()
         state = TrainState(rows, jax.eval_shape(optimizer.init, rows), array((), jnp.int32), array((), jnp.bool_))
-        run_steps = make_run_steps(step, self.mesh, config.logging_steps)
-        lowered = run_steps.lower(frozen, self._placed(state), self._placed(array((), jnp.int32)))
-        try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" in str(error):
-                return None
-            raise
-        memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
-        assert memory is not None and cost is not None and text is not None, "every backend that compiles has them"
+
+        def lower(gradient_checkpointing: str) -> jax.stages.Lowered:
+            step = make_train_step(
+                self.networks.with_gradient_checkpointing(gradient_checkpointing), optimizer, batch_size=batch,
+                accumulation=accumulation, num_devices=self.mesh.size, axis_name=AXIS,
+            )  # fmt: skip
+            run_steps = make_run_steps(step, self.mesh, config.logging_steps)
+            return run_steps.lower(frozen, self._placed(state), self._placed(array((), jnp.int32)))
+
+        compiled = compile_step(lower, config.gradient_checkpointing, self.memory)
+        if compiled is None:
+            return None
+        cost, text = compiled.program.cost_analysis(), compiled.program.as_text()
+        assert cost is not None and text is not None, "every backend that compiles has them"
         return Plan(
             model=config.pretrained_model_name_or_path or "mini-sd",
             devices=self.devices,
             batch=batch,
             samples=samples,
-            arguments=memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
-            temporary=memory.temp_size_in_bytes,
-            code=memory.generated_code_size_in_bytes,
+            arguments=compiled.arguments,
+            temporary=compiled.temporary,
+            code=compiled.code,
             memory=self.memory,
             # The analysis counts the body of a loop once: the steps of a chunk, and the micro-batches of a step.
             flops=None if self.on_cpu else cost["flops"] * accumulation,
             least_flops=self.least_flops(batch) * accumulation,
             crossing={kind: size * accumulation for kind, size in crossing_bytes(text).items()},
             peak=self.peak,
+            gradient_checkpointing=compiled.gradient_checkpointing,
         )
 
     def largest(self, first: Plan) -> int:
@@ -241,6 +259,14 @@ class Planner:
             else:
                 does_not = guess
         return fits
+
+    def _memory_for_the_step(self, devices: Sequence[Any], chip: Chip | None) -> float | None:
+        """Bytes on each device; None where nothing says how much there is."""
+        published = chip.memory * (1 - SPARE) if chip else None
+        memory = free_memory(devices) if self.config.topology is None else published
+        # The autoencoder lies on a device while its pictures are learned from, to draw with now and then.
+        autoencoder = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(network_shapes(self.networks)["vae"]))
+        return None if memory is None else memory - autoencoder * np.dtype(self.dtype).itemsize
 
     def _rows(self) -> dict[str, jax.Array]:
         return {
@@ -345,11 +371,3 @@ def _devices(topology: str | None) -> Sequence[Any]:
         reason = str(error).splitlines()[0]
         message = f"--topology {topology}: {reason.rstrip('. ')}; it is written v5e:2x4, v6e:2x2, v5p:2x2x1 and so on"
         raise InputError(message) from error
-
-
-def _memory_of(device: Any) -> float | None:
-    """Bytes that a device of this machine has."""
-    if device.platform == "cpu":
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) if hasattr(os, "sysconf") else None
-    stats = device.memory_stats() or {}
-    return stats.get("bytes_limit")

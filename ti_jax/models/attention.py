@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ti_jax.models.activations import gelu
-from ti_jax.models.layers import NO_PADDING, Conv2d, GroupNorm
+from ti_jax.models.checkpointing import checkpointed
+from ti_jax.models.layers import NO_PADDING, Conv2d, Dense, GroupNorm
 
 # XLA on CPU makes whole score matrices, which leave the cache beyond about CPU_WHOLE_SCORES queries and keys. By
 # CPU_QUERY_CHUNK queries at a time, attention and its gradient took half the time at 1024 tokens, a quarter at 4096.
@@ -154,13 +155,13 @@ class Attention(nn.Module):
         context = hidden if context is None else context
 
         def projected(x: jax.Array, name: str) -> jax.Array:
-            projection = nn.Dense(width, use_bias=False, dtype=self.dtype, name=name)
+            projection = Dense(width, use_bias=False, dtype=self.dtype, name=name)
             return projection(as_rows(x)).reshape(*x.shape[:2], self.heads, width // self.heads)
 
         attended = dot_product_attention(
             projected(hidden, "to_q"), projected(context, "to_k"), projected(context, "to_v")
         )
-        return nn.Dense(width, dtype=self.dtype, name="to_out_0")(as_rows(attended, width)).reshape(hidden.shape)
+        return Dense(width, dtype=self.dtype, name="to_out_0")(as_rows(attended, width)).reshape(hidden.shape)
 
 
 class GEGLU(nn.Module):
@@ -172,7 +173,7 @@ class GEGLU(nn.Module):
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """Project and gate."""
-        projected, gate = jnp.split(nn.Dense(2 * self.features, dtype=self.dtype, name="proj")(hidden), 2, axis=-1)
+        projected, gate = jnp.split(Dense(2 * self.features, dtype=self.dtype, name="proj")(hidden), 2, axis=-1)
         # Float32 up to the one rounding, as PyTorch does within its own GELU.
         return (projected * gelu(gate.astype(jnp.float32))).astype(self.dtype)
 
@@ -187,7 +188,7 @@ class FeedForward(nn.Module):
         """Widen and narrow."""
         width = hidden.shape[-1]
         hidden = GEGLU(4 * width, self.dtype, name="net_0")(hidden)
-        return nn.Dense(width, dtype=self.dtype, name="net_2")(hidden)
+        return Dense(width, dtype=self.dtype, name="net_2")(hidden)
 
 
 class BasicTransformerBlock(nn.Module):
@@ -220,7 +221,7 @@ class Transformer2DModel(nn.Module):
     Attributes:
       num_layers: number of transformer blocks.
       use_linear_projection: project by dense layers (SD2, SDXL) rather than 1x1 convolutions (SD1).
-      gradient_checkpointing: each transformer block is computed again in the backward pass.
+      gradient_checkpointing: of each transformer block, see `checkpointed`.
     """
 
     heads: int
@@ -228,7 +229,7 @@ class Transformer2DModel(nn.Module):
     num_groups: int
     use_linear_projection: bool = False
     only_cross_attention: bool = False
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: str = "none"
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -238,10 +239,10 @@ class Transformer2DModel(nn.Module):
 
         def projection(name: str) -> nn.Module:
             if self.use_linear_projection:
-                return nn.Dense(channels, dtype=self.dtype, name=name)
+                return Dense(channels, dtype=self.dtype, name=name)
             return Conv2d(channels, 1, padding=NO_PADDING, dtype=self.dtype, name=name)
 
-        block = nn.remat(BasicTransformerBlock) if self.gradient_checkpointing else BasicTransformerBlock
+        block = checkpointed(BasicTransformerBlock, self.gradient_checkpointing)
         hidden = projection("proj_in")(GroupNorm(self.num_groups, 1e-6, dtype=self.dtype, name="norm")(x))
         hidden = hidden.reshape(x.shape[0], -1, channels)
         for index in range(self.num_layers):

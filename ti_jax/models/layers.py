@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from ti_jax.models.checkpointing import product
 from ti_jax.models.convolution import Padding, conv2d
 
 SAME_3X3: Padding = ((1, 1), (1, 1))
@@ -40,7 +41,16 @@ class Conv2d(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
-        return conv2d(x, kernel, self.stride, self.padding) + bias
+        return product(conv2d(x, kernel, self.stride, self.padding) + bias)
+
+
+class Dense(nn.Dense):
+    """Dense layer whose result gradient checkpointing knows: [..., C] -> [..., features]."""
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Multiply, and add the bias if there is one."""
+        return product(super().__call__(inputs))
 
 
 class GroupNorm(nn.Module):
@@ -130,7 +140,7 @@ class ResnetBlock2D(nn.Module):
         hidden = GroupNorm(self.num_groups, self.epsilon, silu=True, dtype=self.dtype, name="norm1")(x)
         hidden = Conv2d(self.features, dtype=self.dtype, name="conv1")(hidden)
         if time is not None:
-            shift = nn.Dense(self.features, dtype=self.dtype, name="time_emb_proj")(silu(time))
+            shift = Dense(self.features, dtype=self.dtype, name="time_emb_proj")(silu(time))
             hidden = hidden + shift[:, None, None, :]
         hidden = GroupNorm(self.num_groups, self.epsilon, silu=True, dtype=self.dtype, name="norm2")(hidden)
         hidden = Conv2d(self.features, dtype=self.dtype, name="conv2")(hidden)

@@ -25,13 +25,13 @@ class UNet2DConditionModel(nn.Module):
     Attributes:
       config: sizes and options.
       dtype: of activations; norms and softmax are float32 inside whatever it is.
-      gradient_checkpointing: residual and transformer blocks are computed again in the backward pass, which then keeps
-        only their inputs.
+      gradient_checkpointing: what residual and transformer blocks keep for the backward pass: ``none``, ``policy`` or
+        ``full``, see `checkpointed`.
     """
 
     config: UNetConfig
     dtype: Any = jnp.float32
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: str = "none"
 
     @nn.compact
     def __call__(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ti_jax.models.attention import Transformer2DModel
+from ti_jax.models.checkpointing import checkpointed
 from ti_jax.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
 from ti_jax.models.unet_config import Level, UNetConfig
 
@@ -22,17 +23,17 @@ class UNetBlock(nn.Module):
     Attributes:
       config: of the whole UNet.
       level: what this block is built of.
-      gradient_checkpointing: residual and transformer blocks are computed again in the backward pass.
+      gradient_checkpointing: of residual and transformer blocks, see `checkpointed`.
     """
 
     config: UNetConfig
     level: Level
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: str = "none"
     dtype: Any = jnp.float32
 
     def resnet(self, index: int) -> ResnetBlock2D:
         """Residual block number `index`."""
-        block = nn.remat(ResnetBlock2D) if self.gradient_checkpointing else ResnetBlock2D
+        block = checkpointed(ResnetBlock2D, self.gradient_checkpointing)
         config = self.config
         return block(self.level.channels, config.norm_num_groups, config.norm_eps, self.dtype, name=f"resnets_{index}")
 

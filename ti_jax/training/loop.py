@@ -23,9 +23,11 @@ from ..config_yaml import dump_yaml
 from ..embeddings import Embedding
 from ..errors import InputError
 from ..files import ensure_writable_folder, write_atomically
+from ..free_memory import free_memory
 from ..pipeline import StableDiffusion
 from . import processes, run_folder, showing
 from .checkpoint import Checkpoints, fingerprint
+from .fitting import CompiledStep, compile_step
 from .measuring import Measuring, make_measuring
 from .optimizer import make_optimizer
 from .parallel import AXIS, make_mesh, make_run_steps, replicate
@@ -142,7 +144,8 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> TrainRe
     with clock.phase("encode"):
         dataset = make_dataset(config, sd, concept)
     assert config.train_batch_size is not None, "the config is resolved"
-    samples_per_step = config.train_batch_size * config.gradient_accumulation_steps * mesh.size
+    batch_size = config.train_batch_size
+    samples_per_step = batch_size * config.gradient_accumulation_steps * mesh.size
     total = total_updates(config, len(concept.pictures.pixels), samples_per_step)
     optimizer, schedule = make_optimizer(config, total, samples_per_step)
 
@@ -182,25 +185,37 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> TrainRe
         if config.resume_from_checkpoint is not None:
             start = on_first(lambda: _resume(config, checkpoints, measuring, start, total))
         state = replicate(start, mesh)
-        train_step = make_train_step(
-            sd.networks,
-            optimizer,
-            batch_size=config.train_batch_size,
-            accumulation=config.gradient_accumulation_steps,
-            num_devices=mesh.size,
-            axis_name=AXIS,
-        )
-        longest_chunk = min(config.logging_steps, total)
+
+        def lower(gradient_checkpointing: str) -> jax.stages.Lowered:
+            train_step = make_train_step(
+                sd.networks.with_gradient_checkpointing(gradient_checkpointing),
+                optimizer,
+                batch_size=batch_size,
+                accumulation=config.gradient_accumulation_steps,
+                num_devices=mesh.size,
+                axis_name=AXIS,
+            )
+            longest_chunk = min(config.logging_steps, total)
+            return make_run_steps(train_step, mesh, longest_chunk).lower(frozen, state, jnp.int32(1))
+
+        memory = processes.smallest(free_memory(mesh.local_devices))
+        if memory is not None:
+            memory += sum(leaf.nbytes for leaf in jax.tree.leaves((frozen, state)))
         with clock.phase("compile"):
-            run_steps = make_run_steps(train_step, mesh, longest_chunk).lower(frozen, state, jnp.int32(1)).compile()
+            compiled = together(lambda: checked(compile_step(lower, config.gradient_checkpointing, memory), memory))
+        # Once more, with what was chosen: another machine, or a fuller one, would choose something else.
+        config = dataclasses.replace(config, gradient_checkpointing=compiled.gradient_checkpointing)
+        on_first(lambda: write_atomically(folder / "config.yaml", dump_yaml(config).encode()))
         on_hosts = "" if jax.process_count() == 1 else f" in {jax.process_count()} processes"
+        way = compiled.gradient_checkpointing
+        checkpointing = "" if way == "none" else f"gradient checkpointing {way}; "
         processes.say(
             f"{sd.name}, {mesh.size} x {mesh.devices.flat[0].device_kind}{on_hosts}, {np.dtype(sd.dtype).name}: "
             f"{len(concept.pictures.pixels)} pictures, {len(concept.prompts)} prompts, {samples_per_step} samples a "
-            f"step; the training step took {clock.seconds['compile']:.1f} s to compile"
+            f"step; {checkpointing}the training step took {clock.seconds['compile']:.1f} s to compile"
         )
         run = _Run(config, sd, concept, folder, checkpoints, measuring, schedule, clock, total, samples_per_step)
-        state, losses, interrupted = run.go(run_steps, frozen, state)
+        state, losses, interrupted = run.go(compiled.program, frozen, state)
     embedding = on_first(lambda: run.finish(state, push, interrupted))
     return TrainResult(embedding, np.asarray(losses, np.float32), folder, clock.seconds, interrupted)
 
@@ -214,7 +229,7 @@ def _open_hub(config: TrainConfig) -> Callable[[Path, Embedding], None] | None:
 
 
 def _load(config: TrainConfig) -> tuple[StableDiffusion, Concept]:
-    sd = StableDiffusion.from_config(config, config.gradient_checkpointing)
+    sd = StableDiffusion.from_config(config)
     return sd, prepare_concept(config, sd, processes.say)
 
 
@@ -363,6 +378,25 @@ class _Run:
             f"{self.folder / run_folder.EMBEDDING_FILE}: {embedding.token} after {final_step} steps ({phases})"
         )
         return embedding
+
+
+def checked(compiled: CompiledStep | None, memory: float | None) -> CompiledStep:
+    """The compiled step, if there is one; with a warning if it takes more than the `memory` in bytes that a device has.
+
+    Raises:
+      InputError: the compiler has found that it cannot fit.
+    """
+    remedy = "give a smaller --train_batch_size (--gradient_accumulation_steps makes up for it) or --resolution"
+    if compiled is None or compiled.gradient_checkpointing != "full":
+        remedy += ", and leave out --gradient_checkpointing"
+    if compiled is None:
+        raise InputError(f"the training step does not fit the device's memory, says the compiler: {remedy}")
+    if not compiled.fits and memory is not None:
+        processes.say(
+            f"warning: the training step takes {compiled.memory / 1e9:.1f} GB with --gradient_checkpointing "
+            f"{compiled.gradient_checkpointing} and {memory / 1e9:.1f} GB are free, so it may not run: {remedy}"
+        )
+    return compiled
 
 
 def say_how_far(figures: list[dict], step: int) -> None:

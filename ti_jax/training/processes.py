@@ -170,6 +170,14 @@ def on_first(make: Callable[[], T]) -> T:
     return result
 
 
+def smallest(value: float | None) -> float | None:
+    """The smallest of what each process has, of those that are not None: for choices that all must make alike."""
+    if jax.process_count() == 1:
+        return value
+    known = [number for number in map(pickle.loads, _gather(pickle.dumps(value))) if number is not None]
+    return min(known, default=None)
+
+
 def check_same(what: dict[str, Any]) -> None:
     """Hold the values of ``what``, which JSON could have, to those of the first process.
 

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.experimental.pallas import tpu as pltpu
 
-from ti_jax.models.attention import CPU_QUERY_CHUNK, dot_product_attention
+from ti_jax.models.attention import CPU_QUERY_CHUNK, dot_product_attention, flash_attention
 
 LONG = CPU_QUERY_CHUNK + 37  # in two chunks on CPU, the last not full
 
@@ -25,7 +26,8 @@ def queries_keys_values(length, key_length, scale=1.0):
 def test_output_and_gradients(length, key_length, causal):
     inputs = queries_keys_values(length, key_length)
     ours, pullback = jax.vjp(jax.jit(partial(dot_product_attention, causal=causal)), *inputs)
-    tensors = [torch.from_numpy(array).requires_grad_() for array in inputs]
+    # In double precision, so that the tolerance is for our rounding alone: gradients sum hundreds of terms here.
+    tensors = [torch.from_numpy(array).double().requires_grad_() for array in inputs]
     theirs = torch.nn.functional.scaled_dot_product_attention(
         *(tensor.transpose(1, 2) for tensor in tensors), is_causal=causal
     )
@@ -58,6 +60,38 @@ def test_chunks_are_for_long_sequences_on_cpu(length, chunked):
     assert in_loop("cpu") == chunked
     assert not in_loop("cuda")
     assert not in_loop("tpu")
+
+
+@pytest.mark.parametrize(("length", "key_length"), [(1024, 1024), (1024, 1152)])
+def test_the_kernels_for_tpu(length, key_length):
+    """As a TPU would run them, interpreted."""
+    inputs = [array[:1, :, :1] for array in queries_keys_values(length, key_length)]
+    whole, pullback = jax.vjp(dot_product_attention, *inputs)
+    with pltpu.force_tpu_interpret_mode():
+        ours, our_pullback = jax.vjp(flash_attention, *map(jnp.asarray, inputs))
+        weights = np.random.default_rng(1).normal(size=ours.shape).astype(np.float32)
+        gradients = our_pullback(weights)
+    np.testing.assert_allclose(ours, whole, rtol=0, atol=1e-5)
+    for ours, theirs in zip(gradients, pullback(weights), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("length", "key_length", "causal", "kernels"),
+    [(1024, 1024, False, 3), (4096, 4096, False, 3), (1024, 77, False, 0), (512, 512, False, 0), (1100, 1100, False, 0),
+     (1024, 1024, True, 0)],
+)  # fmt: skip
+def test_kernels_are_for_long_self_attention_on_tpu(length, key_length, causal, kernels):
+    """The forward pass has one of its own, the backward pass two."""
+
+    def in_program(platform):
+        attend = partial(dot_product_attention, causal=causal)
+        gradient = jax.grad(lambda *inputs: jnp.sum(jnp.square(attend(*inputs))), argnums=(0, 1, 2))
+        shapes = [jax.ShapeDtypeStruct((1, size, 2, 40), jnp.bfloat16) for size in (length, key_length, key_length)]
+        return jax.jit(gradient).trace(*shapes).lower(lowering_platforms=(platform,)).as_text().count("tpu_custom_call")
+
+    assert in_program("tpu") == kernels
+    assert in_program("cuda") == in_program("cpu") == 0
 
 
 def test_chunks_never_hold_all_scores():

@@ -6,6 +6,7 @@ attribute names are theirs.
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,12 @@ from ti_jax.models.layers import NO_PADDING, Conv2d, Dense, GroupNorm
 CPU_WHOLE_SCORES = 256
 CPU_QUERY_CHUNK = 512
 
+# Score matrices of so many queries and keys go through a TPU's memory several times, and cost more than the products.
+TPU_LONG = 1024
+# Larger blocks read keys and values less often; 512 x 512 scores in float32 are 1 MB of a core's own memory.
+TPU_BLOCKS = (512, 256, 128)
+TPU_LARGEST_HEAD = 256
+
 
 def dot_product_attention(query: jax.Array, key: jax.Array, value: jax.Array, causal: bool = False) -> jax.Array:
     """``softmax(query key^T / sqrt(D)) value`` for every head (Vaswani et al. 2017, equation 1).
@@ -37,13 +44,36 @@ def dot_product_attention(query: jax.Array, key: jax.Array, value: jax.Array, ca
       [B, L, H, D], of the dtype of `value`.
     """
     small = causal or min(query.shape[1], key.shape[1]) <= CPU_WHOLE_SCORES
+    whole = partial(_attention, causal=causal)
     return jax.lax.platform_dependent(
         query,
         key,
         value,
         cpu=partial(_attention_in_matrices, causal=causal) if small else _attention_in_chunks,
-        default=partial(_attention, causal=causal),
+        tpu=whole if causal or not _suits_flash_attention(query, key) else flash_attention,
+        default=whole,
     )
+
+
+def _suits_flash_attention(query: jax.Array, key: jax.Array) -> bool:
+    lengths = (query.shape[1], key.shape[1])
+    divisible = all(length % TPU_BLOCKS[-1] == 0 for length in lengths)
+    return min(lengths) >= TPU_LONG and divisible and query.shape[3] <= TPU_LARGEST_HEAD
+
+
+def flash_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """`dot_product_attention` by JAX's Pallas kernels for TPU, which never hold a score matrix (Dao 2022, 2205.14135).
+
+    For lengths that are multiples of 128. The kernels know nothing of `jax.shard_map`'s ``check_vma``.
+    """
+    from jax.experimental.pallas.ops.tpu import flash_attention as kernels  # takes a while to import
+
+    block = next(size for size in TPU_BLOCKS if query.shape[1] % size == key.shape[1] % size == 0)
+    sizes = {field.name: block for field in dataclasses.fields(kernels.BlockSizes)} | {"block_b": 1}
+    by_head = (x.swapaxes(1, 2) for x in (query, key, value))
+    scale = query.shape[3] ** -0.5
+    attended = kernels.flash_attention(*by_head, sm_scale=scale, block_sizes=kernels.BlockSizes(**sizes))
+    return attended.swapaxes(1, 2)
 
 
 def _attention(query: jax.Array, key: jax.Array, value: jax.Array, causal: bool) -> jax.Array:

@@ -7,6 +7,7 @@ its batch, nor on where it was interrupted.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -122,19 +123,16 @@ def make_train_step(
       batch_size: samples on this device in one micro-batch; accumulation: micro-batches whose gradients are averaged.
       num_devices: size of the axis.
 
-    The ``pmean`` stands on the loss: the gradient with respect to rows that are the same everywhere is then the
-    gradient of the global mean, in one reduction as large as the rows.
+    Each device takes the gradient of its own loss, and one ``pmean``, as large as the rows, makes it the global one.
+    That holds where the axis is one of `jax.pmap` or of `jax.shard_map` without ``check_vma``; with it, the gradient
+    with respect to rows that are the same everywhere would be summed over the devices already.
     """
     global_batch = batch_size * accumulation * num_devices
 
     def micro_batch_gradient(frozen: Frozen, state: TrainState, index: jax.Array) -> tuple[jax.Array, Rows]:
         first = (index * num_devices + lax.axis_index(axis_name)) * batch_size
         batch = draw_batch(frozen, state.step, first + jnp.arange(batch_size), global_batch)
-
-        def global_loss(rows: Rows) -> jax.Array:
-            return lax.pmean(diffusion_loss(networks, frozen, rows, batch), axis_name)
-
-        return jax.value_and_grad(global_loss)(state.rows)
+        return jax.value_and_grad(partial(diffusion_loss, networks, frozen))(state.rows, batch)
 
     def train_step(frozen: Frozen, state: TrainState) -> tuple[TrainState, jax.Array]:
         if accumulation == 1:
@@ -147,6 +145,7 @@ def make_train_step(
             zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.rows))
             total = lax.fori_loop(0, accumulation, accumulate, zero)
             loss, grads = jax.tree.map(lambda x: x / accumulation, total)
+        loss, grads = lax.pmean((loss, grads), axis_name)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.rows, row_mask=frozen.row_mask)
         updated = TrainState(optax.apply_updates(state.rows, updates), opt_state, state.step + 1, state.ok)

@@ -1,5 +1,6 @@
 """Counting the least work: a product once forward, and once backward for each factor that the gradient goes through."""
 
+import math
 from functools import partial
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
+from ti_jax.models.attention import dot_product_attention, flash_attention
 from ti_jax.work import least_flops
 
 X, W = jnp.ones((4, 8)), jnp.ones((8, 16))
@@ -49,6 +51,13 @@ def test_of_several_ways_the_one_with_the_least_work_counts():
         lambda x, which: lax.cond(which, lambda x: jnp.sum(x @ W), lambda x: jnp.sum(x @ small), x),
         X, True, trained=[True, False],
     ) == 2 * PRODUCT / 4  # fmt: skip
+
+
+def test_a_kernel_does_not_count_beside_another_way():
+    """Attention of 1024 places is kernels on a TPU, loops on a CPU and products elsewhere, of the same work."""
+    inputs = [jnp.ones((1, 1024, 2, 8))] * 3
+    assert flops(dot_product_attention, *inputs, trained=[True] * 3) == 2 * 3 * (2 * 2 * 1024 * 1024 * 8)
+    assert flops(flash_attention, *inputs, trained=[True] * 3) == math.inf
 
 
 def test_a_loop_carries_the_influence_from_turn_to_turn():

@@ -229,7 +229,7 @@ class Planner:
             # The analysis counts the body of a loop once: the steps of a chunk, and the micro-batches of a step.
             flops=None if self.on_cpu else cost["flops"] * accumulation,
             least_flops=self.least_flops(batch) * accumulation,
-            crossing={kind: size * accumulation for kind, size in crossing_bytes(text).items()},
+            crossing=crossing_bytes(text),
             peak=self.peak,
             gradient_checkpointing=compiled.gradient_checkpointing,
         )

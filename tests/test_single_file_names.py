@@ -90,7 +90,9 @@ def test_configs_of_the_published_models(full_size):
     )  # fmt: skip
     for option in ("sample_size", "cross_attention_dim", "addition_time_embed_dim", "flip_sin_to_cos", "norm_eps"):
         assert getattr(ours.config, option) == getattr(published, option)
-    assert networks.vae.config == VAEConfig.from_dict(VAES[vae])
+    # SD2's two kinds share a VAE and tell it the side of their own pictures, 768 or 512.
+    side = networks.latent_factor * UNETS[unet]["sample_size"]
+    assert networks.vae.config == VAEConfig.from_dict({**VAES[vae], "sample_size": side})
     for name, module in networks.text_encoders:
         published = CLIPTextConfig.from_dict(TEXT_ENCODERS[text[name]])
         for option in ("num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps", "with_projection"):

@@ -79,6 +79,7 @@ def test_what_a_run_leaves(config, capsys):
     assert "row 0 moved by" in told and "row 1 moved by" in told and "to compile" in told
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_chosen_by_the_memory_that_is_free(config, capsys, monkeypatch):
     config = replace(config, max_train_steps=1)
     same = {name: getattr(config, name) for name in ("pretrained_model_name_or_path", "num_vectors", "templates")}

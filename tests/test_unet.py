@@ -98,6 +98,7 @@ def test_gradient_checkpointing_recomputes_every_block_and_changes_nothing(way, 
     assert_close(ours[1], theirs[1], 1e-5)
 
 
+@pytest.mark.slow
 def test_policy_computes_no_product_again_but_attention_scores(tmp_path):
     """In the compiled program, where what nobody reads is gone."""
     module, params = loaded_unet(torch_unet(**SD1), tmp_path)

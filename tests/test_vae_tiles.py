@@ -102,7 +102,7 @@ def test_every_size_of_tile_is_compiled_once(models):
 
 def test_full_size_takes_the_memory_of_a_tile():
     """Stable Diffusion 1.5 at 384 x 2048 px, by shapes alone: nothing is computed."""
-    networks = make_networks(SD15, jnp.float32, gradient_checkpointing=False)
+    networks = make_networks(SD15, jnp.float32)
     params = {"vae": network_shapes(networks)["vae"]}
     assert networks.vae.config.tile_latent_size == 64
 

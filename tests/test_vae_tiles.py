@@ -100,6 +100,7 @@ def test_every_size_of_tile_is_compiled_once(models):
     assert sorted(seen) == [(6, 6), (6, 8), (8, 6), (8, 8)]
 
 
+@pytest.mark.slow
 def test_full_size_takes_the_memory_of_a_tile():
     """Stable Diffusion 1.5 at 384 x 2048 px, by shapes alone: nothing is computed."""
     networks = make_networks(SD15, jnp.float32)

@@ -69,7 +69,29 @@ class Setting:
         return [PROMPTS[number % len(PROMPTS)] for number in range(self.batch_size)]
 
 
-class Ours:
+class Drawer:
+    """What both contenders do alike."""
+
+    def draw(self) -> np.ndarray:
+        """Pictures uint8 [B, H, W, 3], in the machine's memory."""
+        raise NotImplementedError
+
+    def check(self) -> np.ndarray:
+        """See `Contender`."""
+        start = time.perf_counter()
+        pictures = self.draw()
+        self.first = time.perf_counter() - start
+        return pictures
+
+    def run(self, count: int) -> float:
+        """See `Contender`."""
+        start = time.perf_counter()
+        for _ in range(count):
+            self.draw()
+        return time.perf_counter() - start
+
+
+class Ours(Drawer):
     """ti_jax."""
 
     def __init__(self, setting: Setting):
@@ -95,13 +117,6 @@ class Ours:
         )  # fmt: skip
         return np.stack(pictures)
 
-    def check(self) -> np.ndarray:
-        """See `Contender`."""
-        start = time.perf_counter()
-        pictures = self.draw()
-        self.first = time.perf_counter() - start
-        return pictures
-
     def compile(self) -> dict[str, float]:
         """By how much a first drawing takes longer than a later one: cold is that of `check`."""
         import jax
@@ -110,15 +125,8 @@ class Ours:
         cached, warm = self.run(1), self.run(1)
         return {"cold": self.first - warm, "cached": cached - warm}
 
-    def run(self, count: int) -> float:
-        """See `Contender`."""
-        start = time.perf_counter()
-        for _ in range(count):
-            self.draw()
-        return time.perf_counter() - start
 
-
-class Diffusers:
+class Diffusers(Drawer):
     """Its pipeline on PyTorch."""
 
     def __init__(self, setting: Setting):
@@ -149,23 +157,9 @@ class Diffusers:
         ).images  # fmt: skip
         return np.stack(pictures)
 
-    def check(self) -> np.ndarray:
-        """See `Contender`."""
-        start = time.perf_counter()
-        pictures = self.draw()
-        self.first = time.perf_counter() - start
-        return pictures
-
     def compile(self) -> dict[str, float]:
         """By how much the first drawing took longer than a later one; PyTorch compiles in it, if at all."""
         return {"in the first": max(0.0, self.first - self.run(1))}
-
-    def run(self, count: int) -> float:
-        """See `Contender`."""
-        start = time.perf_counter()
-        for _ in range(count):
-            self.draw()
-        return time.perf_counter() - start
 
 
 def make(name: str, setting: Setting) -> Contender:
@@ -198,7 +192,7 @@ def starting_latents(model: Path, resolution: int | None, batch_size: int) -> tu
     # This process only makes noise, and a GPU is left to the contenders.
     jax.config.update("jax_platforms", "cpu")
     with open_source(model, None, None) as source:
-        networks = make_networks(source.configs, jax.numpy.float32, False)
+        networks = make_networks(source.configs, jax.numpy.float32)
     resolution = resolution or networks.unet.config.sample_size * networks.latent_factor
     side = resolution // networks.latent_factor
     keys = image_keys(jax.numpy.asarray(image_seeds(SEED, batch_size)))

@@ -97,20 +97,23 @@ class Ours:
 
         from ti_jax.config import resolve
         from ti_jax.pipeline import StableDiffusion
+        from ti_jax.training.cores import use_cores
         from ti_jax.training.optimizer import make_optimizer
-        from ti_jax.training.parallel import make_mesh, replicate
+        from ti_jax.training.parallel import make_mesh, replicate, without_copies
         from ti_jax.training.setup import make_dataset, prepare_concept
         from ti_jax.training.step import Frozen, TrainState
 
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        self.setting, self.mesh = setting, make_mesh(jax.devices()[:1])
         config = resolve(setting.config())
+        cores = use_cores(config) or 1
+        self.setting = setting
+        self.mesh = make_mesh(jax.devices()[: cores if jax.default_backend() == "cpu" else 1])
         sd = StableDiffusion.from_config(config)
         networks = sd.networks.with_gradient_checkpointing(setting.gradient_checkpointing)
         self.sd = dataclasses.replace(sd, networks=networks)
         self.concept = prepare_concept(config, self.sd, print)
         self.optimizer, _ = make_optimizer(config, 1, setting.batch_size)
-        params = {name: tree for name, tree in self.sd.params.items() if name != "vae"}
+        params = without_copies({name: tree for name, tree in self.sd.params.items() if name != "vae"})
         masks = {name: jax.numpy.asarray(mask) for name, mask in self.concept.row_mask.items()}
         dataset = make_dataset(config, self.sd, self.concept)
         self.frozen = replicate(Frozen(params, self.sd.schedule, dataset, masks, jax.random.key(0)), self.mesh)
@@ -132,8 +135,8 @@ class Ours:
             jax.config.update("jax_compilation_cache_dir", cache)
             for kind in ("cold",) if self.setting.alone else ("cold", "cached"):
                 step = make_train_step(
-                    self.sd.networks, self.optimizer, batch_size=self.setting.batch_size, accumulation=1,
-                    num_devices=1, axis_name=AXIS,
+                    self.sd.networks, self.optimizer, batch_size=self.setting.batch_size // self.mesh.size,
+                    accumulation=1, num_devices=self.mesh.size, axis_name=AXIS,
                 )  # fmt: skip
                 start = time.perf_counter()
                 lowered = make_run_steps(step, self.mesh, 1000).lower(self.frozen, self.state, jax.numpy.int32(1))

@@ -68,6 +68,21 @@ def test_the_forms_of_cpu_and_of_elsewhere_agree(x_shape, channels, size, stride
     )
 
 
+@pytest.mark.parametrize(("x_shape", "channels", "size", "stride", "padding"), CASES)
+def test_by_taps(x_shape, channels, size, stride, padding):
+    """The form for bfloat16 on CPU, in float32, so that nothing is hidden by rounding."""
+    x, kernel = arrays(x_shape, channels, size)
+    exact, transpose = jax.vjp(lambda x: convolution._convolution(stride, padding, x, kernel), x)
+    np.testing.assert_allclose(convolution._by_taps(stride, padding, x, kernel), exact, rtol=1e-5, atol=1e-5)
+    gradient = np.random.default_rng(1).normal(size=exact.shape).astype(np.float32)
+    np.testing.assert_allclose(
+        convolution._gradient_by_taps(stride, padding, x_shape, jnp.asarray(gradient), jnp.asarray(kernel)),
+        transpose(gradient)[0],
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
 def lowered(function, platform, *args):
     """Names of the operations that `function` becomes on `platform`, whichever machine asks."""
     text = jax.jit(function).trace(*args).lower(lowering_platforms=(platform,)).as_text()
@@ -91,6 +106,9 @@ def test_each_platform_gets_its_form(platform):
     assert lowered(partial(input_gradient, 1), platform, picture, small_kernel) == {"convolution"}
     strided = lowered(partial(input_gradient, 2), platform, picture, small_kernel)
     assert ("dot_general" in strided) == on_cpu
+    in_half = [jnp.asarray(array, jnp.bfloat16) for array in arrays((1, 8, 8, 40), 40, 3)]
+    for function in (forward, partial(input_gradient, 1), partial(input_gradient, 2)):
+        assert ("convolution" not in lowered(function, platform, *in_half)) == on_cpu
 
 
 def test_a_loop_of_gradients_on_cpu():
@@ -109,9 +127,19 @@ def test_a_loop_of_gradients_on_cpu():
     np.testing.assert_allclose(mapped, conv2d(x, kernel, 1, SAME), rtol=1e-5, atol=1e-5)
 
 
-def test_bfloat16():
-    x, kernel = (jnp.asarray(array, jnp.bfloat16) for array in arrays((2, 2, 2, 96), 97, 3))
-    ours = conv2d(x, kernel, 1, SAME)
-    exact = conv2d(x.astype(jnp.float32), kernel.astype(jnp.float32), 1, SAME)
+@pytest.mark.parametrize(
+    ("x_shape", "channels", "size", "stride", "padding"),
+    [((2, 2, 2, 96), 97, 3, 1, SAME), ((2, 6, 4, 8), 5, 3, 1, SAME), ((2, 7, 8, 40), 33, 3, 2, END)],
+)
+def test_bfloat16(x_shape, channels, size, stride, padding):
+    x, kernel = (jnp.asarray(array, jnp.bfloat16) for array in arrays(x_shape, channels, size))
+    exact_arrays = [array.astype(jnp.float32) for array in (x, kernel)]
+    ours, pullback = jax.vjp(lambda x, kernel: conv2d(x, kernel, stride, padding), x, kernel)
+    exact, exact_pullback = jax.vjp(lambda x, kernel: conv2d(x, kernel, stride, padding), *exact_arrays)
     assert ours.dtype == jnp.bfloat16
     np.testing.assert_allclose(ours.astype(jnp.float32), exact, rtol=2**-8, atol=2**-8)
+    gradient = jnp.asarray(np.random.default_rng(1).normal(size=ours.shape), jnp.bfloat16)
+    exact_gradients = exact_pullback(gradient.astype(jnp.float32))
+    for rounded, exact in zip(pullback(gradient), exact_gradients, strict=True):
+        assert rounded.dtype == jnp.bfloat16
+        np.testing.assert_allclose(rounded.astype(jnp.float32), exact, rtol=2**-8, atol=2**-8 * jnp.abs(exact).max())

@@ -303,7 +303,7 @@ def command(config, **changes):
 
 
 def single_device_environment():
-    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return {**os.environ, "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1"}
 
 
 def test_sigterm_saves_a_checkpoint_and_resuming_ends_the_same(config, tmp_path):

@@ -140,11 +140,12 @@ def _train(args: Sequence[str], prog: str) -> int:
         config = parse(TrainConfig, args, prog=prog, examples=examples, no_counterpart=NO_COUNTERPART)
     config = resolve(config)
     from .compilation_cache import enable_compilation_cache
+    from .training.cores import use_cores
     from .training.loop import train
 
     enable_compilation_cache()
     # A run that was asked to stop is not done: whoever started it should be told so.
-    return 130 if train(config).interrupted else 0
+    return 130 if train(config, cores=use_cores(config)).interrupted else 0
 
 
 def _infer(args: Sequence[str], prog: str) -> int:

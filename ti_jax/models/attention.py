@@ -17,6 +17,7 @@ from flax import linen as nn
 from ti_jax.models.activations import gelu
 from ti_jax.models.checkpointing import checkpointed
 from ti_jax.models.layers import NO_PADDING, Conv2d, Dense, GroupNorm
+from ti_jax.models.products import float32_product
 
 # XLA on CPU makes whole score matrices, which leave the cache beyond about CPU_WHOLE_SCORES queries and keys. By
 # CPU_QUERY_CHUNK queries at a time, attention and its gradient took half the time at 1024 tokens, a quarter at 4096.
@@ -153,18 +154,51 @@ def _attention_in_chunks(query: jax.Array, key: jax.Array, value: jax.Array) -> 
 
     def attend_in_one_head(query_key_value: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         query, key, value = query_key_value
-        attend = jax.checkpoint(partial(_one_head, key=key, value=value))
-        return jax.lax.map(attend, query.reshape(chunks, chunk, dim))
+        return jax.lax.map(lambda part: _one_head(part, key, value), query.reshape(chunks, chunk, dim))
 
     attended = jax.lax.map(attend_in_one_head, (_by_head(padded), _by_head(key), _by_head(value)))
     return _from_heads(attended.reshape(batch * heads, -1, dim), heads)[:, :length]
 
 
+@jax.custom_vjp
 def _one_head(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """[L, D], [S, D], [S, D] -> [L, D]"""
-    scores = jnp.matmul(query, key.T, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(scores * query.shape[-1] ** -0.5, axis=-1)
-    return weights.astype(value.dtype) @ value
+    return float32_product(_weights(query, key).astype(value.dtype), value, (1, 0)).astype(value.dtype)
+
+
+def _weights(query: jax.Array, key: jax.Array) -> jax.Array:
+    return jax.nn.softmax(float32_product(query, key, (1, 1)) * query.shape[-1] ** -0.5, axis=-1)
+
+
+def _one_head_forward(
+    query: jax.Array, key: jax.Array, value: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    return _one_head(query, key, value), (query, key, value)
+
+
+def _one_head_backward(
+    kept: tuple[jax.Array, jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    query, key, value = kept
+    weights = _weights(query, key)
+    to_value = _transposed_product(weights.astype(value.dtype), gradient)
+    to_weights = float32_product(gradient, value, (1, 1))
+    to_scores = weights * (to_weights - jnp.sum(to_weights * weights, axis=-1, keepdims=True))
+    to_scores = (to_scores * query.shape[-1] ** -0.5).astype(query.dtype)
+    to_query, to_key = float32_product(to_scores, key, (1, 0)), _transposed_product(to_scores, query)
+    return to_query.astype(query.dtype), to_key.astype(key.dtype), to_value.astype(value.dtype)
+
+
+_one_head.defvjp(_one_head_forward, _one_head_backward)
+
+
+def _transposed_product(matrix: jax.Array, thin: jax.Array) -> jax.Array:
+    """``matrix^T thin`` of [L, S] and [L, D], float32 [S, D].
+
+    As ``thin^T matrix``, turned: XLA on CPU takes ten times as long to read the large matrix against its rows. It would
+    see through the turning without a barrier.
+    """
+    return jax.lax.optimization_barrier(float32_product(thin, matrix, (0, 0))).T
 
 
 def as_rows(x: jax.Array, width: int | None = None) -> jax.Array:

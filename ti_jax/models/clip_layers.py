@@ -13,6 +13,7 @@ from flax import linen as nn
 
 from ti_jax.models.activations import gelu
 from ti_jax.models.attention import as_rows, dot_product_attention
+from ti_jax.models.layers import Dense
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -89,11 +90,11 @@ class CLIPAttention(nn.Module):
         width, heads = self.config.hidden_size, self.config.num_attention_heads
         tokens = as_rows(hidden)
         query, key, value = (
-            nn.Dense(width, dtype=self.dtype, name=name)(tokens).reshape(*hidden.shape[:2], heads, width // heads)
+            Dense(width, dtype=self.dtype, name=name)(tokens).reshape(*hidden.shape[:2], heads, width // heads)
             for name in ("q_proj", "k_proj", "v_proj")
         )
         attended = dot_product_attention(query, key, value, self.causal)
-        return nn.Dense(width, dtype=self.dtype, name="out_proj")(as_rows(attended, width)).reshape(hidden.shape)
+        return Dense(width, dtype=self.dtype, name="out_proj")(as_rows(attended, width)).reshape(hidden.shape)
 
 
 class CLIPMLP(nn.Module):
@@ -105,9 +106,9 @@ class CLIPMLP(nn.Module):
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """Widen, activate, narrow."""
-        hidden = nn.Dense(self.config.intermediate_size, dtype=self.dtype, name="fc1")(hidden)
+        hidden = Dense(self.config.intermediate_size, dtype=self.dtype, name="fc1")(hidden)
         hidden = ACTIVATIONS[self.config.hidden_act](hidden)
-        return nn.Dense(self.config.hidden_size, dtype=self.dtype, name="fc2")(hidden)
+        return Dense(self.config.hidden_size, dtype=self.dtype, name="fc2")(hidden)
 
 
 def layer_norm(config: CLIPTransformerConfig, dtype: Any, name: str) -> nn.LayerNorm:

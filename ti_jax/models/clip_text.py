@@ -17,6 +17,7 @@ from flax import linen as nn
 
 from ti_jax.errors import InputError
 from ti_jax.models.clip_layers import ACTIVATIONS, CLIPEncoder, layer_norm
+from ti_jax.models.layers import Dense
 
 ARCHITECTURES = ("CLIPTextModel", "CLIPTextModelWithProjection")
 
@@ -153,9 +154,7 @@ class CLIPTextModel(nn.Module):
         hidden = layer_norm(self.config, self.dtype, "final_layer_norm")(hidden)
         pooled = jnp.take_along_axis(hidden, eos_positions(input_ids, self.config)[:, None, None], axis=1)[:, 0]
         if self.config.with_projection:
-            pooled = nn.Dense(self.config.projection_dim, use_bias=False, dtype=self.dtype, name="text_projection")(
-                pooled
-            )
+            pooled = Dense(self.config.projection_dim, use_bias=False, dtype=self.dtype, name="text_projection")(pooled)
         return CLIPTextOutput(hidden, penultimate, pooled)
 
 

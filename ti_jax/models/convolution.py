@@ -1,6 +1,6 @@
 """2-D convolution in the form that each platform runs fastest.
 
-GPU and TPU get XLA's convolution. XLA on CPU has three weak spots, seen with jax 0.10 on 2 cores; the forms here go
+GPU and TPU get XLA's convolution. XLA on CPU has four weak spots, seen with jax 0.10 on 2 cores; the forms here go
 around them and are the same function:
 
 - Where the kernel is large and the picture small, the convolution runs at a few percent of a matrix product's speed (16
@@ -10,15 +10,21 @@ around them and are the same function:
   a ``while`` loop XLA finds no fast routine for that layout (10 times slower); with a kernel that really is flipped and
   transposed it does.
 - The gradient of a strided convolution is a dilated one, with no fast routine at all: im2col again.
+- bfloat16 convolutions are computed in float32. As products of the kernel's taps with the shifted picture, asked
+  for in float32, they use the bfloat16 instructions that newer CPUs have (`ti_jax.models.products`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+
+from ti_jax.models.products import float32_product, matmul
 
 Padding = tuple[tuple[int, int], tuple[int, int]]  # (top, bottom), (left, right)
 
@@ -26,6 +32,8 @@ DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
 # im2col wins where a kernel tap (in x out numbers) outweighs the output (height x width) by more than this.
 IM2COL_KERNEL_PER_PIXEL = 2048
+# Taps with fewer numbers in or out make products too thin to be fast.
+TAPS_LEAST_CHANNELS = 32
 
 
 def conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: Padding = ((0, 0), (0, 0))) -> jax.Array:
@@ -41,13 +49,18 @@ def conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: Padding = 
       [B, H', W', O], of the dtype of `x`.
     """
     if kernel.shape[:2] == (1, 1) and stride == 1 and padding == ((0, 0), (0, 0)):
-        return x @ kernel[0, 0]
+        return matmul(x, kernel[0, 0])
     return _conv2d(stride, padding, x, kernel)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _conv2d(stride: int, padding: Padding, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    cpu = _im2col if _kernel_outweighs_picture(x, kernel, stride) else _convolution
+    if _suits_taps(kernel):
+        cpu: Callable[..., jax.Array] = _by_taps
+    elif _kernel_outweighs_picture(x, kernel, stride):
+        cpu = _im2col
+    else:
+        cpu = _convolution
     return lax.platform_dependent(
         x, kernel, cpu=partial(cpu, stride, padding), default=partial(_convolution, stride, padding)
     )
@@ -67,7 +80,9 @@ def _conv2d_backward(
     def transposed(form, gradient, kernel):
         return jax.linear_transpose(lambda x: form(stride, padding, x, kernel), x)(gradient)[0]
 
-    if stride != 1 or _kernel_outweighs_picture(x, kernel, stride):
+    if _suits_taps(kernel):
+        cpu = partial(_gradient_by_taps, stride, padding, x.shape)
+    elif stride != 1 or _kernel_outweighs_picture(x, kernel, stride):
         cpu = partial(transposed, _im2col)
     else:
         cpu = partial(_convolution_with_flipped_kernel, padding)
@@ -78,6 +93,10 @@ def _conv2d_backward(
 
 
 _conv2d.defvjp(_conv2d_forward, _conv2d_backward)
+
+
+def _suits_taps(kernel: jax.Array) -> bool:
+    return kernel.dtype == jnp.bfloat16 and min(kernel.shape[2:]) >= TAPS_LEAST_CHANNELS
 
 
 def _kernel_outweighs_picture(x: jax.Array, kernel: jax.Array, stride: int) -> bool:
@@ -116,3 +135,43 @@ def _im2col(stride: int, padding: Padding, x: jax.Array, kernel: jax.Array) -> j
     neighbourhoods = jnp.concatenate(shifted, axis=-1).reshape(-1, height * width * channels_in)
     product = neighbourhoods @ kernel.reshape(-1, channels_out).astype(jnp.float32)
     return product.astype(x.dtype).reshape(x.shape[0], rows, columns, channels_out)
+
+
+def _by_taps(stride: int, padding: Padding, x: jax.Array, kernel: jax.Array, transposed: bool = False) -> jax.Array:
+    """The sum over the kernel's taps [C, O] of the picture, shifted, times the tap; in float32, then rounded.
+
+    With `transposed` the taps are taken in the opposite order and from [O, C]: no second kernel has to be made.
+    """
+    height, width = kernel.shape[:2]
+    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    rows, columns = (
+        (size - window) // stride + 1 for size, window in zip(padded.shape[1:3], (height, width), strict=True)
+    )
+    total = jnp.float32(0)
+    for i, j in np.ndindex(height, width):
+        shifted = padded[:, i : i + stride * (rows - 1) + 1 : stride, j : j + stride * (columns - 1) + 1 : stride]
+        tap = kernel[-1 - i, -1 - j] if transposed else kernel[i, j]
+        total += float32_product(shifted.reshape(-1, x.shape[-1]), tap, (1, 1 if transposed else 0))
+    return total.astype(x.dtype).reshape(x.shape[0], rows, columns, -1)
+
+
+def _gradient_by_taps(
+    stride: int, padding: Padding, shape: tuple[int, ...], gradient: jax.Array, kernel: jax.Array
+) -> jax.Array:
+    """Transpose of `_by_taps` for pictures of `shape`."""
+    height, width = kernel.shape[:2]
+    (top, bottom), (left, right) = padding
+    if stride == 1:
+        full = ((height - 1 - top, height - 1 - bottom), (width - 1 - left, width - 1 - right))
+        return _by_taps(1, full, gradient, kernel, transposed=True)
+    sizes = (shape[1] + top + bottom, shape[2] + left + right)
+    rows = gradient.reshape(-1, gradient.shape[-1])
+    total = jnp.float32(0)
+    for tap in np.ndindex(height, width):
+        part = float32_product(rows, kernel[tap], (1, 1)).reshape(*gradient.shape[:3], -1)
+        places = (
+            (first, size - first - (stride * (count - 1) + 1), stride - 1)
+            for first, size, count in zip(tap, sizes, gradient.shape[1:3], strict=True)
+        )
+        total += lax.pad(part, jnp.float32(0), ((0, 0, 0), *places, (0, 0, 0)))
+    return total[:, top : sizes[0] - bottom, left : sizes[1] - right].astype(gradient.dtype)

@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from ti_jax.models.checkpointing import product
 from ti_jax.models.convolution import Padding, conv2d
+from ti_jax.models.products import dot_general
 
 SAME_3X3: Padding = ((1, 1), (1, 1))
 NO_PADDING: Padding = ((0, 0), (0, 0))
@@ -46,6 +47,8 @@ class Conv2d(nn.Module):
 
 class Dense(nn.Dense):
     """Dense layer whose result gradient checkpointing knows: [..., C] -> [..., features]."""
+
+    dot_general: Any = dot_general
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -119,8 +122,8 @@ class TimestepEmbedding(nn.Module):
     @nn.compact
     def __call__(self, embedding: jax.Array) -> jax.Array:
         """Embed."""
-        hidden = silu(nn.Dense(self.features, dtype=self.dtype, name="linear_1")(embedding))
-        return nn.Dense(self.features, dtype=self.dtype, name="linear_2")(hidden)
+        hidden = silu(Dense(self.features, dtype=self.dtype, name="linear_1")(embedding))
+        return Dense(self.features, dtype=self.dtype, name="linear_2")(hidden)
 
 
 class ResnetBlock2D(nn.Module):

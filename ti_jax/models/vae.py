@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from ti_jax.errors import InputError
 from ti_jax.models.attention import dot_product_attention
-from ti_jax.models.layers import NO_PADDING, Conv2d, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D
+from ti_jax.models.layers import NO_PADDING, Conv2d, Dense, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D
 
 NORM_EPSILON = 1e-6
 ACTIVATIONS = ("silu", "swish")  # two names of one function
@@ -263,10 +263,10 @@ class AttentionBlock(nn.Module):
         hidden = GroupNorm(self.num_groups, NORM_EPSILON, dtype=self.dtype, name="group_norm")(x)
         hidden = hidden.reshape(x.shape[0], -1, 1, x.shape[-1])
         query, key, value = (
-            nn.Dense(x.shape[-1], dtype=self.dtype, name=name)(hidden) for name in ("to_q", "to_k", "to_v")
+            Dense(x.shape[-1], dtype=self.dtype, name=name)(hidden) for name in ("to_q", "to_k", "to_v")
         )
         attended = dot_product_attention(query, key, value).reshape(x.shape)
-        return x + nn.Dense(x.shape[-1], dtype=self.dtype, name="to_out_0")(attended)
+        return x + Dense(x.shape[-1], dtype=self.dtype, name="to_out_0")(attended)
 
 
 def _resnet(config: VAEConfig, channels: int, dtype: Any, index: int) -> ResnetBlock2D:

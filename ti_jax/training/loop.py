@@ -30,7 +30,7 @@ from .checkpoint import Checkpoints, fingerprint
 from .fitting import CompiledStep, compile_step
 from .measuring import Measuring, make_measuring
 from .optimizer import make_optimizer
-from .parallel import AXIS, make_mesh, make_run_steps, replicate
+from .parallel import AXIS, make_mesh, make_run_steps, replicate, without_copies
 from .processes import StopRequests, is_first, on_first, together
 from .reporting import Reporter
 from .setup import Concept, make_dataset, prepare_concept, row_figures
@@ -110,13 +110,14 @@ def next_stop(config: TrainConfig, step: int, total: int) -> int:
     return min(total, *((step // interval + 1) * interval for interval in intervals))
 
 
-def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> TrainResult:
+def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None, cores: int | None = None) -> TrainResult:
     """Learn a new word as the config says, and write it to ``config.output_dir``.
 
     Of several processes (see `processes`) each calls this with the same config; the first one writes.
 
     Args:
-      devices: those to share the batches; None: all that JAX has.
+      devices: each of them takes ``config.train_batch_size`` samples of a batch; None: all that JAX has.
+      cores: on a CPU, so many of its devices are one that does; see `ti_jax.training.cores`.
 
     Raises:
       InputError: something in the config, the pictures or the model is wrong, a disk is full, or the loss became
@@ -126,10 +127,12 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> T
     config = resolve(config)
     processes.join(config)
     with processes.in_step():
-        return _train(config, devices)
+        if cores is None or jax.default_backend() != "cpu":
+            return _train(config, devices, 1)
+        return _train(config, jax.devices()[:cores], cores)
 
 
-def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> TrainResult:
+def _train(config: TrainConfig, devices: Sequence[jax.Device] | None, sharing: int) -> TrainResult:
     clock = _Clock()
     folder = on_first(lambda: ensure_writable_folder(config.output_dir))
     push = together(lambda: _open_hub(config) if is_first() else None)
@@ -144,14 +147,14 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None) -> TrainRe
     with clock.phase("encode"):
         dataset = make_dataset(config, sd, concept)
     assert config.train_batch_size is not None, "the config is resolved"
-    batch_size = config.train_batch_size
+    batch_size = config.train_batch_size // sharing
     samples_per_step = batch_size * config.gradient_accumulation_steps * mesh.size
     total = total_updates(config, len(concept.pictures.pixels), samples_per_step)
     optimizer, schedule = make_optimizer(config, total, samples_per_step)
 
     frozen = replicate(
         Frozen(
-            params={name: tree for name, tree in sd.params.items() if name != "vae"},
+            params=without_copies({name: tree for name, tree in sd.params.items() if name != "vae"}),
             schedule=sd.schedule,
             dataset=dataset,
             row_mask={name: jnp.asarray(mask) for name, mask in concept.row_mask.items()},

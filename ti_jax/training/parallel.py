@@ -44,6 +44,18 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, tree)
 
 
+def without_copies(tree: Any) -> Any:
+    """`tree` in such a form that `replicate` lets devices of one CPU share it, where it lies on one of them.
+
+    For arrays that nothing is donated from: weights.
+    """
+
+    def shared(leaf: jax.Array) -> jax.Array | np.ndarray:
+        return np.asarray(leaf) if next(iter(leaf.devices())).platform == "cpu" else leaf
+
+    return jax.tree.map(shared, tree)
+
+
 def make_run_steps(
     train_step: Callable[[Frozen, TrainState], tuple[TrainState, jax.Array]], mesh: Mesh, max_steps: int
 ) -> jax.stages.Wrapped:

@@ -35,7 +35,7 @@ UNET_CONFIG = {
     "_class_name": "UNet2DConditionModel",
     "act_fn": "silu",
     "attention_head_dim": 4,
-    "block_out_channels": [96, 192, 256],
+    "block_out_channels": [96, 192, 224],
     "cross_attention_dim": WIDTH,
     "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
     "flip_sin_to_cos": True,
@@ -73,6 +73,7 @@ class BaseTraining:
     naming: float = 0.1  # weight of the heads' cross entropy, mean over the attributes
     empty_captions: float = 0.1
     embedding_noise: float = 0.008  # standard deviation; a token's row has about five times that
+    dtype: str = "float32"  # of activations; weights and their updates are float32 always
     seed: int = 0
 
 
@@ -160,7 +161,7 @@ def inner_feature(intermediate: Any) -> jax.Array:
     """What a block has put out, at its own size [B, h, w, c]: an upsampler has doubled that of the second."""
     (feature,) = intermediate["__call__"]
     step = max(1, feature.shape[1] // 4)
-    return feature[:, ::step, ::step]
+    return feature[:, ::step, ::step].astype(jnp.float32)
 
 
 def naming_loss(heads: Any, features: dict[str, jax.Array], labels: jax.Array) -> jax.Array:
@@ -203,8 +204,9 @@ def train_base(
     chosen = np.flatnonzero((groups < data.DEV_PEOPLE) & (groups != data.VALIDATION) & (groups != data.UNSEEN_STYLE))
     ids = make_captions([scenes[index] for index in chosen], groups[chosen], tokenizer, config.seed)
     people = int(groups[chosen].max()) + 1
-    unet = UNet2DConditionModel(UNetConfig.from_dict(UNET_CONFIG))
-    text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(text_config(len(tokenizer))))
+    dtype = jnp.dtype(config.dtype)
+    unet = UNet2DConditionModel(UNetConfig.from_dict(UNET_CONFIG), dtype)
+    text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(text_config(len(tokenizer))), dtype)
     pictures = trainer.share(config.batch, config.draws)
     batch = pictures * config.draws
     arrays = {
@@ -246,7 +248,7 @@ def train_base(
             {"params": params["unet"]}, noisy, timesteps, context,
             capture_intermediates=lambda module, _: module.name in NAMED_BLOCKS, mutable="intermediates",
         )  # fmt: skip
-        error = jnp.square(predicted - training_target(schedule, latents, noise, timesteps))
+        error = jnp.square(predicted.astype(jnp.float32) - training_target(schedule, latents, noise, timesteps))
         features = {name: inner_feature(kept["intermediates"][name]) for name in NAMED_BLOCKS}
         naming = naming_loss(params["heads"], features, arrays["labels"][index])
         value = jnp.mean(arrays["weight"] * error) + config.naming * naming

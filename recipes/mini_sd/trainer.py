@@ -110,11 +110,8 @@ def fit(
     def step(state: State, data: Tree) -> tuple[State, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.fold_in(root_key(seed), state.step), jax.lax.axis_index(AXIS))
 
-        def mean_loss(params):
-            value, figures = loss(params, data, key)
-            return jax.lax.pmean(value, AXIS), jax.lax.pmean(figures | {"loss": value}, AXIS)
-
-        gradients, figures = jax.grad(mean_loss, has_aux=True)(state.params)
+        (value, figures), gradients = jax.value_and_grad(loss, has_aux=True)(state.params, data, key)
+        gradients, figures = jax.lax.pmean((gradients, figures | {"loss": value}), AXIS)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         return State(state.step + 1, params, state.average, optimizer_state), figures
@@ -123,7 +120,10 @@ def fit(
         keep = jnp.minimum(decay, (1 + count) / (10 + count)) ** AVERAGE_EVERY
         return jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, average, params)
 
-    mapped = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P(), P()), out_specs=(P(), P())), donate_argnums=0)
+    # Without check_vma, as `ti_jax.training.parallel` has it: a gradient is the device's own until it is averaged.
+    mapped = jax.jit(
+        jax.shard_map(step, mesh=mesh, in_specs=(P(), P()), out_specs=(P(), P()), check_vma=False), donate_argnums=0
+    )
     move_average = jax.jit(moved, donate_argnums=0)
 
     def save() -> None:

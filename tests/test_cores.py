@@ -20,8 +20,8 @@ def config(tiny_sd, pictures, tmp_path):
     templates.write_text("a portrait of {}\na drawing of {}\n")
     return ti_jax.TrainConfig(
         pretrained_model_name_or_path=str(tiny_sd), train_data_dir=str(pictures), placeholder_token="<new>",
-        initializer_token="person", templates=str(templates), overview_prompts=("a portrait of {}",),
-        train_batch_size=4, gradient_accumulation_steps=2, learning_rate=1e-2, max_train_steps=6, logging_steps=3,
+        initializer_token="person", templates=str(templates),
+        train_batch_size=4, learning_rate=1e-2, max_train_steps=6, logging_steps=3, overview_prompts=("a portrait of {}",),
         validation_inference_steps=2, report_to="none", output_dir=str(tmp_path / "out"),
     )  # fmt: skip
 

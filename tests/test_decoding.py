@@ -26,6 +26,7 @@ def sd(tiny_sd):
     return StableDiffusion.from_pretrained(tiny_sd)
 
 
+@pytest.mark.slow
 def test_generate_in_tiles_is_the_pipeline_with_tiling(tiny_sd, sd):
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(tiny_sd)
     pipe.set_progress_bar_config(disable=True)

@@ -63,6 +63,7 @@ def test_a_run_starts_from_the_word_and_trains_all_of_it(config, tmp_path):
     assert len(metadata["initializer_embedding_hash"]) == 16 and "initializer_token" not in metadata
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_from_its_checkpoint_and_not_from_the_file(config, tmp_path):
     """Trap: a resumed run that begins at step 0."""
     whole = train(config)

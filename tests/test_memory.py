@@ -32,10 +32,12 @@ def sizes(config):
     return {way: planner(config, way).at(BATCH).peak_memory for way in WAYS}
 
 
+@pytest.mark.slow
 def test_each_way_takes_less_than_the_one_before(sizes):
     assert sizes["none"] > sizes["policy"] > sizes["full"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limit", "chosen"),
     [
@@ -56,6 +58,7 @@ def test_the_first_that_fits_is_chosen(config, sizes, limit, chosen):
     assert ("DOES NOT FIT" in text) == (not fits)
 
 
+@pytest.mark.slow
 def test_the_largest_batch_is_that_of_full_where_nothing_is_told(config, sizes, monkeypatch):
     monkeypatch.setattr(Planner, "_memory_for_the_step", lambda *_: sizes["none"])
     monkeypatch.setattr(Planner, "largest", lambda self, first: (self.config.gradient_checkpointing, first.peak_memory))

@@ -233,6 +233,7 @@ def test_prediction_type_that_cannot_be(model, tmp_path):
 # -- all of it
 
 
+@pytest.mark.slow
 def test_train_and_draw(model, pictures, tmp_path):
     _, _, folder, file = model("sd1")
     templates = tmp_path / "templates.txt"

@@ -78,7 +78,7 @@ class TrainConfig:
     (noise), but an SD2.x file must be told."""
     mixed_precision: Literal["no", "bf16"] | None = None
     """Precision of the frozen weights and their activations; rows, loss and optimizer are always float32. Left out:
-    bf16 on TPU and GPU, no (float32) on CPU."""
+    bf16 on TPU and GPU, no (float32) on CPU, where bf16 is faster if the CPU has AVX512_BF16."""
 
     # -- the pictures and the word
     train_data_dir: str | None = input_path()
@@ -116,7 +116,8 @@ class TrainConfig:
     seed: int = 0
     """Seed of everything random; the same seed gives the same rows on one machine."""
     train_batch_size: int | None = None
-    """Pictures per step on each device. Left out: 16 (the embedded model: see configs/demo.yaml)."""
+    """Pictures per step on each device; all cores of a CPU are one. Left out: 16 (the embedded model: see
+    configs/demo.yaml)."""
     gradient_accumulation_steps: int = 1
     """Batches whose gradients are averaged for one update."""
     max_train_steps: int | None = None

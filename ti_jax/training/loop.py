@@ -117,7 +117,8 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None, core
 
     Args:
       devices: each of them takes ``config.train_batch_size`` samples of a batch; None: all that JAX has.
-      cores: on a CPU, so many of its devices are one that does; see `ti_jax.training.cores`.
+      cores: from `ti_jax.training.cores.use_cores`: on a CPU its first `cores` devices together take that many
+        samples, and `devices` is not looked at; on a GPU or a TPU, and where it is None, nothing changes.
 
     Raises:
       InputError: something in the config, the pictures or the model is wrong, a disk is full, or the loss became

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ti_jax.config import ASSETS
+from ti_jax.config import ASSETS, TrainConfig
 
 # Before PyTorch starts: its threads and those of another worker would stand in each other's way.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -136,6 +136,19 @@ def pictures(tmp_path_factory):
     for index in range(3):
         Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(folder / f"{index}.png")
     return folder
+
+
+@pytest.fixture
+def short_run(tiny_sd, pictures, tmp_path):
+    """The config of a training run of the tiny model."""
+    templates = tmp_path / "templates.txt"
+    templates.write_text("a portrait of {}\na drawing of {}\n")
+    return TrainConfig(
+        pretrained_model_name_or_path=str(tiny_sd), train_data_dir=str(pictures), placeholder_token="<new>",
+        initializer_token="person", templates=str(templates), overview_prompts=("a portrait of {}",),
+        learning_rate=1e-2, max_train_steps=12, logging_steps=3, validation_inference_steps=2,
+        output_dir=str(tmp_path / "out"),
+    )  # fmt: skip
 
 
 @pytest.fixture

@@ -15,15 +15,8 @@ from ti_jax.training.parallel import make_mesh, replicate, without_copies
 
 
 @pytest.fixture
-def config(tiny_sd, pictures, tmp_path):
-    templates = tmp_path / "templates.txt"
-    templates.write_text("a portrait of {}\na drawing of {}\n")
-    return ti_jax.TrainConfig(
-        pretrained_model_name_or_path=str(tiny_sd), train_data_dir=str(pictures), placeholder_token="<new>",
-        initializer_token="person", templates=str(templates),
-        train_batch_size=4, learning_rate=1e-2, max_train_steps=6, logging_steps=3, overview_prompts=("a portrait of {}",),
-        validation_inference_steps=2, report_to="none", output_dir=str(tmp_path / "out"),
-    )  # fmt: skip
+def config(short_run):
+    return replace(short_run, train_batch_size=4, max_train_steps=6, report_to="none")
 
 
 def test_two_cores_learn_what_one_device_learns(config, tmp_path):

@@ -23,15 +23,8 @@ FOUR_DEVICES = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_coun
 
 
 @pytest.fixture
-def config(tiny_sd, pictures, tmp_path):
-    templates = tmp_path / "templates.txt"
-    templates.write_text("a portrait of {}\na drawing of {}\n")
-    return ti_jax.TrainConfig(
-        pretrained_model_name_or_path=str(tiny_sd), train_data_dir=str(pictures), placeholder_token="<new>",
-        initializer_token="person", templates=str(templates), overview_prompts=("a portrait of {}",),
-        train_batch_size=1, learning_rate=1e-2, max_train_steps=12, logging_steps=3, checkpointing_steps=6,
-        validation_inference_steps=2, report_to="none", output_dir=str(tmp_path / "out"),
-    )  # fmt: skip
+def config(short_run):
+    return replace(short_run, train_batch_size=1, checkpointing_steps=6, report_to="none")
 
 
 class Pair:

@@ -28,15 +28,8 @@ REPOSITORY = Path(__file__).parent.parent
 
 
 @pytest.fixture
-def config(tiny_sd, pictures, tmp_path):
-    templates = tmp_path / "templates.txt"
-    templates.write_text("a portrait of {}\na drawing of {}\n")
-    return ti_jax.TrainConfig(
-        pretrained_model_name_or_path=str(tiny_sd), train_data_dir=str(pictures), placeholder_token="<new>",
-        initializer_token="person", templates=str(templates), overview_prompts=("a portrait of {}",), num_vectors=2,
-        train_batch_size=2, learning_rate=1e-2, max_train_steps=12, logging_steps=3, validation_inference_steps=2,
-        output_dir=str(tmp_path / "out"),
-    )  # fmt: skip
+def config(short_run):
+    return replace(short_run, num_vectors=2, train_batch_size=2)
 
 
 def train(config):

@@ -142,3 +142,11 @@ def test_for_a_tpu_slice():
     assert "all-reduce 0.8 kB an update" in done.stdout
     # Not more work than there is, as counted on the traced function; XLA counts element-wise work, too.
     assert 0.98 <= float(re.search(r"compiled ([\d.]+) of that", done.stdout)[1]) < 1.5
+
+
+def test_where_the_compiler_does_not_count_all_the_least_work_is_the_estimate():
+    """As with kernels on TPU, into which XLA does not look."""
+    known = Plan("sd", "1 x TPU v5e", 4, 4, 1, 1, 1, None, 2e12, 1e12, {}, peak=100e12)
+    counted, uncounted = ("\n".join(plan.lines()) for plan in (known, replace(known, flops=None)))
+    assert "compiled 2.00 of that" in counted and "20.0 ms an update at the published peak" in counted
+    assert "compiled" not in uncounted and "10.0 ms an update at the published peak" in uncounted

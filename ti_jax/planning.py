@@ -73,6 +73,10 @@ CHIPS = {
 }
 
 
+# What a Pallas kernel for TPU is called in a compiled program.
+KERNEL = "tpu_custom_call"
+
+
 @dataclass(frozen=True)
 class Plan:
     """What the compiled step says.
@@ -82,7 +86,8 @@ class Plan:
       samples: that one update sees, over all devices.
       arguments, temporary, code: bytes on each device: weights and data; activations; the program.
       memory: bytes that a device has for it, None where nothing says so.
-      flops: of one update on one device, as compiled; None on CPU, whose forms have loops that XLA does not count.
+      flops: of one update on one device, as compiled; None where XLA does not count all: in a CPU's loops, and in
+        kernels such as attention's on TPU.
       least_flops: that cannot be done without.
       crossing: bytes that each device sends for an update, by kind of transfer.
       peak: FLOP/s of the device in bfloat16, None if not known or not in use.
@@ -125,8 +130,9 @@ class Plan:
         yield f"  work           {least}{compiled}"
         sent = ", ".join(f"{kind} {count / 1e3:.1f} kB" for kind, count in self.crossing.items()) or "nothing"
         yield f"  between devices  {sent} an update"
-        if self.peak and self.flops:
-            floor, usual = (self.flops / self.peak / share * 1e3 for share in (1, USUAL_UTILISATION))
+        if self.peak:
+            flops = self.flops or self.least_flops
+            floor, usual = (flops / self.peak / share * 1e3 for share in (1, USUAL_UTILISATION))
             yield (
                 f"  time           {floor:.1f} ms an update at the published peak of {self.peak / TERA:.0f} TFLOP/s, "
                 f"{usual:.1f} ms at {USUAL_UTILISATION:.0%} of it: an estimate, nothing was run"
@@ -227,7 +233,7 @@ class Planner:
             code=compiled.code,
             memory=self.memory,
             # The analysis counts the body of a loop once: the steps of a chunk, and the micro-batches of a step.
-            flops=None if self.on_cpu else cost["flops"] * accumulation,
+            flops=None if self.on_cpu or KERNEL in text else cost["flops"] * accumulation,
             least_flops=self.least_flops(batch) * accumulation,
             crossing=crossing_bytes(text),
             peak=self.peak,

@@ -110,11 +110,28 @@ def _convolution(stride: int, padding: Padding, x: jax.Array, kernel: jax.Array)
 
 def _convolution_with_flipped_kernel(padding: Padding, gradient: jax.Array, kernel: jax.Array) -> jax.Array:
     """Transpose of the stride-1 convolution: correlate the gradient with the flipped, transposed kernel."""
+    flipped = jnp.flip(kernel, (0, 1)).transpose(0, 1, 3, 2)
+    return _convolution(1, _transposed_padding(padding, kernel), gradient, flipped)
+
+
+def _transposed_padding(padding: Padding, kernel: jax.Array) -> Padding:
+    """What the gradient of a convolution of stride 1 is padded with."""
     height, width = kernel.shape[:2]
     (top, bottom), (left, right) = padding
-    flipped = jnp.flip(kernel, (0, 1)).transpose(0, 1, 3, 2)
-    full = ((height - 1 - top, height - 1 - bottom), (width - 1 - left, width - 1 - right))
-    return _convolution(1, full, gradient, flipped)
+    return (height - 1 - top, height - 1 - bottom), (width - 1 - left, width - 1 - right)
+
+
+def _seen_by_taps(stride: int, padding: Padding, x: jax.Array, kernel: jax.Array) -> list[jax.Array]:
+    """The part of the picture that each tap of the kernel meets, row by row: [B, H', W', C] each."""
+    height, width = kernel.shape[:2]
+    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    rows, columns = (
+        (size - window) // stride + 1 for size, window in zip(padded.shape[1:3], (height, width), strict=True)
+    )
+    return [
+        padded[:, i : i + stride * (rows - 1) + 1 : stride, j : j + stride * (columns - 1) + 1 : stride]
+        for i, j in np.ndindex(height, width)
+    ]
 
 
 def _im2col(stride: int, padding: Padding, x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -122,19 +139,9 @@ def _im2col(stride: int, padding: Padding, x: jax.Array, kernel: jax.Array) -> j
 
     In float32, so that the transpose, too, sums overlapping neighbourhoods in float32, as a convolution would.
     """
-    height, width, channels_in, channels_out = kernel.shape
-    padded = jnp.pad(x.astype(jnp.float32), ((0, 0), *padding, (0, 0)))
-    rows, columns = (
-        (size - window) // stride + 1 for size, window in zip(padded.shape[1:3], (height, width), strict=True)
-    )
-    shifted = [
-        padded[:, i : i + stride * (rows - 1) + 1 : stride, j : j + stride * (columns - 1) + 1 : stride]
-        for i in range(height)
-        for j in range(width)
-    ]
-    neighbourhoods = jnp.concatenate(shifted, axis=-1).reshape(-1, height * width * channels_in)
-    product = neighbourhoods @ kernel.reshape(-1, channels_out).astype(jnp.float32)
-    return product.astype(x.dtype).reshape(x.shape[0], rows, columns, channels_out)
+    seen = jnp.concatenate(_seen_by_taps(stride, padding, x.astype(jnp.float32), kernel), axis=-1)
+    product = seen.reshape(-1, seen.shape[-1]) @ kernel.reshape(-1, kernel.shape[-1]).astype(jnp.float32)
+    return product.astype(x.dtype).reshape(*seen.shape[:-1], -1)
 
 
 def _by_taps(stride: int, padding: Padding, x: jax.Array, kernel: jax.Array, transposed: bool = False) -> jax.Array:
@@ -142,32 +149,25 @@ def _by_taps(stride: int, padding: Padding, x: jax.Array, kernel: jax.Array, tra
 
     With `transposed` the taps are taken in the opposite order and from [O, C]: no second kernel has to be made.
     """
-    height, width = kernel.shape[:2]
-    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    rows, columns = (
-        (size - window) // stride + 1 for size, window in zip(padded.shape[1:3], (height, width), strict=True)
-    )
+    seen = _seen_by_taps(stride, padding, x, kernel)
     total = jnp.float32(0)
-    for i, j in np.ndindex(height, width):
-        shifted = padded[:, i : i + stride * (rows - 1) + 1 : stride, j : j + stride * (columns - 1) + 1 : stride]
+    for (i, j), part in zip(np.ndindex(*kernel.shape[:2]), seen, strict=True):
         tap = kernel[-1 - i, -1 - j] if transposed else kernel[i, j]
-        total += float32_product(shifted.reshape(-1, x.shape[-1]), tap, (1, 1 if transposed else 0))
-    return total.astype(x.dtype).reshape(x.shape[0], rows, columns, -1)
+        total += float32_product(part.reshape(-1, x.shape[-1]), tap, (1, 1 if transposed else 0))
+    return total.astype(x.dtype).reshape(*seen[0].shape[:-1], -1)
 
 
 def _gradient_by_taps(
     stride: int, padding: Padding, shape: tuple[int, ...], gradient: jax.Array, kernel: jax.Array
 ) -> jax.Array:
     """Transpose of `_by_taps` for pictures of `shape`."""
-    height, width = kernel.shape[:2]
-    (top, bottom), (left, right) = padding
     if stride == 1:
-        full = ((height - 1 - top, height - 1 - bottom), (width - 1 - left, width - 1 - right))
-        return _by_taps(1, full, gradient, kernel, transposed=True)
+        return _by_taps(1, _transposed_padding(padding, kernel), gradient, kernel, transposed=True)
+    (top, bottom), (left, right) = padding
     sizes = (shape[1] + top + bottom, shape[2] + left + right)
     rows = gradient.reshape(-1, gradient.shape[-1])
     total = jnp.float32(0)
-    for tap in np.ndindex(height, width):
+    for tap in np.ndindex(*kernel.shape[:2]):
         part = float32_product(rows, kernel[tap], (1, 1)).reshape(*gradient.shape[:3], -1)
         places = (
             (first, size - first - (stride * (count - 1) + 1), stride - 1)

@@ -8,20 +8,22 @@ import numpy as np
 import pytest
 
 from ti_jax.models.layers import Dense
-from ti_jax.models.products import dot_general, matmul
+from ti_jax.models.products import dot_general, matmul, product_over_rows
 
 ONE_ROUNDING = 2**-8
 
 
-def arrays(dtype):
+def arrays(dtype, inputs=48, outputs=5):
     rng = np.random.default_rng(0)
-    return tuple(jnp.asarray(rng.normal(size=shape), dtype) for shape in ((2, 7, 48), (48, 5)))
+    return tuple(jnp.asarray(rng.normal(size=shape), dtype) for shape in ((2, 7, inputs), (inputs, outputs)))
 
 
+@pytest.mark.parametrize(("inputs", "outputs"), [(48, 5), (5, 48)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_output_and_gradients(dtype):
-    x, kernel = arrays(dtype)
-    ours, pullback = jax.vjp(matmul, x, kernel)
+def test_output_and_gradients(dtype, inputs, outputs):
+    """In one program, as a step is: there XLA moves transposes into products, and might have none for the result."""
+    x, kernel = arrays(dtype, inputs, outputs)
+    ours, pullback = jax.vjp(jax.jit(matmul), x, kernel)
     exact_x, exact_kernel = (array.astype(jnp.float32) for array in (x, kernel))
     gradient = jnp.asarray(np.random.default_rng(1).normal(size=ours.shape), dtype)
     exact_gradient = gradient.astype(jnp.float32)
@@ -48,6 +50,15 @@ def test_on_cpu_every_product_has_float32_results(platform):
     )
     results = re.findall(r"dot_general.*tensor<[\dx]*xbf16>, tensor<[\dx]*xbf16>\) -> tensor<[\dx]*x(\w+)>", text)
     assert len(results) >= 2 and (set(results) == {"f32"}) == (platform == "cpu")
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(96, 32), (32, 96)])
+def test_products_over_rows_run_beside_a_transpose(inputs, outputs):
+    """XLA would take the transpose into the product, for which it then has no routine, and say so when it runs."""
+    x, y = (jnp.ones((64, width), jnp.bfloat16) for width in (inputs, outputs))
+    product = jax.jit(lambda x, y: 2 * product_over_rows(x, y).T)(x, y)
+    assert product.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(product, np.full((outputs, inputs), 128.0))
 
 
 def test_only_the_products_of_a_dense_layer_are_taken():

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ti_jax.models.products import float32_product, matmul
+from ti_jax.models.products import float32_product, matmul, turned
 
 Padding = tuple[tuple[int, int], tuple[int, int]]  # (top, bottom), (left, right)
 
@@ -88,7 +88,12 @@ def _conv2d_backward(
         cpu = partial(_convolution_with_flipped_kernel, padding)
     to_x = lax.platform_dependent(gradient, kernel, cpu=cpu, default=partial(transposed, _convolution))
     # Of no use to frozen weights, and then dropped by the compiler.
-    to_kernel = jax.linear_transpose(lambda kernel: _convolution(stride, padding, x, kernel), kernel)(gradient)[0]
+    to_kernel = lax.platform_dependent(
+        x,
+        gradient,
+        cpu=partial(_kernel_gradient_by_taps if _suits_taps(kernel) else _kernel_gradient, stride, padding, kernel),
+        default=partial(_kernel_gradient, stride, padding, kernel),
+    )
     return to_x, to_kernel
 
 
@@ -119,6 +124,21 @@ def _transposed_padding(padding: Padding, kernel: jax.Array) -> Padding:
     height, width = kernel.shape[:2]
     (top, bottom), (left, right) = padding
     return (height - 1 - top, height - 1 - bottom), (width - 1 - left, width - 1 - right)
+
+
+def _kernel_gradient(stride: int, padding: Padding, kernel: jax.Array, x: jax.Array, gradient: jax.Array) -> jax.Array:
+    """Gradient for the kernel, of which only the shape matters."""
+    return jax.linear_transpose(lambda kernel: _convolution(stride, padding, x, kernel), kernel)(gradient)[0]
+
+
+def _kernel_gradient_by_taps(
+    stride: int, padding: Padding, kernel: jax.Array, x: jax.Array, gradient: jax.Array
+) -> jax.Array:
+    """`_kernel_gradient`, tap by tap: what a tap has seen of the picture, times the gradient."""
+    by_channel = turned(gradient.reshape(-1, gradient.shape[-1]))
+    seen = _seen_by_taps(stride, padding, x, kernel)
+    taps = [float32_product(by_channel, part.reshape(-1, x.shape[-1]), (1, 0)) for part in seen]
+    return turned(jnp.concatenate(taps, axis=1).astype(kernel.dtype)).reshape(kernel.shape)
 
 
 def _seen_by_taps(stride: int, padding: Padding, x: jax.Array, kernel: jax.Array) -> list[jax.Array]:

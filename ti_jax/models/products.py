@@ -2,7 +2,9 @@
 
 GPU and TPU sum bfloat16 products in float32 on their own. XLA on CPU computes a bfloat16 product whose result is
 bfloat16 in float32 from beginning to end; asked for a float32 result, it uses the bfloat16 instructions that newer CPUs
-have, which are twice as fast as float32's. So do its gradients, if they are written as such products.
+have, which are twice as fast as float32's, and up to eight times where the CPU multiplies whole tiles (AMX). So do its
+gradients, if they are written as such products, and if none of them is over the first axis of both matrices: those
+XLA computes in float32, so that one of the two is turned first.
 """
 
 from __future__ import annotations
@@ -34,6 +36,27 @@ def float32_product(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> ja
     return lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
 
 
+def product_over_rows(x: jax.Array, y: jax.Array) -> jax.Array:
+    """``x^T y`` of two matrices of bfloat16, [N, C] and [N, O]: [C, O] of bfloat16; sums are float32."""
+
+    def on_cpu(x: jax.Array, y: jax.Array) -> jax.Array:
+        if x.shape[1] <= y.shape[1]:
+            return float32_product(turned(x), y, (1, 0)).astype(x.dtype)
+        return turned(float32_product(turned(y), x, (1, 0)).astype(x.dtype))
+
+    return lax.platform_dependent(x, y, cpu=on_cpu, default=lambda x, y: jnp.matmul(x.T, y))
+
+
+def turned(x: jax.Array) -> jax.Array:
+    """The transpose of a matrix, laid out in memory, whatever it is used for.
+
+    XLA would take the transpose into a product before or behind it, through a barrier, too, and then find no bfloat16
+    instructions for that. It does not look through a loop whose count it cannot know; this one runs once.
+    """
+    once = jnp.where(jnp.isnan(x[0, 0]), 2, 1)
+    return lax.fori_loop(0, once, lambda _, __: x.T, jnp.zeros(x.shape[::-1], x.dtype))
+
+
 @jax.custom_vjp
 def _bfloat16_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     def on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -52,7 +75,7 @@ def _backward(kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[j
     rows, gradients = (array.reshape(-1, array.shape[-1]) for array in (x, gradient))
     to_x = float32_product(gradients, kernel, (1, 1)).astype(x.dtype).reshape(x.shape)
     # Of no use to frozen weights, and then dropped by the compiler.
-    to_kernel = float32_product(rows, gradients, (0, 0)).astype(kernel.dtype)
+    to_kernel = product_over_rows(rows, gradients)
     return to_x, to_kernel
 
 

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental.pallas import tpu as pltpu
 
+from ti_jax.models import attention
 from ti_jax.models.attention import CPU_QUERY_CHUNK, dot_product_attention, flash_attention
 
 LONG = CPU_QUERY_CHUNK + 37  # in two chunks on CPU, the last not full
@@ -92,6 +94,31 @@ def test_kernels_are_for_long_self_attention_on_tpu(length, key_length, causal, 
 
     assert in_program("tpu") == kernels
     assert in_program("cuda") == in_program("cpu") == 0
+
+
+@pytest.mark.parametrize(
+    ("length", "key_length", "head", "dtype", "compute_capability", "kernels"),
+    [(4096, 4096, 40, "bfloat16", 9, 2), (256, 256, 160, "bfloat16", 9, 2), (256, 256, 160, "bfloat16", 8, 0),
+     (1024, 1024, 80, "bfloat16", 8, 2), (4096, 77, 40, "bfloat16", 9, 0), (64, 64, 160, "bfloat16", 9, 0),
+     (4096, 4096, 40, "float32", 9, 0), (4096, 4096, 512, "bfloat16", 9, 0), (4096, 4096, 42, "bfloat16", 9, 0),
+     (4096, 4096, 40, "bfloat16", 7, 0)],
+)  # fmt: skip
+def test_kernels_of_cudnn_are_for_long_attention_in_half_precision(
+    length, key_length, head, dtype, compute_capability, kernels, monkeypatch
+):
+    """One forward, one backward. What JAX would ask this machine's GPU, if it had one, is answered here."""
+    monkeypatch.setattr(attention, "_compute_capability", lambda: compute_capability)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_is_flash_attention", lambda *_, **__: None)
+
+    def in_program(platform):
+        gradient = jax.grad(lambda *inputs: jnp.sum(jnp.square(dot_product_attention(*inputs))), argnums=(0, 1, 2))
+        shapes = [jax.ShapeDtypeStruct((1, size, 2, head), dtype) for size in (length, key_length, key_length)]
+        text = jax.jit(gradient).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
+        return len(re.findall(r"custom_call.*__cudnn\$fmha", text))
+
+    assert in_program("cuda") == kernels
+    assert in_program("cpu") == in_program("tpu") == 0
 
 
 def test_chunks_never_hold_all_scores():

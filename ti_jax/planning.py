@@ -73,8 +73,8 @@ CHIPS = {
 }
 
 
-# What a Pallas kernel for TPU is called in a compiled program.
-KERNEL = "tpu_custom_call"
+# What attention's kernels are called in a compiled program, Pallas' on a TPU and cuDNN's: XLA counts no work in them.
+KERNELS = ("tpu_custom_call", "__cudnn$fmha")
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ class Planner:
             code=compiled.code,
             memory=self.memory,
             # The analysis counts the body of a loop once: the steps of a chunk, and the micro-batches of a step.
-            flops=None if self.on_cpu or KERNEL in text else cost["flops"] * accumulation,
+            flops=None if self.on_cpu or any(kernel in text for kernel in KERNELS) else cost["flops"] * accumulation,
             least_flops=self.least_flops(batch) * accumulation,
             crossing=crossing_bytes(text),
             peak=self.peak,

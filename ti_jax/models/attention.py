@@ -30,6 +30,11 @@ TPU_LONG = 1024
 TPU_BLOCKS = (512, 256, 128)
 TPU_LARGEST_HEAD = 256
 
+# On an NVIDIA GPU cuDNN's kernels take over from so many queries and keys on; below, scores cost little.
+CUDA_LONG = 256
+# The longest heads that cuDNN takes, by the GPU's compute capability: from it on, until the next.
+CUDA_LARGEST_HEAD = {8: 128, 9: 256}
+
 
 def dot_product_attention(query: jax.Array, key: jax.Array, value: jax.Array, causal: bool = False) -> jax.Array:
     """``softmax(query key^T / sqrt(D)) value`` for every head (Vaswani et al. 2017, equation 1).
@@ -46,14 +51,37 @@ def dot_product_attention(query: jax.Array, key: jax.Array, value: jax.Array, ca
     """
     small = causal or min(query.shape[1], key.shape[1]) <= CPU_WHOLE_SCORES
     whole = partial(_attention, causal=causal)
-    return jax.lax.platform_dependent(
-        query,
-        key,
-        value,
-        cpu=partial(_attention_in_matrices, causal=causal) if small else _attention_in_chunks,
-        tpu=whole if causal or not _suits_flash_attention(query, key) else flash_attention,
-        default=whole,
-    )
+    forms = {
+        "cpu": partial(_attention_in_matrices, causal=causal) if small else _attention_in_chunks,
+        "tpu": whole if causal or not _suits_flash_attention(query, key) else flash_attention,
+    }
+    if not causal and _suits_cudnn(query, key, _compute_capability()):
+        forms["cuda"] = cudnn_attention
+    return jax.lax.platform_dependent(query, key, value, **forms, default=whole)
+
+
+def _compute_capability() -> int:
+    """Of this machine's NVIDIA GPU, its first digit: 8 for Ampere and Ada, 9 for Hopper; 0 where there is none."""
+    device = jax.local_devices()[0]
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version.lower():
+        return 0
+    return int(device.compute_capability.split(".")[0])
+
+
+def _suits_cudnn(query: jax.Array, key: jax.Array, compute_capability: int) -> bool:
+    # JAX does not trace these kernels on a machine without cuDNN, nor for what they do not take.
+    largest = max((head for since, head in CUDA_LARGEST_HEAD.items() if compute_capability >= since), default=0)
+    half = query.dtype in (jnp.bfloat16, jnp.float16)
+    long = min(query.shape[1], key.shape[1]) >= CUDA_LONG
+    return half and long and query.shape[3] % 8 == 0 and query.shape[3] <= largest
+
+
+def cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """`dot_product_attention` by cuDNN's fused kernels, which never hold a score matrix (Dao 2022, 2205.14135).
+
+    For bfloat16 or float16 and heads of a multiple of 8 numbers.
+    """
+    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
 
 
 def _suits_flash_attention(query: jax.Array, key: jax.Array) -> bool:

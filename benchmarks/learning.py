@@ -2,6 +2,7 @@
 
     python benchmarks/learning.py --split dev --seeds 1     # for choosing settings
     python benchmarks/learning.py --split test --seeds 3    # once, for the README's table
+    python benchmarks/learning.py --split style --seeds 3   # a style that the model has never seen
     python benchmarks/learning.py --table                   # of what has been measured so far
 
 Each person's word is learned from four pictures by
@@ -16,6 +17,9 @@ four pictures through the autoencoder ("autoencoder"); the floor is another pers
 one's. A judge network reads the pictures that are drawn for the embedded model's probes, four of each with the same
 seeds for all: *identity* is the share of the person's hair, hair colour, skin, beard and nose that is right,
 *editability* the share of what the prompt asked for beside them.
+
+A style has no description; its word stands where the model's own styles stand ("a toon portrait of a person"), it
+starts from one of these, and its identity is the share of pictures that the judge takes for that style.
 
 Every measurement is a line in --results, and what is there is not measured again: the benchmark may be cut at any time.
 Seconds are those of the training alone; loading and compiling are apart. Run it with nothing beside it for them. Where
@@ -57,7 +61,7 @@ from ti_jax.compilation_cache import enable_compilation_cache  # noqa: E402
 from ti_jax.config import resolve  # noqa: E402
 from ti_jax.data.images import as_uint8, load_images  # noqa: E402
 from ti_jax.data.prompts import load_templates  # noqa: E402
-from ti_jax.evaluation.judge import Judge  # noqa: E402
+from ti_jax.evaluation.judge import Judge, Probe  # noqa: E402
 from ti_jax.evaluation.scores import attribute_scores, mean_of  # noqa: E402
 
 PEOPLE = Path(__file__).parent / "people"
@@ -67,6 +71,8 @@ IMAGES_A_PROBE = 4
 INFERENCE_STEPS, GUIDANCE = 25, 3.0
 # Chosen on dev people (--methods stock --set learning_rate=...), as is ours in configs/demo.yaml.
 STOCK_BEST_LEARNING_RATE = 2.5e-3
+# A word of the model's own for a style, in its own form of captions.
+STYLE_INITIALIZER, STYLE_TEMPLATES = "toon", Path(__file__).parent / "style_templates.txt"
 METHODS = ("plain", "described", "autoencoder", "stock", "stock-best", "ours")
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 WITHOUT_SEED = ("plain", "described", "autoencoder")  # nothing random but the drawing, which is the same for all
@@ -74,20 +80,33 @@ WITHOUT_SEED = ("plain", "described", "autoencoder")  # nothing random but the d
 
 @dataclass(frozen=True)
 class Person:
-    """Somebody to learn: name, folder of pictures, and true identity, attribute -> word."""
+    """Somebody to learn, or a style: name, folder of pictures, and true identity, attribute -> word."""
 
     name: str
     folder: Path
     truth: Mapping[str, str]
 
+    @property
+    def is_style(self) -> bool:
+        """Whether it is a style."""
+        return "style" in self.truth
+
+    def prompt(self, probe: Probe, word: str | None) -> str:
+        """The probe's prompt with the word in it; with None in its place nothing is said of whom or which style."""
+        if not self.is_style:
+            return probe.prompt.replace("{}", word or "a person")
+        article, rest = probe.prompt.replace("{}", "a person").split(" ", 1)
+        return f"{article} {word} {rest}" if word else f"{article} {rest}"
+
 
 def people(split: str) -> list[Person]:
-    """The dev or the test people."""
+    """The dev or the test people, or the style."""
     found = []
     for name, facts in json.loads((PEOPLE / "people.json").read_text()).items():
         folder = PEOPLE / name if (PEOPLE / name).is_dir() else CONCEPTS / name
         if facts["split"] == split:
-            found.append(Person(name, folder, {key: facts[key] for key in world.IDENTITY if facts[key] is not None}))
+            said = (*world.IDENTITY, "style")
+            found.append(Person(name, folder, {key: facts[key] for key in said if facts.get(key) is not None}))
     return found
 
 
@@ -111,7 +130,7 @@ class Bench:
     def pictures(self, method: str, person: Person, seed: int, changes: dict[str, Any]) -> tuple[np.ndarray, dict]:
         """What the method draws for the probes, and its figures."""
         if method == "plain":
-            return self.draw([probe.prompt.replace("{}", "a person") for probe in self.probes]), {}
+            return self.draw([person.prompt(probe, None) for probe in self.probes]), {}
         if method == "described":
             return self.draw([description(person, probe) for probe in self.probes]), {}
         if method == "autoencoder":
@@ -123,7 +142,7 @@ class Bench:
         embedding, figures = learn(method, person, seed, changes)
         norms = np.linalg.norm(embedding.vectors["text_encoder"], axis=-1)
         figures["norms"] = [round(float(norm), 3) for norm in norms]
-        return self.draw([probe.prompt.replace("{}", TOKEN) for probe in self.probes], embedding), figures
+        return self.draw([person.prompt(probe, TOKEN) for probe in self.probes], embedding), figures
 
     def config(self, person: Person, seed: int, changes: dict[str, Any]) -> TrainConfig:
         """ti_jax's defaults for the embedded model, but for `changes`."""
@@ -131,6 +150,8 @@ class Bench:
             train_data_dir=str(person.folder), placeholder_token=TOKEN, seed=seed,
             overview_prompts=("a portrait of {}",), report_to="none",
         )  # fmt: skip
+        if person.is_style:
+            config = replace(config, templates=str(STYLE_TEMPLATES), initializer_token=STYLE_INITIALIZER)
         return replace(config, **changes)
 
     def learn_ours(
@@ -157,7 +178,7 @@ class Bench:
             str(config.initializer_token), batch_size=config.train_batch_size, seed=seed, **(settings | changes),
         )  # fmt: skip
         seconds = loop.run(config.max_train_steps)
-        return Embedding(TOKEN, {"text_encoder": loop.row}), {"seconds": round(seconds, 2)}
+        return Embedding(TOKEN, loop.rows), {"seconds": round(seconds, 2)}
 
     def measure(self, method: str, person: Person, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
         """A line of the results."""
@@ -171,7 +192,7 @@ class Bench:
         }  # fmt: skip
 
 
-def description(person: Person, probe) -> str:
+def description(person: Person, probe: Probe) -> str:
     """The probe's prompt with all that is true of the person in the place of its word."""
     said = {**dict.fromkeys(world.ATTRIBUTES), **person.truth, **dict(probe.expects), "style": "persona"}
     medium = probe.prompt.split()[1]
@@ -214,7 +235,7 @@ def table(lines: list[dict[str, Any]], everyone: list[Person], judge: Judge) -> 
             by_label[label(line)][cell] = scores(line, truth[line["person"]], judge)
             if "seconds" in line and line["cores"] == most:
                 by_label[label(line)][cell]["seconds"] = line["seconds"]
-            if line["method"] == "ours" and not line["changes"]:
+            if line["method"] == "ours" and not line["changes"] and len(everyone) > 1:
                 following = everyone[([*truth].index(line["person"]) + 1) % len(everyone)].name
                 by_label["another's word"][(following, line["seed"])] = scores(line, truth[following], judge)
     edits = ("background", "clothes", "clothes_colour", "eyes")
@@ -261,7 +282,7 @@ def sheet(strips: Path, chosen: list[Person], methods: list[str]) -> Image.Image
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--split", choices=("dev", "test"), default="dev", help="whom to learn")
+    parser.add_argument("--split", choices=("dev", "test", "style"), default="dev", help="whom to learn")
     parser.add_argument("--seeds", type=int, default=1, help="runs for each person")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="what to measure")
     parser.add_argument("--people", nargs="+", default=None, help="only these of them")
@@ -293,6 +314,8 @@ def main() -> None:
             for method in arguments.methods:
                 wanted = {"method": method, "person": person.name, "seed": seed, "cores": CORES, "changes": changes}
                 if key(wanted) in done or (seed and method in WITHOUT_SEED):
+                    continue
+                if person.is_style and method == "described":
                     continue
                 began = time.perf_counter()
                 lines.append(bench.measure(method, person, seed, changes))

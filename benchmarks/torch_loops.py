@@ -1,27 +1,31 @@
 """What we are measured against: loops on PyTorch.
 
-`StockLoop` is the step of diffusers' ``textual_inversion.py``, in our words: every step draws latents from the
-autoencoder again, AdamW moves the whole token table, and the rows that are not new are put back. Reading pictures from
-disk and cropping them is left out, which is to the rival's advantage. `StrongLoop` is the best that we know to write.
+`StockLoop` is the step of diffusers' ``textual_inversion.py``, and for SDXL of ``textual_inversion_sdxl.py``, in our
+words: every step draws latents from the autoencoder again, AdamW moves the whole token tables, and the rows that are
+not new are put back. Reading pictures from disk and cropping them is left out, which is to the rival's advantage.
+`StrongLoop` is the best that we know to write.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch.nn.functional import mse_loss
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+Ids = Mapping[str, torch.Tensor]  # token ids [B, L] for each text encoder
 
 
 @dataclass
 class StockLoop:
-    """Learns one row for `token` from pictures.
+    """Learns one row for `token`, in the table of each text encoder, from pictures.
 
     Attributes:
       model: a diffusers folder.
@@ -31,7 +35,8 @@ class StockLoop:
       learning_rate, weight_decay: AdamW's; the script's defaults.
       batch_size: pictures a step.
       seed: of all draws.
-      device, dtype: of the frozen autoencoder and UNet; the text encoder is float32, under autocast where they are not.
+      device, dtype: of the frozen autoencoder and UNet; text encoders are float32, under autocast where they are not.
+      time_ids: what SDXL is told of the pictures' sizes and crops, six numbers, the same of all.
     """
 
     model: Path
@@ -45,42 +50,67 @@ class StockLoop:
     seed: int = 0
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+    time_ids: Sequence[float] = ()
 
     def __post_init__(self) -> None:
         self.random = torch.Generator().manual_seed(self.seed)
-        self.tokenizer = CLIPTokenizer.from_pretrained(self.model / "tokenizer")
+        names = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+        self.tokenizers = {
+            name: CLIPTokenizer.from_pretrained(self.model / tokenizer)
+            for name, tokenizer in names.items()
+            if (self.model / name).is_dir()
+        }
+        self.xl = len(self.tokenizers) == 2
+        kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+        self.text_encoders = {
+            name: kinds[name].from_pretrained(self.model / name).requires_grad_(False) for name in self.tokenizers
+        }
         self.vae = AutoencoderKL.from_pretrained(self.model / "vae").requires_grad_(False)
         self.unet = UNet2DConditionModel.from_pretrained(self.model / "unet").requires_grad_(False)
-        self.text_encoder = CLIPTextModel.from_pretrained(self.model / "text_encoder").requires_grad_(False)
         self.schedule = DDPMScheduler.from_pretrained(self.model / "scheduler")
         # The files may hold half precision; the script trains in float32 unless it is told otherwise.
-        for network, dtype in ((self.vae, self.dtype), (self.unet, self.dtype), (self.text_encoder, torch.float32)):
-            network.to(self.device, dtype)
-        self.tokenizer.add_tokens(self.token)
-        self.id = self.tokenizer.convert_tokens_to_ids(self.token)
-        self.text_encoder.resize_token_embeddings(len(self.tokenizer), mean_resizing=False)
-        (self.start,) = self.tokenizer.encode(self.initializer, add_special_tokens=False)
+        for network in (self.vae, self.unet):
+            network.to(self.device, self.dtype)
+        self.tables: dict[str, torch.Tensor] = {}
+        for name, tokenizer in self.tokenizers.items():
+            text_encoder = self.text_encoders[name].to(self.device, torch.float32)
+            (start,) = tokenizer.encode(self.initializer, add_special_tokens=False)
+            tokenizer.add_tokens(self.token)
+            text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            self.tables[name] = text_encoder.get_input_embeddings().weight
+            with torch.no_grad():
+                self.tables[name][self.id(name)] = self.tables[name][start]
         self.order: list[int] = []
         self.prepare()
 
+    def id(self, name: str) -> int:
+        """The new word's id in the table of the text encoder `name`."""
+        return self.tokenizers[name].convert_tokens_to_ids(self.token)
+
     def prepare(self) -> None:
         """Make what trains, and its optimizer."""
-        self.table = self.text_encoder.get_input_embeddings().weight.requires_grad_(True)
-        with torch.no_grad():
-            self.table[self.id] = self.table[self.start]
-        self.original = self.table.detach().clone()
-        self.optimizer = torch.optim.AdamW([self.table], lr=self.learning_rate, weight_decay=self.weight_decay)
+        self.original = {name: table.detach().clone() for name, table in self.tables.items()}
+        self.trained = {name: table.requires_grad_(True) for name, table in self.tables.items()}
+        self.make_optimizer()
+
+    def make_optimizer(self) -> None:
+        """Of what is trained."""
+        trained = self.trained.values()
+        self.optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=self.weight_decay)
+
+    def place(self, name: str) -> slice:
+        """Where the new row is in what is trained of the text encoder `name`."""
+        return slice(self.id(name), self.id(name) + 1)
 
     @property
-    def row(self) -> np.ndarray:
-        """The new row, float32 [1, D]."""
-        return self.table[self.id : self.id + 1].detach().cpu().numpy().copy()
+    def rows(self) -> dict[str, np.ndarray]:
+        """The new row in each table, float32 [1, D]."""
+        return {name: each.detach()[self.place(name)].cpu().numpy().copy() for name, each in self.trained.items()}
 
     @property
-    def row_gradient(self) -> np.ndarray:
-        """The gradient that `loss(...).backward()` has left for the new row, float32 [1, D]."""
-        assert self.table.grad is not None, "backward comes first"
-        return self.table.grad[self.id : self.id + 1].cpu().numpy().copy()
+    def row_gradients(self) -> dict[str, np.ndarray]:
+        """The gradients that `loss(...).backward()` has left for the new rows, float32 [1, D]."""
+        return {name: each.grad[self.place(name)].cpu().numpy().copy() for name, each in self.trained.items()}
 
     def run(self, steps: int) -> float:
         """Train; returns the seconds that it took."""
@@ -91,16 +121,22 @@ class StockLoop:
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    def choose(self) -> tuple[list[int], torch.Tensor, torch.Tensor]:
-        """Pictures of the next batch, which of them are mirrored [B], and token ids [B, L]."""
+    def choose(self) -> tuple[list[int], torch.Tensor, Ids]:
+        """Pictures of the next batch, which of them are mirrored [B], and token ids."""
         while len(self.order) < self.batch_size:
             self.order += torch.randperm(len(self.pixels), generator=self.random).tolist()
         chosen, self.order = self.order[: self.batch_size], self.order[self.batch_size :]
         mirrored = torch.rand(self.batch_size, generator=self.random) < 0.5
         numbers = torch.randint(len(self.templates), (self.batch_size,), generator=self.random)
         texts = [self.templates[number].replace("{}", self.token) for number in numbers]
-        ids = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        return chosen, mirrored, ids.to(self.device)
+        return chosen, mirrored, self.tokenize(texts)
+
+    def tokenize(self, texts: list[str]) -> Ids:
+        """Token ids of prompts."""
+        return {
+            name: tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(self.device)
+            for name, tokenizer in self.tokenizers.items()
+        }
 
     def latents(self, chosen: list[int], mirrored: torch.Tensor) -> torch.Tensor:
         """Latents [B, c, h, w] of pictures, drawn from what the autoencoder makes of them."""
@@ -119,9 +155,17 @@ class StockLoop:
         self.loss(latents, noise, timesteps, ids).backward()
         self.update()
 
-    def loss(
-        self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, ids: torch.Tensor
-    ) -> torch.Tensor:
+    def condition(self, ids: Ids) -> dict[str, Any]:
+        """What the UNet is told: arguments for it."""
+        if not self.xl:
+            return {"encoder_hidden_states": self.text_encoders["text_encoder"](ids["text_encoder"])[0].to(self.dtype)}
+        answers = [self.text_encoders[name](each, output_hidden_states=True) for name, each in ids.items()]
+        context = torch.cat([answer.hidden_states[-2] for answer in answers], dim=-1).to(self.dtype)
+        times = torch.tensor(self.time_ids, device=self.device).expand(len(context), 6)
+        added = {"text_embeds": answers[-1].text_embeds.to(self.dtype), "time_ids": times}
+        return {"encoder_hidden_states": context, "added_cond_kwargs": added}
+
+    def loss(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, ids: Ids) -> torch.Tensor:
         """Mean squared error of the UNet's prediction."""
         noisy = self.schedule.add_noise(latents, noise, timesteps)
         if self.schedule.config.prediction_type == "v_prediction":
@@ -129,17 +173,18 @@ class StockLoop:
         else:
             target = noise
         with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
-            context = self.text_encoder(ids)[0]
-            predicted = self.unet(noisy.to(self.dtype), timesteps, context.to(self.dtype)).sample
+            predicted = self.unet(noisy.to(self.dtype), timesteps, **self.condition(ids)).sample
         return mse_loss(predicted.float(), target.float())
 
     def update(self) -> None:
-        """AdamW on the whole table; then all rows but the new one are put back."""
+        """AdamW on the whole tables; then all rows but the new ones are put back."""
         self.optimizer.step()
         self.optimizer.zero_grad()
         with torch.no_grad():
-            self.table[: self.id] = self.original[: self.id]
-            self.table[self.id + 1 :] = self.original[self.id + 1 :]
+            for name, table in self.tables.items():
+                new, original = self.id(name), self.original[name]
+                table[:new] = original[:new]
+                table[new + 1 :] = original[new + 1 :]
 
 
 class _WithNewRow(torch.nn.Module):
@@ -166,8 +211,6 @@ class StrongLoop(StockLoop):
     def prepare(self) -> None:
         """Encode all pictures and their mirror images, and let the autoencoder go."""
         with torch.no_grad():
-            self.table = self.text_encoder.get_input_embeddings().weight
-            self.table[self.id] = self.table[self.start]
             pictures = torch.stack([self.pixels, self.pixels.flip(-1)], dim=1).flatten(0, 1)
             posteriors = [self.vae.encode(each[None].to(self.device, self.dtype)).latent_dist for each in pictures]
         self.mean, self.deviation = (
@@ -175,24 +218,20 @@ class StrongLoop(StockLoop):
         )
         self.scaling_factor = self.vae.config.scaling_factor
         del self.vae
-        self.rows = _WithNewRow(self.table)
-        self.text_encoder.set_input_embeddings(self.rows)
+        self.trained = {}
+        for name, text_encoder in self.text_encoders.items():
+            embeddings = _WithNewRow(self.tables[name])
+            text_encoder.set_input_embeddings(embeddings)
+            self.trained[name] = embeddings.row
         self.unet = self.unet.to(memory_format=torch.channels_last)
         if self.compiled:
             self.unet = torch.compile(self.unet)
-            self.text_encoder = torch.compile(self.text_encoder)
-        self.optimizer = torch.optim.AdamW([self.rows.row], lr=self.learning_rate, weight_decay=self.weight_decay)
+            self.text_encoders = {name: torch.compile(each) for name, each in self.text_encoders.items()}
+        self.make_optimizer()
 
-    @property
-    def row(self) -> np.ndarray:
-        """The new row, float32 [1, D]."""
-        return self.rows.row.detach().cpu().numpy().copy()
-
-    @property
-    def row_gradient(self) -> np.ndarray:
-        """As `StockLoop.row_gradient`."""
-        assert self.rows.row.grad is not None, "backward comes first"
-        return self.rows.row.grad.cpu().numpy().copy()
+    def place(self, name: str) -> slice:
+        """What is trained is the new row alone."""
+        return slice(None)
 
     def latents(self, chosen: list[int], mirrored: torch.Tensor) -> torch.Tensor:
         """Latents [B, c, h, w] from the cached moments."""

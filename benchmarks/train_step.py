@@ -3,6 +3,7 @@
     python benchmarks/train_step.py                                  # the embedded model, batch 8
     python benchmarks/train_step.py --size 137m --batch_size 2       # a UNet of 137M parameters at 256 px
     python benchmarks/train_step.py --size sd15 --batch_size 8 --dtype bfloat16      # on a GPU
+    python benchmarks/train_step.py --size sdxl --batch_size 4 --dtype bfloat16      # the same, at 1024 px
     python benchmarks/train_step.py --size sd15 --batch_size 1 --contenders ours --gradient_checkpointing policy
 
     ours     ti_jax's training loop
@@ -10,7 +11,7 @@
     strong   PyTorch as fast as we know to write it; with --torch_compile compiled
 
 Models but the embedded one have random weights. Each contender is a process of its own that sleeps while another runs.
-Before anything is measured, the losses and the row's gradients of all on the same draws must agree. Seconds do not
+Before anything is measured, the losses and the rows' gradients of all on the same draws must agree. Seconds do not
 hold compiling, which is told apart: with an empty cache of programs, and from the cache. One contender alone has nobody
 to agree with and compiles once, so that its peak memory is that of a training run.
 """
@@ -158,7 +159,7 @@ class Ours:
         batch = Batch(drawn["latents"], drawn["noise"], drawn["timesteps"].astype(np.int32), ids, times)
         gradient = jax.jit(jax.value_and_grad(lambda rows: diffusion_loss(self.sd.networks, self.frozen, rows, batch)))
         loss, rows = gradient(self.state.rows)
-        return float(loss), np.asarray(rows["text_encoder"])[0]
+        return float(loss), np.concatenate([np.asarray(each)[0] for each in rows.values()])
 
     def run(self, steps: int) -> float:
         """See `Contender`."""
@@ -183,16 +184,17 @@ class Torch:
 
         from ti_jax.data.images import load_images
         from ti_jax.data.prompts import load_templates
+        from ti_jax.training.setup import time_ids
 
         self.setting, self.torch = setting, torch
         model_index = json.loads((setting.model / "unet" / "config.json").read_text())
-        pixels = load_images(str(CONCEPT), setting.resolution or 8 * model_index["sample_size"]).pixels
+        pictures = load_images(str(CONCEPT), setting.resolution or 8 * model_index["sample_size"])
         StrongLoop.compiled = setting.torch_compile
         self.loop = (StrongLoop if strong else StockLoop)(
-            setting.model, torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
+            setting.model, torch.from_numpy(pictures.pixels).permute(0, 3, 1, 2).contiguous(),
             load_templates("object", str(TEMPLATES)), TOKEN, INITIALIZER, learning_rate=1e-3,
             batch_size=setting.batch_size, device="cuda" if torch.cuda.is_available() else "cpu",
-            dtype=getattr(torch, setting.dtype),
+            dtype=getattr(torch, setting.dtype), time_ids=time_ids(pictures)[0, 0].tolist(),
         )  # fmt: skip
 
     def compile(self) -> dict[str, float]:
@@ -208,12 +210,11 @@ class Torch:
         height, width = (side // 8 for side in loop.pixels.shape[2:])
         drawn = draws(self.setting, (height, width, 4))
         texts = [loop.templates[number].replace("{}", TOKEN) for number in drawn["prompts"]]
-        ids = loop.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
         latents, noise = (torch.from_numpy(drawn[name]).permute(0, 3, 1, 2) for name in ("latents", "noise"))
-        arguments = (latents, noise, torch.from_numpy(drawn["timesteps"]), ids)
-        loss = loop.loss(*(each.to(loop.device) for each in arguments))
+        arguments = (latents, noise, torch.from_numpy(drawn["timesteps"]))
+        loss = loop.loss(*(each.to(loop.device) for each in arguments), loop.tokenize(texts))
         loss.backward()
-        gradient = loop.row_gradient[0]
+        gradient = np.concatenate([each[0] for each in loop.row_gradients.values()])
         loop.optimizer.zero_grad()
         return float(loss.detach()), gradient
 
@@ -240,15 +241,21 @@ def agree(answers: Mapping[str, tuple[float, np.ndarray]], setting: Setting) -> 
             raise SystemExit(f"{name} computes something else")
 
 
-def report(results: Mapping[str, Any], batch_size: int, flops: float) -> None:
-    """A table; ratios are medians over the rounds, with the smallest and the largest."""
-    print("| | s/step | samples/s | GFLOP/s of the least work | peak memory | ready after | ours is faster by |")
+def report(results: Mapping[str, Any], batch_size: int, flops: float, peak: float | None) -> None:
+    """A table; ratios are medians over the rounds, with the smallest and the largest.
+
+    Args:
+      flops: the least work of a step. peak: FLOP/s of the device, if its maker says; MFU is of that.
+    """
+    least = "MFU" if peak else "GFLOP/s of the least work"
+    print(f"| | s/step | samples/s | {least} | peak memory | ready after | ours is faster by |")
     print("|---|---|---|---|---|---|---|")
     for name, result in results.items():
         median = float(np.median(result["seconds"]))
         ratio = faster_by(result, results["ours"]) if "ours" in results and name != "ours" else ""
+        rate = f"{flops / median / peak:.1%}" if peak else f"{flops / median / 1e9:.0f}"
         print(
-            f"| {name} | {median:.4f} | {batch_size / median:.2f} | {flops / median / 1e9:.0f} | "
+            f"| {name} | {median:.4f} | {batch_size / median:.2f} | {rate} | "
             f"{result['memory'] / 1e9:.2f} GB | {ready_after(result)} | {ratio} |"
         )
 
@@ -262,6 +269,16 @@ def least_work(setting: Setting) -> float:
 
     config = PlanConfig(pretrained_model_name_or_path=str(setting.model), resolution=setting.resolution)
     return Planner(resolve_plan(config), jnp.float32).least_flops(setting.batch_size)
+
+
+def published_peak(setting: Setting) -> float | None:
+    """FLOP/s of this machine's device in bfloat16, as its maker says; None of others, and in float32."""
+    import jax
+
+    from ti_jax.planning import CHIPS
+
+    chip = CHIPS.get(jax.local_devices()[0].device_kind)
+    return chip.peak if chip and setting.dtype == "bfloat16" else None
 
 
 def main() -> None:
@@ -300,7 +317,7 @@ def main() -> None:
             arguments.steps,
             "step",
         )
-        report(results, arguments.batch_size, least_work(setting))
+        report(results, arguments.batch_size, least_work(setting), published_peak(setting))
     finally:
         shutil.rmtree(folder)
 

@@ -42,6 +42,23 @@ def test_output_and_gradients(length, key_length, causal):
         np.testing.assert_allclose(gradient, tensor.grad, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("length", "key_length"), [(64, 77), (LONG, LONG), (1024, 1024)])
+def test_output_and_gradients_in_bfloat16(length, key_length):
+    """Held to the exact ones of the same rounded numbers; on a GPU the long ones are those of cuDNN's kernels."""
+    inputs = [jnp.asarray(array, jnp.bfloat16) for array in queries_keys_values(length, key_length)]
+    ours, pullback = jax.vjp(jax.jit(dot_product_attention), *inputs)
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=ours.shape), jnp.bfloat16)
+    tensors = [torch.from_numpy(np.asarray(array, np.float64)).requires_grad_() for array in inputs]
+    theirs = torch.nn.functional.scaled_dot_product_attention(*(tensor.transpose(1, 2) for tensor in tensors))
+    theirs = theirs.transpose(1, 2)
+    theirs.backward(torch.from_numpy(np.asarray(weights, np.float64)))
+    references = [theirs.detach(), *(tensor.grad for tensor in tensors)]
+    for array, reference in zip((ours, *pullback(weights)), references, strict=True):
+        assert array.dtype == jnp.bfloat16
+        error = np.linalg.norm(np.asarray(array, np.float64) - reference.numpy())
+        assert error < 2**-7 * np.linalg.norm(reference.numpy())
+
+
 @pytest.mark.parametrize("length", [6, LONG])
 def test_scores_are_float32(length):
     """Scores of some hundreds, whose differences bfloat16 would lose (what ``upcast_attention`` is about)."""

@@ -19,10 +19,10 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import ti_jax
-from ti_jax.config import PlanConfig, resolve_plan
+from ti_jax.config import PlanConfig, resolve, resolve_plan
 from ti_jax.config_yaml import load_yaml
 from ti_jax.planning import Planner
-from ti_jax.training.loop import next_stop, total_updates
+from ti_jax.training.loop import _load, next_stop, total_updates
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -125,6 +125,13 @@ def test_both_rows_learn_and_a_frozen_word_does_not(config, tmp_path):
     assert result.embedding.num_vectors == 2
     again = ti_jax.Embedding.load(tmp_path / "other.safetensors")
     assert np.array_equal(again.vectors["text_encoder"], other.vectors["text_encoder"])
+
+
+def test_the_autoencoder_lies_on_no_device_while_a_word_is_learned(config):
+    sd, _ = _load(resolve(config))
+    kinds = {name: {type(leaf) for leaf in jax.tree.leaves(tree)} for name, tree in sd.params.items()}
+    assert kinds.pop("vae") == {np.ndarray}
+    assert all(issubclass(kind, jax.Array) for found in kinds.values() for kind in found)
 
 
 def test_a_resumed_run_is_the_same_to_the_bit(config, tmp_path):

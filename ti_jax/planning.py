@@ -269,10 +269,7 @@ class Planner:
     def _memory_for_the_step(self, devices: Sequence[Any], chip: Chip | None) -> float | None:
         """Bytes on each device; None where nothing says how much there is."""
         published = chip.memory * (1 - SPARE) if chip else None
-        memory = free_memory(devices) if self.config.topology is None else published
-        # The autoencoder lies on a device while its pictures are learned from, to draw with now and then.
-        autoencoder = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(network_shapes(self.networks)["vae"]))
-        return None if memory is None else memory - autoencoder * np.dtype(self.dtype).itemsize
+        return free_memory(devices) if self.config.topology is None else published
 
     def _rows(self) -> dict[str, jax.Array]:
         return {

@@ -234,6 +234,8 @@ def _open_hub(config: TrainConfig) -> Callable[[Path, Embedding], None] | None:
 
 def _load(config: TrainConfig) -> tuple[StableDiffusion, Concept]:
     sd = StableDiffusion.from_config(config)
+    # The autoencoder encodes the pictures once, and draws now and then: it lies on a device only while it runs.
+    sd = dataclasses.replace(sd, params={**sd.params, "vae": jax.device_get(sd.params["vae"])})
     return sd, prepare_concept(config, sd, processes.say)
 
 

@@ -1,6 +1,7 @@
 #!/bin/sh
 # All that only a GPU can tell, in about 9 minutes on an H100:  sh benchmarks/gpu.sh
 #
+# SDXL's step, as long again:  SIZE=sdxl BATCH=4 PLAN= sh benchmarks/gpu.sh
 # Needs  pip install -e '.[cuda13,torch]' pytest  (or cuda12) and PyTorch with CUDA. Anywhere else, to see that it runs:
 #   SIZE=mini BATCH=2 DTYPE=float32 ROUNDS=2 STEPS=2 COMPILE= PLAN= sh benchmarks/gpu.sh
 set -eu

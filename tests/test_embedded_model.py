@@ -13,7 +13,7 @@ from ti_jax.sampling import image_keys, image_noise, image_seeds
 # PyTorch's own, inside the reference.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
-LIMIT = 40 * 2**20  # bytes of all weights in half precision
+LIMIT = 40 * 10**6  # bytes of all weights in half precision
 STEPS, GUIDANCE = 10, 3.0
 
 

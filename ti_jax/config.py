@@ -88,7 +88,7 @@ class TrainConfig:
     the name of the pictures' folder, like <cleo>."""
     initializer_token: str | None = None
     """One or several words that the model knows and that come near the concept, e.g. toy. The rows start from them.
-    Left out with the embedded model: person."""
+    Left out with the embedded model: in, which says nothing there."""
     initializer_embedding: str | None = input_path()
     """File of a learned word, in any known format, whose vectors the rows start from instead of --initializer_token. It
     must be for the model's family and have --num_vectors vectors."""

@@ -67,7 +67,7 @@ def save_validation(
 def save_overview(
     config: TrainConfig, sd: StableDiffusion, concept: Concept, embedding: Embedding, folder: Path
 ) -> Path:
-    """The picture that shows what was learned: the concept, what the initializer draws, what the new word draws.
+    """The picture that shows what was learned: the concept, what the word draws before and after it was learned.
 
     What is drawn for it is also kept picture by picture, ``samples/overview-NN.png``.
     """
@@ -79,7 +79,7 @@ def save_overview(
     seeds = _seeds(config, columns) * (1 + len(prompts))
     drawn = _draw(config, sd, concept, drawn_prompts, embedding, seeds)
     shown = [Image.fromarray(pixels) for pixels in as_uint8(concept.pictures.pixels[:columns])]
-    rows = [(f"the pictures of {concept.word}", shown), (plain, drawn[:columns])]
+    rows = [(f"the pictures of {concept.word}", shown), (f"{concept.prompts[0]}, before training", drawn[:columns])]
     rows += [(prompt, drawn[columns * (i + 1) : columns * (i + 2)]) for i, prompt in enumerate(prompts)]
     for index, (prompt, image) in enumerate(zip(drawn_prompts, drawn, strict=True)):
         save_png(

@@ -69,6 +69,16 @@ def test_the_forms_of_cpu_and_of_elsewhere_agree(x_shape, channels, size, stride
 
 
 @pytest.mark.parametrize(("x_shape", "channels", "size", "stride", "padding"), CASES)
+def test_kernel_gradient_by_taps(x_shape, channels, size, stride, padding):
+    """In float32, so that nothing is hidden by rounding."""
+    x, kernel = arrays(x_shape, channels, size)
+    exact, transpose = jax.vjp(lambda kernel: convolution._convolution(stride, padding, x, kernel), kernel)
+    gradient = np.random.default_rng(1).normal(size=exact.shape).astype(np.float32)
+    ours = jax.jit(partial(convolution._kernel_gradient_by_taps, stride, padding))(kernel, x, gradient)
+    np.testing.assert_allclose(ours, transpose(gradient)[0], rtol=1e-5, atol=1e-5 * np.sqrt(gradient.size / channels))
+
+
+@pytest.mark.parametrize(("x_shape", "channels", "size", "stride", "padding"), CASES)
 def test_by_taps(x_shape, channels, size, stride, padding):
     """The form for bfloat16 on CPU, in float32, so that nothing is hidden by rounding."""
     x, kernel = arrays(x_shape, channels, size)

@@ -299,7 +299,10 @@ def main() -> None:
     changes = {}
     for item in arguments.set:
         name, _, value = item.partition("=")
-        changes[name] = json.loads(value) if value[:1] in "0123456789-[{tf" else value
+        try:
+            changes[name] = json.loads(value)
+        except json.JSONDecodeError:  # a word
+            changes[name] = value
 
     enable_compilation_cache()
     bench = Bench(arguments.results.parent / "strips")

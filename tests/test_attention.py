@@ -123,10 +123,13 @@ def test_kernels_are_for_long_self_attention_on_tpu(length, key_length, causal, 
 def test_kernels_of_cudnn_are_for_long_attention_in_half_precision(
     length, key_length, head, dtype, compute_capability, kernels, monkeypatch
 ):
-    """One forward, one backward. What JAX would ask this machine's GPU, if it had one, is answered here."""
+    """One forward, one backward. What JAX asks of a GPU is answered here; what its kernels take it checks itself."""
     monkeypatch.setattr(attention, "_compute_capability", lambda: compute_capability)
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr(fused_attention_stablehlo, "check_is_flash_attention", lambda *_, **__: None)
+    monkeypatch.setattr(
+        fused_attention_stablehlo, "check_compute_capability", lambda least: compute_capability >= float(least)
+    )
+    monkeypatch.setattr(fused_attention_stablehlo, "is_cuda_compute_capability_equal", lambda _: False)
 
     def in_program(platform):
         gradient = jax.grad(lambda *inputs: jnp.sum(jnp.square(dot_product_attention(*inputs))), argnums=(0, 1, 2))

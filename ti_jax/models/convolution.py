@@ -88,13 +88,11 @@ def _conv2d_backward(
         cpu = partial(_convolution_with_flipped_kernel, padding)
     to_x = lax.platform_dependent(gradient, kernel, cpu=cpu, default=partial(transposed, _convolution))
     # Of no use to frozen weights, and then dropped by the compiler.
-    to_kernel = lax.platform_dependent(
-        x,
-        gradient,
-        cpu=partial(_kernel_gradient_by_taps if _suits_taps(kernel) else _kernel_gradient, stride, padding, kernel),
-        default=partial(_kernel_gradient, stride, padding, kernel),
-    )
-    return to_x, to_kernel
+    kernel_gradient = partial(_kernel_gradient, stride, padding, kernel)
+    if not _suits_taps(kernel):
+        return to_x, kernel_gradient(x, gradient)
+    by_taps = partial(_kernel_gradient_by_taps, stride, padding, kernel)
+    return to_x, lax.platform_dependent(x, gradient, cpu=by_taps, default=kernel_gradient)
 
 
 _conv2d.defvjp(_conv2d_forward, _conv2d_backward)

@@ -4,6 +4,7 @@
     python benchmarks/learning.py --split test --seeds 3    # once, for the README's table
     python benchmarks/learning.py --split style --seeds 3   # a style that the model has never seen
     python benchmarks/learning.py --table                   # of what has been measured so far
+    python benchmarks/learning.py --split test --table --results benchmarks/learning.jsonl.gz     # the README's
 
 Each person's word is learned from four pictures by
 
@@ -34,6 +35,7 @@ Lines say how many cores they had, and the table's seconds are those of the line
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import os
 import sys
@@ -43,7 +45,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
@@ -169,13 +171,14 @@ class Bench:
     def learn_stock(
         self, method: str, person: Person, seed: int, changes: dict[str, Any]
     ) -> tuple[Embedding, dict[str, Any]]:
-        """By diffusers' method, with the steps and the batch of ti_jax."""
+        """By diffusers' method, with the steps and the batch of ti_jax; it starts from one token, so from our first."""
         config = resolve(self.config(person, seed, {}))
         pixels = torch.from_numpy(load_images(person.folder, self.sd.default_resolution).pixels).permute(0, 3, 1, 2)
         settings: dict[str, Any] = {"learning_rate": STOCK_BEST_LEARNING_RATE} if method == "stock-best" else {}
         loop = StockLoop(
             self.sd.path, pixels.contiguous(), load_templates("object", config.templates), TOKEN,
-            str(config.initializer_token), batch_size=config.train_batch_size, seed=seed, **(settings | changes),
+            str(config.initializer_token).split()[0], batch_size=config.train_batch_size, seed=seed,
+            **(settings | changes),
         )  # fmt: skip
         seconds = loop.run(config.max_train_steps)
         return Embedding(TOKEN, loop.rows), {"seconds": round(seconds, 2)}
@@ -209,9 +212,17 @@ def scores(line: Mapping[str, Any], truth: Mapping[str, str], judge: Judge) -> d
     return {**shares, **{kind: value for kind, value in means.items() if value is not None}}
 
 
+def open_results(path: Path, mode: str) -> IO[str]:
+    """The file of results, packed where it is called ``.gz``."""
+    return gzip.open(path, f"{mode}t") if path.suffix == ".gz" else path.open(mode)
+
+
 def read_results(path: Path) -> list[dict[str, Any]]:
     """The lines measured so far."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not path.exists():
+        return []
+    with open_results(path, "r") as file:
+        return [json.loads(line) for line in file]
 
 
 def key(line: Mapping[str, Any]) -> tuple:
@@ -310,8 +321,8 @@ def main() -> None:
     chosen = [person for person in everyone if arguments.people is None or person.name in arguments.people]
     lines = read_results(arguments.results)
     done = {key(line) for line in lines}
-    arguments.results.parent.mkdir(parents=True, exist_ok=True)
-    bench.strips.mkdir(exist_ok=True)
+    if not arguments.table:
+        bench.strips.mkdir(parents=True, exist_ok=True)
     for seed in range(0 if arguments.table else arguments.seeds):
         for person in chosen:
             for method in arguments.methods:
@@ -322,7 +333,7 @@ def main() -> None:
                     continue
                 began = time.perf_counter()
                 lines.append(bench.measure(method, person, seed, changes))
-                with arguments.results.open("a") as file:
+                with open_results(arguments.results, "a") as file:
                     file.write(json.dumps(lines[-1]) + "\n")
                 shares = scores(lines[-1], person.truth, bench.judge)
                 print(
@@ -331,6 +342,8 @@ def main() -> None:
                     flush=True,
                 )
     print("\n".join(table(lines, everyone, bench.judge)))
+    if not bench.strips.is_dir():  # results that came without pictures
+        return
     drawn = sheet(bench.strips, chosen, arguments.methods)
     path = arguments.results.with_suffix(".png")
     drawn.resize((drawn.width * 2, drawn.height * 2), Image.Resampling.NEAREST).save(path)

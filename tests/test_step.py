@@ -298,3 +298,19 @@ def test_pictures_come_in_shuffled_rounds(tiny_sd, pictures, tmp_path):
     rounds = np.round(np.concatenate(drawn)).astype(int).reshape(20, 3)
     assert all(sorted(one) == [0, 1, 2] for one in rounds.tolist())
     assert len({tuple(one) for one in rounds.tolist()}) > 3
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_an_updates_timesteps_are_spread_over_the_schedule(tiny_sd, pictures, tmp_path, size):
+    """One from each eighth, in a circle; over many updates none more likely than another."""
+    frozen = Problem(tiny_sd, pictures, tmp_path).frozen()
+    count = len(frozen.schedule.alphas_cumprod)
+    draw = jax.jit(jax.vmap(lambda step: draw_batch(frozen, step, jnp.arange(size), size).timesteps))
+    timesteps = np.asarray(draw(jnp.arange(4000 // size)))
+    assert timesteps.min() >= 0 and timesteps.max() < count
+    gaps = np.diff(np.sort(timesteps, axis=1), axis=1, append=timesteps.min(axis=1, keepdims=True) + count)
+    assert np.abs(gaps - count / size).max() <= 1
+    # Each position sees the whole schedule, so that no picture that stands there is learned at one noise alone.
+    tenths = np.stack([np.histogram(each, bins=10, range=(0, count))[0] for each in timesteps.T])
+    expected = len(timesteps) / 10
+    assert np.abs(tenths - expected).max() < 5 * expected**0.5

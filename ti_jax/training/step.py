@@ -64,15 +64,18 @@ class Batch(NamedTuple):
 def draw_sample(frozen: Frozen, step: jax.Array, position: jax.Array, global_batch: int) -> Batch:
     """Picture, mirror, prompt, latent, noise and timestep of one sample (leaves without the batch axis).
 
-    Pictures come in shuffled rounds, so that each is seen equally often; everything else is drawn independently.
+    Pictures come in shuffled rounds, so that each is seen equally often. An update's timesteps are spread over the
+    schedule: each comes from an equal part of it of its own, all moved on by one number drawn for the update, so that a
+    timestep is as likely as any other and yet no update is of low noise alone. (Variational Diffusion Models,
+    2107.00630, appendix I.1.) Everything else is drawn independently.
 
     Args:
       step: int32 scalar, the update. position: int32 scalar in [0, global_batch), over devices and accumulation.
     """
     dataset = frozen.dataset
-    order_key, sample_key = jax.random.split(frozen.key)
+    order_key, sample_key, timestep_key = jax.random.split(frozen.key, 3)
     sample_key = jax.random.fold_in(jax.random.fold_in(sample_key, step), position)
-    flip_key, prompt_key, latent_key, noise_key, timestep_key = jax.random.split(sample_key, 5)
+    flip_key, prompt_key, latent_key, noise_key = jax.random.split(sample_key, 4)
 
     num_pictures, num_prompts = dataset.moments.shape[0], next(iter(dataset.ids.values())).shape[0]
     turn = step * global_batch + position
@@ -80,13 +83,16 @@ def draw_sample(frozen: Frozen, step: jax.Array, position: jax.Array, global_bat
     picture = shuffled[turn % num_pictures]
     mirrored = jax.random.bernoulli(flip_key, dataset.flip_probability).astype(jnp.int32)
     prompt = jax.random.randint(prompt_key, (), 0, num_prompts)
+    start = jax.random.uniform(jax.random.fold_in(timestep_key, step))
+    along = (start + position / global_batch) % 1.0
+    num_timesteps = frozen.schedule.alphas_cumprod.shape[0]
 
     mean, log_variance = jnp.split(dataset.moments[picture, mirrored], 2, axis=-1)
     latent = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(latent_key, mean.shape)
     return Batch(
         latents=(latent - dataset.latent_shift) * dataset.latent_scale,
         noise=jax.random.normal(noise_key, mean.shape),
-        timesteps=jax.random.randint(timestep_key, (), 0, frozen.schedule.alphas_cumprod.shape[0]),
+        timesteps=jnp.minimum((along * num_timesteps).astype(jnp.int32), num_timesteps - 1),
         ids={name: ids[prompt] for name, ids in dataset.ids.items()},
         time_ids=dataset.time_ids[picture, mirrored],
     )

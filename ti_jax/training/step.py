@@ -83,16 +83,15 @@ def draw_sample(frozen: Frozen, step: jax.Array, position: jax.Array, global_bat
     picture = shuffled[turn % num_pictures]
     mirrored = jax.random.bernoulli(flip_key, dataset.flip_probability).astype(jnp.int32)
     prompt = jax.random.randint(prompt_key, (), 0, num_prompts)
-    start = jax.random.uniform(jax.random.fold_in(timestep_key, step))
-    along = (start + position / global_batch) % 1.0
     num_timesteps = frozen.schedule.alphas_cumprod.shape[0]
+    first = jax.random.randint(jax.random.fold_in(timestep_key, step), (), 0, num_timesteps)
 
     mean, log_variance = jnp.split(dataset.moments[picture, mirrored], 2, axis=-1)
     latent = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(latent_key, mean.shape)
     return Batch(
         latents=(latent - dataset.latent_shift) * dataset.latent_scale,
         noise=jax.random.normal(noise_key, mean.shape),
-        timesteps=jnp.minimum((along * num_timesteps).astype(jnp.int32), num_timesteps - 1),
+        timesteps=(first + position * num_timesteps // global_batch) % num_timesteps,
         ids={name: ids[prompt] for name, ids in dataset.ids.items()},
         time_ids=dataset.time_ids[picture, mirrored],
     )

@@ -128,7 +128,7 @@ class Ours:
         """Cold and, unless alone, from the cache; then one step, to be warm."""
         import jax
 
-        from ti_jax.training.parallel import AXIS, make_run_steps
+        from ti_jax.training.parallel import AXIS, make_run_steps, share_memory
         from ti_jax.training.step import make_train_step
 
         seconds = {}
@@ -137,7 +137,7 @@ class Ours:
             for kind in ("cold",) if self.setting.alone else ("cold", "cached"):
                 step = make_train_step(
                     self.sd.networks, self.optimizer, batch_size=self.setting.batch_size // self.mesh.size,
-                    accumulation=1, num_devices=self.mesh.size, axis_name=AXIS,
+                    accumulation=1, num_devices=self.mesh.size, axis_name=AXIS, shared_memory=share_memory(self.mesh),
                 )  # fmt: skip
                 start = time.perf_counter()
                 lowered = make_run_steps(step, self.mesh, 1000).lower(self.frozen, self.state, jax.numpy.int32(1))
@@ -156,7 +156,8 @@ class Ours:
         drawn = draws(self.setting, self.latent_shape)
         ids = {name: np.asarray(ids)[drawn["prompts"]] for name, ids in self.frozen.dataset.ids.items()}
         times = np.asarray(self.frozen.dataset.time_ids)[np.zeros(self.setting.batch_size, int), 0]
-        batch = Batch(drawn["latents"], drawn["noise"], drawn["timesteps"].astype(np.int32), ids, times)
+        timesteps, prompts = (drawn[name].astype(np.int32) for name in ("timesteps", "prompts"))
+        batch = Batch(drawn["latents"], drawn["noise"], timesteps, ids, times, prompts)
         gradient = jax.jit(jax.value_and_grad(lambda rows: diffusion_loss(self.sd.networks, self.frozen, rows, batch)))
         loss, rows = gradient(self.state.rows)
         return float(loss), np.concatenate([np.asarray(each)[0] for each in rows.values()])

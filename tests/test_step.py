@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from ti_jax.config import TrainConfig
+from ti_jax.networks import Networks
 from ti_jax.pipeline import StableDiffusion
 from ti_jax.training import parallel
 from ti_jax.training.optimizer import make_optimizer
@@ -51,15 +52,15 @@ class Problem:
         rows = {name: jnp.asarray(value) for name, value in self.concept.rows.items()}
         return TrainState(rows, self.optimizer.init(rows), jnp.int32(0), jnp.bool_(True))
 
-    def step(self, batch_size, num_devices):
+    def step(self, batch_size, num_devices, shared_memory=False):
         return make_train_step(
             self.sd.networks, self.optimizer, batch_size=batch_size, accumulation=self.accumulation,
-            num_devices=num_devices, axis_name=parallel.AXIS,
+            num_devices=num_devices, axis_name=parallel.AXIS, shared_memory=shared_memory,
         )  # fmt: skip
 
-    def run(self, num_devices, batch_size, steps=STEPS):
+    def run(self, num_devices, batch_size, steps=STEPS, shared_memory=False):
         mesh = parallel.make_mesh(jax.devices()[:num_devices])
-        run_steps = parallel.make_run_steps(self.step(batch_size, num_devices), mesh, steps)
+        run_steps = parallel.make_run_steps(self.step(batch_size, num_devices, shared_memory), mesh, steps)
         frozen, state = parallel.replicate((self.frozen(), self.state()), mesh)
         return run_steps(frozen, state, jnp.int32(steps))
 
@@ -217,6 +218,40 @@ def test_eight_devices_end_with_the_rows_of_one(tiny_sd, pictures, tmp_path, acc
     eight, losses_of_eight = problem.run(num_devices=8, batch_size=1)
     assert relative(eight.rows["text_encoder"], one.rows["text_encoder"]) < 1e-6
     assert relative(losses_of_eight, losses_of_one) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "batch_size", "shared_memory", "encoded"),
+    [(1, 4, False, 3), (2, 4, False, 3), (2, 4, True, 2), (4, 2, True, 1), (2, 2, False, 2), (1, 3, True, 3)],
+)
+def test_fewer_prompts_than_samples_are_encoded_once(
+    tiny_sd, pictures, tmp_path, monkeypatch, num_devices, batch_size, shared_memory, encoded
+):
+    """Three prompts: over two cores, one of them has a place to spare. The rows are those of prompts one by one."""
+    samples = num_devices * batch_size
+    problem = Problem(tiny_sd, pictures, tmp_path, gradient_accumulation_steps=2)
+    each, losses_of_each = problem.run(num_devices=samples, batch_size=1)
+
+    counts = set()
+    encode_text = Networks.encode_text
+
+    def counting(networks, params, ids, rows):
+        counts.add(ids["text_encoder"].shape[0])
+        return encode_text(networks, params, ids, rows)
+
+    monkeypatch.setattr(Networks, "encode_text", counting)
+    once, losses = problem.run(num_devices, batch_size, shared_memory=shared_memory)
+    assert counts == {encoded}
+    assert relative(once.rows["text_encoder"], each.rows["text_encoder"]) < 1e-6
+    assert relative(losses, losses_of_each) < 1e-6
+
+
+def test_sdxl_encodes_fewer_prompts_than_samples_once(tiny_sdxl, wide_pictures, tmp_path):
+    problem = Problem(tiny_sdxl, wide_pictures, tmp_path)
+    each, _ = problem.run(num_devices=8, batch_size=1)
+    once, _ = problem.run(num_devices=2, batch_size=4, shared_memory=True)
+    for name in ("text_encoder", "text_encoder_2"):
+        assert relative(once.rows[name], each.rows[name]) < 1e-6
 
 
 def test_our_mapping_equals_pmap(tiny_sd, pictures, tmp_path):

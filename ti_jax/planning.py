@@ -27,7 +27,7 @@ from .free_memory import SPARE, free_memory
 from .networks import Condition, make_networks, network_shapes
 from .training.fitting import compile_step
 from .training.optimizer import make_optimizer
-from .training.parallel import AXIS, make_mesh, make_run_steps
+from .training.parallel import AXIS, make_mesh, make_run_steps, share_memory
 from .training.step import Dataset, Frozen, TrainState, make_train_step
 from .weights.hub import resolve as resolve_model
 from .weights.published import PUBLISHED
@@ -214,6 +214,7 @@ class Planner:
             step = make_train_step(
                 self.networks.with_gradient_checkpointing(gradient_checkpointing), optimizer, batch_size=batch,
                 accumulation=accumulation, num_devices=self.mesh.size, axis_name=AXIS,
+                shared_memory=share_memory(self.mesh),
             )  # fmt: skip
             run_steps = make_run_steps(step, self.mesh, config.logging_steps)
             return run_steps.lower(frozen, self._placed(state), self._placed(array((), jnp.int32)))

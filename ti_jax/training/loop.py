@@ -30,7 +30,7 @@ from .checkpoint import Checkpoints, fingerprint
 from .fitting import CompiledStep, compile_step
 from .measuring import Measuring, make_measuring
 from .optimizer import make_optimizer
-from .parallel import AXIS, make_mesh, make_run_steps, replicate, without_copies
+from .parallel import AXIS, make_mesh, make_run_steps, replicate, share_memory, without_copies
 from .processes import StopRequests, is_first, on_first, together
 from .reporting import Reporter
 from .setup import Concept, make_dataset, prepare_concept, row_figures
@@ -198,6 +198,7 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None, sharing: i
                 accumulation=config.gradient_accumulation_steps,
                 num_devices=mesh.size,
                 axis_name=AXIS,
+                shared_memory=share_memory(mesh),
             )
             longest_chunk = min(config.logging_steps, total)
             return make_run_steps(train_step, mesh, longest_chunk).lower(frozen, state, jnp.int32(1))

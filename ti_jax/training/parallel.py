@@ -27,6 +27,11 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     return Mesh(np.asarray(jax.devices() if devices is None else devices), (AXIS,))
 
 
+def share_memory(mesh: Mesh) -> bool:
+    """Whether all devices of the mesh are cores of this process' CPU."""
+    return mesh.devices.flat[0].platform == "cpu" and NamedSharding(mesh, P()).is_fully_addressable
+
+
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """A whole copy of every leaf on each device of the mesh.
 

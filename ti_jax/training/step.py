@@ -59,6 +59,7 @@ class Batch(NamedTuple):
     timesteps: jax.Array  # int32 [B]
     ids: Mapping[str, jax.Array]  # int32 [B, L] for each text encoder
     time_ids: jax.Array  # float32 [B, 6]
+    prompts: jax.Array  # int32 [B]: which of the dataset's prompts the ids are
 
 
 def draw_sample(frozen: Frozen, step: jax.Array, position: jax.Array, global_batch: int) -> Batch:
@@ -94,6 +95,7 @@ def draw_sample(frozen: Frozen, step: jax.Array, position: jax.Array, global_bat
         timesteps=(first + position * num_timesteps // global_batch) % num_timesteps,
         ids={name: ids[prompt] for name, ids in dataset.ids.items()},
         time_ids=dataset.time_ids[picture, mirrored],
+        prompts=prompt,
     )
 
 
@@ -104,13 +106,43 @@ def draw_batch(frozen: Frozen, step: jax.Array, positions: jax.Array, global_bat
 
 def diffusion_loss(networks: Networks, frozen: Frozen, rows: Rows, batch: Batch) -> jax.Array:
     """Mean squared error of the UNet's prediction, float32 scalar: Textual Inversion's loss (2208.01618, eq. 2)."""
+    return denoising_loss(networks, frozen, networks.encode_text(frozen.params, batch.ids, rows), batch)
+
+
+def denoising_loss(networks: Networks, frozen: Frozen, condition: Condition, batch: Batch) -> jax.Array:
+    """`diffusion_loss` of prompts that are encoded already."""
     noisy = add_noise(frozen.schedule, batch.latents, batch.noise, batch.timesteps)
     target = training_target(frozen.schedule, batch.latents, batch.noise, batch.timesteps)
-    condition: Condition = networks.encode_text(frozen.params, batch.ids, rows)
     if condition.pooled is not None:
         condition = condition._replace(time_ids=batch.time_ids)
     prediction = networks.predict_noise(frozen.params, noisy, batch.timesteps, condition)
     return jnp.mean(jnp.square(prediction.astype(jnp.float32) - target))
+
+
+def encode_each_prompt_once(
+    networks: Networks, frozen: Frozen, rows: Rows, batch: Batch, axis_name: str | None
+) -> Condition:
+    """The batch's condition, from each of the dataset's P prompts encoded once.
+
+    Along `axis_name` every device encodes its part of the prompts, and all get the whole (None: each encodes all).
+    The gradient goes back the same way: the rows' is then that of all devices' losses through this device's prompts,
+    and the mean over the devices is what it is when each encodes its own.
+    """
+    ids = frozen.dataset.ids
+    if axis_name is None:
+        encoded = networks.encode_text(frozen.params, ids, rows)
+    else:
+        last = next(iter(ids.values())).shape[0] - 1
+        share = prompts_a_device(last + 1, lax.axis_size(axis_name))
+        mine = jnp.minimum(lax.axis_index(axis_name) * share + jnp.arange(share), last)
+        part = networks.encode_text(frozen.params, {name: each[mine] for name, each in ids.items()}, rows)
+        encoded = jax.tree.map(lambda leaf: lax.all_gather(leaf, axis_name, tiled=True), part)
+    return jax.tree.map(lambda leaf: leaf[batch.prompts], encoded)
+
+
+def prompts_a_device(num_prompts: int, num_devices: int) -> int:
+    """How many of the prompts each device encodes, so that all are encoded."""
+    return -(-num_prompts // num_devices)
 
 
 def make_train_step(
@@ -121,12 +153,17 @@ def make_train_step(
     accumulation: int,
     num_devices: int,
     axis_name: str,
+    shared_memory: bool = False,
 ):
     """The update of one device: ``step(frozen, state) -> (state, loss)``, to run under a mapped axis ``axis_name``.
 
     Args:
       batch_size: samples on this device in one micro-batch; accumulation: micro-batches whose gradients are averaged.
       num_devices: size of the axis.
+      shared_memory: whether the devices are cores of one CPU, between which a context costs nothing to hand over: then
+        each prompt is encoded by one of them. Elsewhere only rows and scalars cross between devices.
+
+    Where there are fewer prompts than samples, each prompt is encoded once.
 
     Each device takes the gradient of its own loss, and one ``pmean``, as large as the rows, makes it the global one.
     That holds where the axis is one of `jax.pmap` or of `jax.shard_map` without ``check_vma``; with it, the gradient
@@ -137,7 +174,17 @@ def make_train_step(
     def micro_batch_gradient(frozen: Frozen, state: TrainState, index: jax.Array) -> tuple[jax.Array, Rows]:
         first = (index * num_devices + lax.axis_index(axis_name)) * batch_size
         batch = draw_batch(frozen, state.step, first + jnp.arange(batch_size), global_batch)
-        return jax.value_and_grad(partial(diffusion_loss, networks, frozen))(state.rows, batch)
+        num_prompts = next(iter(frozen.dataset.ids.values())).shape[0]
+        if prompts_a_device(num_prompts, num_devices if shared_memory else 1) >= batch_size:
+            return jax.value_and_grad(partial(diffusion_loss, networks, frozen))(state.rows, batch)
+
+        def loss(rows: Rows) -> jax.Array:
+            along = axis_name if shared_memory else None
+            return denoising_loss(
+                networks, frozen, encode_each_prompt_once(networks, frozen, rows, batch, along), batch
+            )
+
+        return jax.value_and_grad(loss)(state.rows)
 
     def train_step(frozen: Frozen, state: TrainState) -> tuple[TrainState, jax.Array]:
         if accumulation == 1:

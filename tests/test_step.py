@@ -221,16 +221,14 @@ def test_eight_devices_end_with_the_rows_of_one(tiny_sd, pictures, tmp_path, acc
 
 
 @pytest.mark.parametrize(
-    ("num_devices", "batch_size", "shared_memory", "encoded"),
-    [(1, 4, False, 3), (2, 4, False, 3), (2, 4, True, 2), (4, 2, True, 1), (2, 2, False, 2), (1, 3, True, 3)],
+    ("num_devices", "batch_size", "shared_memory", "encoded"), [(2, 4, False, 3), (2, 4, True, 2), (4, 2, True, 1)]
 )
 def test_fewer_prompts_than_samples_are_encoded_once(
     tiny_sd, pictures, tmp_path, monkeypatch, num_devices, batch_size, shared_memory, encoded
 ):
     """Three prompts: over two cores, one of them has a place to spare. The rows are those of prompts one by one."""
-    samples = num_devices * batch_size
-    problem = Problem(tiny_sd, pictures, tmp_path, gradient_accumulation_steps=2)
-    each, losses_of_each = problem.run(num_devices=samples, batch_size=1)
+    problem = Problem(tiny_sd, pictures, tmp_path)
+    each, losses_of_each = problem.run(num_devices=8, batch_size=1)
 
     counts = set()
     encode_text = Networks.encode_text

@@ -7,7 +7,6 @@ its batch, nor on where it was interrupted.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -104,45 +103,48 @@ def draw_batch(frozen: Frozen, step: jax.Array, positions: jax.Array, global_bat
     return jax.vmap(lambda position: draw_sample(frozen, step, position, global_batch))(positions)
 
 
-def diffusion_loss(networks: Networks, frozen: Frozen, rows: Rows, batch: Batch) -> jax.Array:
-    """Mean squared error of the UNet's prediction, float32 scalar: Textual Inversion's loss (2208.01618, eq. 2)."""
-    return denoising_loss(networks, frozen, networks.encode_text(frozen.params, batch.ids, rows), batch)
+def diffusion_loss(
+    networks: Networks, frozen: Frozen, rows: Rows, batch: Batch, condition: Condition | None = None
+) -> jax.Array:
+    """Mean squared error of the UNet's prediction, float32 scalar: Textual Inversion's loss (2208.01618, eq. 2).
 
-
-def denoising_loss(networks: Networks, frozen: Frozen, condition: Condition, batch: Batch) -> jax.Array:
-    """`diffusion_loss` of prompts that are encoded already."""
+    Args:
+      condition: the batch's, where it is encoded already; without it, the text encoders see each sample's prompt.
+    """
     noisy = add_noise(frozen.schedule, batch.latents, batch.noise, batch.timesteps)
     target = training_target(frozen.schedule, batch.latents, batch.noise, batch.timesteps)
+    if condition is None:
+        condition = networks.encode_text(frozen.params, batch.ids, rows)
     if condition.pooled is not None:
         condition = condition._replace(time_ids=batch.time_ids)
     prediction = networks.predict_noise(frozen.params, noisy, batch.timesteps, condition)
     return jnp.mean(jnp.square(prediction.astype(jnp.float32) - target))
 
 
-def encode_each_prompt_once(
-    networks: Networks, frozen: Frozen, rows: Rows, batch: Batch, axis_name: str | None
-) -> Condition:
-    """The batch's condition, from each of the dataset's P prompts encoded once.
+def encode_once(
+    networks: Networks, frozen: Frozen, rows: Rows, batch: Batch, devices: int, axis_name: str
+) -> Condition | None:
+    """The batch's condition, from each of the dataset's prompts encoded once; None where that is more than one by one.
 
-    Along `axis_name` every device encodes its part of the prompts, and all get the whole (None: each encodes all).
-    The gradient goes back the same way: the rows' is then that of all devices' losses through this device's prompts,
-    and the mean over the devices is what it is when each encodes its own.
+    Several devices encode a part of the prompts each, and all get the whole. The gradient goes back the same way: the
+    rows' is then that of all devices' losses by way of this device's prompts, and its mean over the devices is what it
+    is where each encodes its own.
+
+    Args:
+      devices: so many along `axis_name` do it together; 1: each does it for itself.
     """
     ids = frozen.dataset.ids
-    if axis_name is None:
-        encoded = networks.encode_text(frozen.params, ids, rows)
-    else:
-        last = next(iter(ids.values())).shape[0] - 1
-        share = prompts_a_device(last + 1, lax.axis_size(axis_name))
-        mine = jnp.minimum(lax.axis_index(axis_name) * share + jnp.arange(share), last)
-        part = networks.encode_text(frozen.params, {name: each[mine] for name, each in ids.items()}, rows)
-        encoded = jax.tree.map(lambda leaf: lax.all_gather(leaf, axis_name, tiled=True), part)
-    return jax.tree.map(lambda leaf: leaf[batch.prompts], encoded)
-
-
-def prompts_a_device(num_prompts: int, num_devices: int) -> int:
-    """How many of the prompts each device encodes, so that all are encoded."""
-    return -(-num_prompts // num_devices)
+    num_prompts = next(iter(ids.values())).shape[0]
+    share = -(-num_prompts // devices)
+    if share >= batch.prompts.shape[0]:
+        return None
+    if devices > 1:  # the last may have places to spare
+        mine = jnp.minimum(lax.axis_index(axis_name) * share + jnp.arange(share), num_prompts - 1)
+        ids = {name: each[mine] for name, each in ids.items()}
+    encoded = networks.encode_text(frozen.params, ids, rows)
+    if devices > 1:
+        encoded = jax.tree.map(lambda part: lax.all_gather(part, axis_name, tiled=True), encoded)
+    return jax.tree.map(lambda each: each[batch.prompts], encoded)
 
 
 def make_train_step(
@@ -160,10 +162,8 @@ def make_train_step(
     Args:
       batch_size: samples on this device in one micro-batch; accumulation: micro-batches whose gradients are averaged.
       num_devices: size of the axis.
-      shared_memory: whether the devices are cores of one CPU, between which a context costs nothing to hand over: then
-        each prompt is encoded by one of them. Elsewhere only rows and scalars cross between devices.
-
-    Where there are fewer prompts than samples, each prompt is encoded once.
+      shared_memory: whether the devices are cores of one CPU. Handing over what the text encoder makes costs nothing
+        between them, so that each encodes a part of the prompts (`encode_once`). Elsewhere only rows and scalars cross.
 
     Each device takes the gradient of its own loss, and one ``pmean``, as large as the rows, makes it the global one.
     That holds where the axis is one of `jax.pmap` or of `jax.shard_map` without ``check_vma``; with it, the gradient
@@ -174,15 +174,10 @@ def make_train_step(
     def micro_batch_gradient(frozen: Frozen, state: TrainState, index: jax.Array) -> tuple[jax.Array, Rows]:
         first = (index * num_devices + lax.axis_index(axis_name)) * batch_size
         batch = draw_batch(frozen, state.step, first + jnp.arange(batch_size), global_batch)
-        num_prompts = next(iter(frozen.dataset.ids.values())).shape[0]
-        if prompts_a_device(num_prompts, num_devices if shared_memory else 1) >= batch_size:
-            return jax.value_and_grad(partial(diffusion_loss, networks, frozen))(state.rows, batch)
 
         def loss(rows: Rows) -> jax.Array:
-            along = axis_name if shared_memory else None
-            return denoising_loss(
-                networks, frozen, encode_each_prompt_once(networks, frozen, rows, batch, along), batch
-            )
+            condition = encode_once(networks, frozen, rows, batch, num_devices if shared_memory else 1, axis_name)
+            return diffusion_loss(networks, frozen, rows, batch, condition)
 
         return jax.value_and_grad(loss)(state.rows)
 

@@ -65,6 +65,7 @@ from ti_jax.data.images import as_uint8, load_images  # noqa: E402
 from ti_jax.data.prompts import load_templates  # noqa: E402
 from ti_jax.evaluation.judge import Judge, Probe  # noqa: E402
 from ti_jax.evaluation.scores import attribute_scores, mean_of  # noqa: E402
+from ti_jax.training.cores import use_cores  # noqa: E402
 
 PEOPLE = Path(__file__).parent / "people"
 CONCEPTS = ROOT / "ti_jax" / "assets" / "concepts"
@@ -116,6 +117,7 @@ class Bench:
     """The frozen model, its judge, and what is measured with them."""
 
     def __init__(self, strips: Path):
+        self.cores = use_cores(resolve(TrainConfig()))  # as `train.py` has it; before anything is computed
         self.sd = StableDiffusion.from_pretrained()
         self.judge = Judge.load(self.sd.path)
         self.probes = [probe for probe in self.judge.config.probes for _ in range(IMAGES_A_PROBE)]
@@ -161,7 +163,7 @@ class Bench:
     ) -> tuple[Embedding, dict[str, Any]]:
         """By ti_jax."""
         with TemporaryDirectory() as folder:
-            result = train(replace(self.config(person, seed, changes), output_dir=folder))
+            result = train(replace(self.config(person, seed, changes), output_dir=folder), cores=self.cores)
         seconds = result.seconds
         return result.embedding, {
             "seconds": round(seconds["encode"] + seconds["train"], 2),

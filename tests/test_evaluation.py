@@ -233,6 +233,7 @@ def distractor(tmp_path):
     return folder.parent
 
 
+@pytest.mark.slow
 def test_a_resumed_run_remembers_the_best(judged_sd, pictures, tmp_path):
     """Cut after the measurement at 2 steps, resumed to 6: the log has each step once."""
     import os

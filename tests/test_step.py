@@ -221,7 +221,8 @@ def test_eight_devices_end_with_the_rows_of_one(tiny_sd, pictures, tmp_path, acc
 
 
 @pytest.mark.parametrize(
-    ("num_devices", "batch_size", "shared_memory", "encoded"), [(2, 4, False, 3), (2, 4, True, 2), (4, 2, True, 1)]
+    ("num_devices", "batch_size", "shared_memory", "encoded"),
+    [(2, 4, False, 3), (2, 4, True, 2), pytest.param(4, 2, True, 1, marks=pytest.mark.slow)],
 )
 def test_fewer_prompts_than_samples_are_encoded_once(
     tiny_sd, pictures, tmp_path, monkeypatch, num_devices, batch_size, shared_memory, encoded
@@ -244,6 +245,7 @@ def test_fewer_prompts_than_samples_are_encoded_once(
     assert relative(losses, losses_of_each) < 1e-6
 
 
+@pytest.mark.slow
 def test_sdxl_encodes_fewer_prompts_than_samples_once(tiny_sdxl, wide_pictures, tmp_path):
     problem = Problem(tiny_sdxl, wide_pictures, tmp_path)
     each, _ = problem.run(num_devices=8, batch_size=1)

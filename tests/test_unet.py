@@ -210,6 +210,7 @@ def test_time_embedding_and_group_norm(parts):
     assert_close(ours, channels_last(model.conv_norm_out(channels_first(x))), 1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_near_to_float32_as_pytorch_is(tmp_path):
     """Rounding errors of one draw are chance; over several, ours are no larger than PyTorch's."""
     model = torch_unet(**SDXL)

@@ -117,7 +117,7 @@ class Bench:
     """The frozen model, its judge, and what is measured with them."""
 
     def __init__(self, strips: Path):
-        self.cores = use_cores(resolve(TrainConfig()))  # as `train.py` has it; before anything is computed
+        use_cores(resolve(TrainConfig()))  # as `train.py` does, before anything is computed
         self.sd = StableDiffusion.from_pretrained()
         self.judge = Judge.load(self.sd.path)
         self.probes = [probe for probe in self.judge.config.probes for _ in range(IMAGES_A_PROBE)]
@@ -162,8 +162,9 @@ class Bench:
         self, method: str, person: Person, seed: int, changes: dict[str, Any]
     ) -> tuple[Embedding, dict[str, Any]]:
         """By ti_jax."""
+        config = self.config(person, seed, changes)
         with TemporaryDirectory() as folder:
-            result = train(replace(self.config(person, seed, changes), output_dir=folder), cores=self.cores)
+            result = train(replace(config, output_dir=folder), cores=use_cores(resolve(config)))
         seconds = result.seconds
         return result.embedding, {
             "seconds": round(seconds["encode"] + seconds["train"], 2),

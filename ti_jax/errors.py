@@ -11,3 +11,16 @@ class InputError(ValueError):
 
 class OutOfStep(InputError):
     """An error of one process of several, which must end at once: in JAX's own way it would wait for the others."""
+
+
+def one_line(error: BaseException) -> str:
+    """First line of another library's message, short."""
+    text = str(error).strip()
+    first = text.splitlines()[0] if text else type(error).__name__
+    return first if len(first) <= 160 else first[:160] + "..."
+
+
+def listed(names: list[str], limit: int = 8) -> str:
+    """The first `limit` of `names`, and a sign of more."""
+    shown = ", ".join(name if name.isprintable() else repr(name) for name in names[:limit])
+    return shown + (", ..." if len(names) > limit else "")

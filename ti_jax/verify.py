@@ -19,9 +19,8 @@ from .embeddings.comfyui_format import KEYS
 from .embeddings.containers import PICKLE_SUFFIXES, read_content
 from .embeddings.embedding import Embedding, check_fits
 from .embeddings.formats import word_file
-from .errors import InputError
+from .errors import InputError, one_line
 from .pipeline import StableDiffusion
-from .weights.files import one_line
 
 LIMIT = 1e-5
 

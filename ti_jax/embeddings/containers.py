@@ -19,8 +19,8 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
-from ..errors import InputError
-from ..weights.files import DTYPES, listed, one_line, refuse_git_lfs_pointer
+from ..errors import InputError, listed, one_line
+from ..weights.files import DTYPES, refuse_git_lfs_pointer
 from .image_card import is_picture, read_card
 
 OURS = "ti_jax."  # how the names of header entries begin that are about a file of ours and not about its word

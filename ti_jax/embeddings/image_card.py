@@ -25,8 +25,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ..errors import InputError
-from ..weights.files import one_line
+from ..errors import InputError, one_line
 
 TEXT_CHUNK = "sd-ti-embedding"
 TENSOR = "TORCHTENSOR"

@@ -20,9 +20,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from ..config import TrainConfig
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..files import disk_errors
-from ..weights.files import one_line
 from .step import TrainState
 
 Fingerprint = dict[str, Any]

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from ..config import TrainConfig
 from ..embeddings import Embedding
-from ..errors import InputError
+from ..errors import InputError, one_line
 from ..files import write_atomically
-from ..weights.files import one_line
 
 _UPLOADED = ["learned_embeds*.safetensors", "overview.png", "samples/*.png", "config.yaml", "README.md"]
 

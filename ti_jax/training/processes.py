@@ -24,8 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ..config import TrainConfig
-from ..errors import InputError, OutOfStep
-from ..weights.files import one_line
+from ..errors import InputError, OutOfStep, one_line
 
 T = TypeVar("T")
 

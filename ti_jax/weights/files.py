@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ti_jax.errors import InputError
+from ti_jax.errors import InputError, listed, one_line
 
 # Format -> base names: diffusers' for unet and vae, transformers' for text encoders.
 BASE_NAMES = {"safetensors": ("diffusion_pytorch_model", "model"), "bin": ("diffusion_pytorch_model", "pytorch_model")}
@@ -299,16 +299,3 @@ def refuse_git_lfs_pointer(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(len(GIT_LFS_POINTER)) == GIT_LFS_POINTER:
             raise InputError(f"{path}: a git-lfs pointer, not the file itself; fetch it with  git lfs pull")
-
-
-def one_line(error: BaseException) -> str:
-    """First line of another library's message, short."""
-    text = str(error).strip()
-    first = text.splitlines()[0] if text else type(error).__name__
-    return first if len(first) <= 160 else first[:160] + "..."
-
-
-def listed(names: list[str], limit: int = 8) -> str:
-    """The first `limit` of `names`, and a sign of more."""
-    shown = ", ".join(name if name.isprintable() else repr(name) for name in names[:limit])
-    return shown + (", ..." if len(names) > limit else "")

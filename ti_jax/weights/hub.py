@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 from ti_jax.config import ASSETS
-from ti_jax.errors import InputError
+from ti_jax.errors import InputError, one_line
 from ti_jax.weights.config_files import MODEL_INDEX, config_name, pipeline_components, read_component_config, read_json
-from ti_jax.weights.files import choose_file, one_line, weight_files
+from ti_jax.weights.files import choose_file, weight_files
 from ti_jax.weights.tokenizers import TOKENIZER_FILES
 
 logger = logging.getLogger(__name__)

@@ -9,9 +9,8 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from ti_jax.errors import InputError
+from ti_jax.errors import InputError, listed
 from ti_jax.weights.families import SDXL, UNET, VAE, Family, Shapes, TextEncoder
-from ti_jax.weights.files import listed
 
 # Far beyond any Stable Diffusion. A damaged header may name a million layers, and a tensor of no numbers any size.
 MAX_LAYERS = 200

@@ -12,8 +12,8 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ti_jax.errors import InputError
-from ti_jax.weights.files import Tensors, listed, open_tensors, page_aligned, weight_files
+from ti_jax.errors import InputError, listed
+from ti_jax.weights.files import Tensors, open_tensors, page_aligned, weight_files
 from ti_jax.weights.identity import Identity
 from ti_jax.weights.names import TreePath, shape_in_tree, to_tree_layout, tree_path
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from ti_jax.config import ASSETS
-from ti_jax.errors import InputError
-from ti_jax.weights.files import one_line, refuse_git_lfs_pointer
+from ti_jax.errors import InputError, one_line
+from ti_jax.weights.files import refuse_git_lfs_pointer
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

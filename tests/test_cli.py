@@ -19,11 +19,6 @@ from ti_jax.flags import NO_COUNTERPART, field_docs, parse
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {"train": TrainConfig, "infer": InferConfig, "plan": PlanConfig, "verify FILE": cli.VerifyConfig}
-FIELDS = [
-    pytest.param(cls, field.name, id=f"{cls.__name__}-{field.name}")
-    for cls in COMMANDS.values()
-    for field in dataclasses.fields(cls)
-]
 
 
 def run(*command: str) -> subprocess.CompletedProcess:
@@ -34,49 +29,67 @@ def flags(cls, *args, **kwargs):
     return parse(cls, args, prog="test", examples="", **kwargs)
 
 
-def sample(cls, name):
-    """Words for a flag and the value that they stand for, another one than the default."""
-    base, _ = strip_optional(typing.get_type_hints(cls)[name])
-    default = {field.name: field.default for field in dataclasses.fields(cls)}[name]
-    if typing.get_origin(base) is typing.Literal:
-        choice = next(choice for choice in typing.get_args(base) if choice != default)
-        return [choice], choice
-    if typing.get_origin(base) is tuple:
-        return ["a {} b", "c"], ("a {} b", "c")
-    if base is bool:
-        return [], not default
-    return {str: (["some text"], "some text"), int: (["7"], 7), float: (["2.5e-1"], 0.25)}[base]
+def samples(cls):
+    """Of each field the words after its flag and the value that they stand for, which no default and no other has."""
+    hints, found = typing.get_type_hints(cls), {}
+    for index, field in enumerate(dataclasses.fields(cls)):
+        base, _ = strip_optional(hints[field.name])
+        if typing.get_origin(base) is typing.Literal:
+            choice = next(choice for choice in typing.get_args(base) if choice != field.default)
+            found[field.name] = [choice], choice
+        elif typing.get_origin(base) is tuple:
+            found[field.name] = [f"a {{}} {index}", "c"], (f"a {{}} {index}", "c")
+        elif base is bool:
+            found[field.name] = [], not field.default
+        else:
+            value = {str: f"text {index}", int: 1000 + index, float: index + 0.25}[base]
+            found[field.name] = [f"{value:e}" if base is float else str(value)], value
+        assert found[field.name][1] != field.default
+    return found
 
 
 # -- flags
 
 
-@pytest.mark.parametrize(("cls", "name"), FIELDS)
-def test_every_flag_reaches_the_config_and_nothing_else_moves(cls, name):
-    words, value = sample(cls, name)
-    assert value != getattr(cls(), name)
-    expected = dataclasses.replace(cls(), **{name: value})
-    assert flags(cls, f"--{name}", *words) == expected
-    assert flags(cls, f"--{name.replace('_', '-')}", *words) == expected
-    if len(words) == 1:
-        assert flags(cls, f"--{name}={words[0]}") == expected
+@pytest.mark.parametrize("cls", COMMANDS.values())
+@pytest.mark.parametrize(
+    "written",
+    [
+        lambda name, words: [f"--{name}", *words],
+        lambda name, words: [f"--{name.replace('_', '-')}", *words],
+        lambda name, words: [f"--{name}={words[0]}"] if len(words) == 1 else [f"--{name}", *words],
+    ],
+    ids=["underscores", "hyphens", "equals"],
+)
+def test_every_flag_reaches_the_config_and_nothing_else_moves(cls, written):
+    """All at once, and then by the digits of their number in base 2, so that of any two flags one stands alone."""
+    known = samples(cls)
+    for bit in (None, *range(len(known).bit_length())):
+        some = {name: known[name] for index, name in enumerate(known, 1) if bit is None or index >> bit & 1}
+        line = [word for name, (words, _) in some.items() for word in written(name, words)]
+        given = {name: value for name, (_, value) in some.items()}
+        assert dataclasses.asdict(flags(cls, *line)) == dataclasses.asdict(cls()) | given
 
 
-@pytest.mark.parametrize(("cls", "name"), FIELDS)
-def test_flags_go_before_the_file(tmp_path, cls, name):
-    _, value = sample(cls, name)
+@pytest.mark.parametrize("cls", COMMANDS.values())
+def test_flags_go_before_the_file(tmp_path, cls):
     path = tmp_path / "x.yaml"
-    path.write_text(f"{name}: {json.dumps(value)}\n")
-    assert flags(cls, "--config", str(path)) == dataclasses.replace(cls(), **{name: value})
-    base, optional = strip_optional(typing.get_type_hints(cls)[name])
-    if base is bool:
-        override, default = [f"--no_{name}"], False
-    elif optional:
-        override, default = [f"--{name}", "None"], None
-    else:
-        default = cls.__dataclass_fields__[name].default
-        override = [f"--{name}", *(default if isinstance(default, tuple) else [str(default)])]
-    assert getattr(flags(cls, *override, "--config", str(path)), name) == default
+    known = {name: value for name, (_, value) in samples(cls).items()}
+    path.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in known.items()))
+    assert dataclasses.asdict(flags(cls, "--config", str(path))) == known
+    line, told = [], {}
+    for field in dataclasses.fields(cls):
+        base, optional = strip_optional(typing.get_type_hints(cls)[field.name])
+        if base is bool:
+            words, told[field.name] = [f"--no_{field.name}"], False
+        elif optional:
+            words, told[field.name] = [f"--{field.name}", "None"], None
+        else:
+            told[field.name] = field.default
+            default = field.default if isinstance(field.default, tuple) else [str(field.default)]
+            words = [f"--{field.name}", *default]
+        line += words
+    assert dataclasses.asdict(flags(cls, *line, "--config", str(path))) == told
 
 
 def test_switches_are_turned_off_in_either_spelling(tmp_path):
@@ -244,9 +257,6 @@ def test_help_into_a_closed_pipe_is_quiet():
     assert (done.stdout, done.stderr) == ("usage: train.py [-h] [OPTIONS]\n", "")
 
 
-# -- whole processes
-
-
 @pytest.mark.parametrize(
     ("command", "message"),
     [
@@ -293,13 +303,35 @@ def test_help_into_a_closed_pipe_is_quiet():
         ("infer.py --prompt a --scheduler pndm", "infer.py: error: --scheduler pndm: must be one of ddim, euler, "),
     ],
 )
-def test_bad_command_lines_end_in_one_line_and_status_2(command, message):
+def test_bad_command_lines_end_in_one_line_and_status_2(capsys, command, message):
+    script, *args = command.removeprefix("-m ").split(" ")
+    command, prog = ([], "ti-jax") if script == "ti_jax" else ([script.removesuffix(".py")], script)
+    assert cli.main([*command, *args], prog) == 2
+    check_refusal(*capsys.readouterr(), message)
+
+
+def check_refusal(stdout, stderr, message):
+    assert stdout == ""
+    assert stderr.startswith(message)
+    assert stderr.endswith("\n")
+    assert stderr.count("\n") == 1
+
+
+# -- whole processes
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("-m ti_jax trian", "ti-jax: error: unknown command 'trian'; did you mean train?"),
+        ("train.py --num_vectors 0", "train.py: error: --num_vectors 0: must be 1 or more"),
+        ("infer.py --prompt a --height 63", "infer.py: error: --height 63: must be 8 or more pixels and divisible by"),
+    ],
+)
+def test_scripts_end_in_one_line_and_status_2(command, message):
     done = run(*command.split(" "))
     assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.startswith(message)
-    assert done.stderr.endswith("\n")
-    assert done.stderr.count("\n") == 1
+    check_refusal(done.stdout, done.stderr, message)
 
 
 def test_help_and_refusals_do_not_wait_for_jax():

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ti_jax import free_memory as memory
+from ti_jax import machine
 from ti_jax.config import PlanConfig, resolve_plan
-from ti_jax.free_memory import free_memory
+from ti_jax.machine import free_memory
 from ti_jax.planning import Planner, plan
 from ti_jax.training.fitting import WAYS, compile_step
 
@@ -113,14 +113,14 @@ def test_this_machines_memory_is_read():
 
 
 def test_devices_of_one_machine_share_its_memory(monkeypatch):
-    monkeypatch.setattr(memory, "_available", lambda: 8e9)
-    monkeypatch.setattr(memory, "_left_in_groups", lambda: None)
-    assert free_memory(jax.devices()[:1]) == pytest.approx(8e9 * (1 - memory.SPARE))
-    assert free_memory(jax.devices()) == pytest.approx(1e9 * (1 - memory.SPARE))
-    monkeypatch.setattr(memory, "_left_in_groups", lambda: 4e9)
-    assert free_memory(jax.devices()[:1]) == pytest.approx(4e9 * (1 - memory.SPARE))
-    monkeypatch.setattr(memory, "_left_in_groups", lambda: None)
-    monkeypatch.setattr(memory, "_available", lambda: None)
+    monkeypatch.setattr(machine, "_available", lambda: 8e9)
+    monkeypatch.setattr(machine, "_left_in_groups", lambda: None)
+    assert free_memory(jax.devices()[:1]) == pytest.approx(8e9 * (1 - machine.SPARE))
+    assert free_memory(jax.devices()) == pytest.approx(1e9 * (1 - machine.SPARE))
+    monkeypatch.setattr(machine, "_left_in_groups", lambda: 4e9)
+    assert free_memory(jax.devices()[:1]) == pytest.approx(4e9 * (1 - machine.SPARE))
+    monkeypatch.setattr(machine, "_left_in_groups", lambda: None)
+    monkeypatch.setattr(machine, "_available", lambda: None)
     assert free_memory(jax.devices()) is None
 
 
@@ -143,8 +143,8 @@ def test_a_device_tells_its_limit_and_what_is_in_use():
 
 def test_what_linux_has_to_give(tmp_path):
     (tmp_path / "meminfo").write_text("MemTotal:       24000000 kB\nMemAvailable:   18739608 kB\n")
-    assert memory._available(tmp_path / "meminfo") == 18739608 * 1024
-    assert memory._available(tmp_path / "none") is None
+    assert machine._available(tmp_path / "meminfo") == 18739608 * 1024
+    assert machine._available(tmp_path / "none") is None
 
 
 @pytest.mark.parametrize(
@@ -165,15 +165,15 @@ def test_limits_of_control_groups(tmp_path, line, folder, limit, used, files):
         return place
 
     own.write_text(f"9:pids:/x\n{line}\n")
-    assert memory._left_in_groups(own, root) is None
+    assert machine._left_in_groups(own, root) is None
     group("a/b", "max", 100)
-    assert memory._left_in_groups(own, root) is None
+    assert machine._left_in_groups(own, root) is None
     place = group("a", 1000, 300)  # holds for b, too
-    assert memory._left_in_groups(own, root) == 700
+    assert machine._left_in_groups(own, root) == 700
     (place / "memory.stat").write_text(f"anon 1\n{files} 50\n")
-    assert memory._left_in_groups(own, root) == 750
+    assert machine._left_in_groups(own, root) == 750
     group("a/b", 400, 100)
-    assert memory._left_in_groups(own, root) == 300
+    assert machine._left_in_groups(own, root) == 300
     group("", 250, 0)  # as a container sees its own group
-    assert memory._left_in_groups(own, root) == 250
-    assert memory._left_in_groups(tmp_path / "none", root) is None
+    assert machine._left_in_groups(own, root) == 250
+    assert machine._left_in_groups(tmp_path / "none", root) is None

@@ -139,7 +139,7 @@ def _train(args: Sequence[str], prog: str) -> int:
         examples = TRAIN_EXAMPLES.format(prog=_as_typed(prog))
         config = parse(TrainConfig, args, prog=prog, examples=examples, no_counterpart=NO_COUNTERPART)
     config = resolve(config)
-    from .compilation_cache import enable_compilation_cache
+    from .machine import enable_compilation_cache
     from .training.cores import use_cores
     from .training.loop import train
 
@@ -154,8 +154,8 @@ def _infer(args: Sequence[str], prog: str) -> int:
     with _output():
         config = parse(InferConfig, args, prog=prog, examples=INFER_EXAMPLES.format(prog=_as_typed(prog)))
     config = resolve_infer(config)
-    from .compilation_cache import enable_compilation_cache
     from .drawing import draw
+    from .machine import enable_compilation_cache
 
     enable_compilation_cache()
     paths = draw(config)
@@ -172,8 +172,8 @@ def _evaluate(args: Sequence[str], prog: str) -> int:
         config = parse(EvaluateConfig, flags, prog=f"{prog} FILE", examples=EVALUATE_EXAMPLES, config_file=False)
     _require_file(file, prog)
     config = resolve_evaluate(config)
-    from .compilation_cache import enable_compilation_cache
     from .evaluation.evaluate import evaluate
+    from .machine import enable_compilation_cache
 
     enable_compilation_cache()
     scores = evaluate(file, config)

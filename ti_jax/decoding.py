@@ -12,7 +12,7 @@ import jax
 
 from .config import VaeTiling
 from .errors import InputError
-from .free_memory import free_memory
+from .machine import free_memory
 from .networks import Networks
 
 

@@ -23,7 +23,7 @@ from .config import PlanConfig, resolve_plan
 from .data.prompts import load_templates
 from .diffusion.schedule import NoiseSchedule
 from .errors import InputError
-from .free_memory import SPARE, free_memory
+from .machine import SPARE, free_memory
 from .networks import Condition, make_networks, network_shapes
 from .training.fitting import compile_step
 from .training.optimizer import make_optimizer

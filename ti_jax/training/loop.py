@@ -23,7 +23,7 @@ from ..config_yaml import dump_yaml
 from ..embeddings import Embedding
 from ..errors import InputError
 from ..files import ensure_writable_folder, write_atomically
-from ..free_memory import free_memory
+from ..machine import free_memory
 from ..pipeline import StableDiffusion
 from . import processes, run_folder, showing
 from .checkpoint import Checkpoints, fingerprint
@@ -31,7 +31,7 @@ from .fitting import CompiledStep, compile_step
 from .measuring import Measuring, make_measuring
 from .optimizer import make_optimizer
 from .parallel import AXIS, make_mesh, make_run_steps, replicate, share_memory, without_copies
-from .processes import StopRequests, is_first, on_first, together
+from .processes import StopRequests, all_or_raise, is_leader, on_leader
 from .reporting import Reporter
 from .setup import Concept, make_dataset, prepare_concept, row_figures
 from .step import Frozen, TrainState, make_train_step
@@ -135,14 +135,14 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None, core
 
 def _train(config: TrainConfig, devices: Sequence[jax.Device] | None, sharing: int) -> TrainResult:
     clock = _Clock()
-    folder = on_first(lambda: ensure_writable_folder(config.output_dir))
-    push = together(lambda: _open_hub(config) if is_first() else None)
+    folder = on_leader(lambda: ensure_writable_folder(config.output_dir))
+    push = all_or_raise(lambda: _open_hub(config) if is_leader() else None)
     with clock.phase("load"):
-        sd, concept = together(lambda: _load(config))
+        sd, concept = all_or_raise(lambda: _load(config))
     config = dataclasses.replace(config, resolution=concept.pictures.pixels.shape[1])
-    measuring = together(lambda: make_measuring(config, sd, concept, folder) if is_first() else None)
+    measuring = all_or_raise(lambda: make_measuring(config, sd, concept, folder) if is_leader() else None)
     # Only now, when nothing about the input can be wrong any more: a mistyped command displaces no results.
-    on_first(lambda: _open_folder(config, folder))
+    on_leader(lambda: _open_folder(config, folder))
 
     mesh = make_mesh(devices)
     with clock.phase("encode"):
@@ -182,12 +182,12 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None, sharing: i
         total_steps=total,
     )
     processes.check_same(identity)
-    checkpoints = together(
-        lambda: Checkpoints(folder / "checkpoints", config.checkpoints_total_limit, identity) if is_first() else None
+    checkpoints = all_or_raise(
+        lambda: Checkpoints(folder / "checkpoints", config.checkpoints_total_limit, identity) if is_leader() else None
     )
     with _closing(checkpoints):
         if config.resume_from_checkpoint is not None:
-            start = on_first(lambda: _resume(config, checkpoints, measuring, start, total))
+            start = on_leader(lambda: _resume(config, checkpoints, measuring, start, total))
         state = replicate(start, mesh)
 
         def lower(gradient_checkpointing: str) -> jax.stages.Lowered:
@@ -207,21 +207,21 @@ def _train(config: TrainConfig, devices: Sequence[jax.Device] | None, sharing: i
         if memory is not None:
             memory += sum(leaf.nbytes for leaf in jax.tree.leaves((frozen, state)))
         with clock.phase("compile"):
-            compiled = together(lambda: checked(compile_step(lower, config.gradient_checkpointing, memory), memory))
+            compiled = all_or_raise(lambda: checked(compile_step(lower, config.gradient_checkpointing, memory), memory))
         # Once more, with what was chosen: another machine, or a fuller one, would choose something else.
         config = dataclasses.replace(config, gradient_checkpointing=compiled.gradient_checkpointing)
-        on_first(lambda: write_atomically(folder / "config.yaml", dump_yaml(config).encode()))
+        on_leader(lambda: write_atomically(folder / "config.yaml", dump_yaml(config).encode()))
         on_hosts = "" if jax.process_count() == 1 else f" in {jax.process_count()} processes"
         way = compiled.gradient_checkpointing
         checkpointing = "" if way == "none" else f"gradient checkpointing {way}; "
-        processes.say(
+        processes.log_leader(
             f"{sd.name}, {mesh.size} x {mesh.devices.flat[0].device_kind}{on_hosts}, {np.dtype(sd.dtype).name}: "
             f"{len(concept.pictures.pixels)} pictures, {len(concept.prompts)} prompts, {samples_per_step} samples a "
             f"step; {checkpointing}the training step took {clock.seconds['compile']:.1f} s to compile"
         )
         run = _Run(config, sd, concept, folder, checkpoints, measuring, schedule, clock, total, samples_per_step)
         state, losses, interrupted = run.go(compiled.program, frozen, state)
-    embedding = on_first(lambda: run.finish(state, push, interrupted))
+    embedding = on_leader(lambda: run.finish(state, push, interrupted))
     return TrainResult(embedding, np.asarray(losses, np.float32), folder, clock.seconds, interrupted)
 
 
@@ -237,7 +237,7 @@ def _load(config: TrainConfig) -> tuple[StableDiffusion, Concept]:
     sd = StableDiffusion.from_config(config)
     # The autoencoder encodes the pictures once, and draws now and then: it lies on a device only while it runs.
     sd = dataclasses.replace(sd, params={**sd.params, "vae": jax.device_get(sd.params["vae"])})
-    return sd, prepare_concept(config, sd, processes.say)
+    return sd, prepare_concept(config, sd, processes.log_leader)
 
 
 def _open_folder(config: TrainConfig, folder: Path) -> None:
@@ -257,9 +257,9 @@ def _resume(
     assert config.resume_from_checkpoint is not None and checkpoints is not None, "the first process has them"
     restored = checkpoints.restore(config.resume_from_checkpoint, start)
     if restored is None:
-        processes.say(f"no checkpoint in {checkpoints.folder} yet: starting from the beginning")
+        processes.log_leader(f"no checkpoint in {checkpoints.folder} yet: starting from the beginning")
     else:
-        processes.say(f"resuming at step {int(restored.step)} of {total}")
+        processes.log_leader(f"resuming at step {int(restored.step)} of {total}")
     state = jax.device_get(start if restored is None else restored)
     if measuring is not None:
         measuring.resume(int(state.step))
@@ -287,7 +287,9 @@ class _Run:
         step = int(state.step)
         pending = None  # a chunk whose losses are not read yet, so that the device has the next one to work on already
         stopping, requests = False, StopRequests()
-        self.reporter = together(lambda: Reporter(self.config, self.folder, step, self.total) if is_first() else None)
+        self.reporter = all_or_raise(
+            lambda: Reporter(self.config, self.folder, step, self.total) if is_leader() else None
+        )
         with _closing(self.reporter), _Stop().listening() as stop:
             while step < self.total and not stopping:
                 end = next_stop(self.config, step, self.total)
@@ -302,20 +304,20 @@ class _Run:
                     with self.clock.phase("train"):
                         self._read(*pending, state)
                     pending = None
-                    on_first(partial(self._events, step, state))
+                    on_leader(partial(self._events, step, state))
                 stopping = requests.heard(stop.requested)
             if pending is not None:
                 self._read(*pending, state)
             if stopping and self.reporter is not None:
                 self.reporter.say(f"asked to stop: a checkpoint of step {step} is saved")
-            on_first(lambda: self.checkpoints.save(state))
+            on_leader(lambda: self.checkpoints.save(state))
         return state, self.losses, step < self.total
 
     def _read(self, start: int, end: int, losses: jax.Array, state: TrainState) -> None:
         """Wait for a chunk's losses and log them; a non-finite one ends the run with the last good rows saved."""
         values = np.asarray(losses)[: end - start].tolist()
         if not np.isfinite(values).all():
-            on_first(partial(self._give_up, state))
+            on_leader(partial(self._give_up, state))
         self.losses += values
         if self.reporter is not None:
             self.reporter.chunk(end, values, float(self.schedule(end - 1)), self.samples_per_step * len(values))
@@ -375,13 +377,13 @@ class _Run:
                 with self.clock.phase("measure"):
                     embedding, scores = self.measuring.finish(self.sd, embedding, final_step)
                 run_folder.save_embedding(embedding, self.folder)
-                processes.say(f"{embedding.token} after {embedding.metadata['steps']} steps: {scores}")
+                processes.log_leader(f"{embedding.token} after {embedding.metadata['steps']} steps: {scores}")
             with self.clock.phase("pictures"):
                 showing.save_overview(self.config, self.sd, self.concept, embedding, self.folder)
             if push is not None:
                 push(self.folder, embedding)
         phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.clock.seconds.items())
-        processes.say(
+        processes.log_leader(
             f"{self.folder / run_folder.EMBEDDING_FILE}: {embedding.token} after {final_step} steps ({phases})"
         )
         return embedding
@@ -399,7 +401,7 @@ def checked(compiled: CompiledStep | None, memory: float | None) -> CompiledStep
     if compiled is None:
         raise InputError(f"the training step does not fit the device's memory, says the compiler: {remedy}")
     if not compiled.fits and memory is not None:
-        processes.say(
+        processes.log_leader(
             f"warning: the training step takes {compiled.memory / 1e9:.1f} GB with --gradient_checkpointing "
             f"{compiled.gradient_checkpointing} and {memory / 1e9:.1f} GB are free, so it may not run: {remedy}"
         )

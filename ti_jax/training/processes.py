@@ -115,18 +115,18 @@ def _leave() -> None:
     jax.distributed.shutdown()
 
 
-def is_first() -> bool:
+def is_leader() -> bool:
     """Whether this is the process that writes and speaks."""
     return jax.process_index() == 0
 
 
-def say(text: str) -> None:
+def log_leader(text: str) -> None:
     """A line on stderr, by the first process."""
-    if is_first():
+    if is_leader():
         print(text, file=sys.stderr)
 
 
-def together(make: Callable[[], T]) -> T:
+def all_or_raise(make: Callable[[], T]) -> T:
     """What ``make`` returns here, once it has succeeded in every process.
 
     Raises:
@@ -149,7 +149,7 @@ def together(make: Callable[[], T]) -> T:
     return result
 
 
-def on_first(make: Callable[[], T]) -> T:
+def on_leader(make: Callable[[], T]) -> T:
     """What ``make`` returns in the first process, which alone calls it; other processes wait and get a copy.
 
     Raises:
@@ -158,7 +158,7 @@ def on_first(make: Callable[[], T]) -> T:
     if jax.process_count() == 1:
         return make()
     outcome: tuple[Any, str | None] = None, None
-    if is_first():
+    if is_leader():
         try:
             outcome = make(), None
         except InputError as error:
@@ -183,8 +183,8 @@ def check_same(what: dict[str, Any]) -> None:
     Raises:
       InputError: names what another process has otherwise.
     """
-    theirs = on_first(lambda: what)
-    together(functools.partial(_compare, what, theirs))
+    theirs = on_leader(lambda: what)
+    all_or_raise(functools.partial(_compare, what, theirs))
 
 
 def _compare(mine: dict[str, Any], theirs: dict[str, Any]) -> None:

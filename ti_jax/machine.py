@@ -1,4 +1,4 @@
-"""How much memory this machine's devices have left."""
+"""What a program takes from its machine: the memory that the devices have left, and a folder for compiled programs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
 
 # Share of a device's memory that is left alone: allocators lose some between blocks, and libraries take some.
 SPARE = 0.05
@@ -66,3 +68,15 @@ def _left_in_group(group: Path, limit: str, used: str, files: str) -> float | No
 
 def _text(path: Path) -> str:
     return path.read_text() if os.access(path, os.R_OK) else ""
+
+
+def enable_compilation_cache() -> None:
+    """Keep compiled programs in ``~/.cache/ti_jax/xla``, unless JAX_COMPILATION_CACHE_DIR names another place.
+
+    For programs only (the command line calls it): a library has no business in its caller's JAX settings.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ti_jax" / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -35,8 +35,8 @@ def test_a_word_in_memory():
 @pytest.mark.parametrize(
     ("token", "vectors", "why"),
     [
-        ("", {"text_encoder": np.ones((1, 4))}, "must not be empty or hold spaces"),
-        ("my cat", {"text_encoder": np.ones((1, 4))}, "must not be empty or hold spaces"),
+        ("", {"text_encoder": np.ones((1, 4))}, "must be one word without spaces"),
+        ("my cat", {"text_encoder": np.ones((1, 4))}, "must be one word without spaces"),
         ("<x>", {}, "a word has vectors for text_encoder and text_encoder_2"),
         ("<x>", {"unet": np.ones((1, 4))}, "not for .'unet'."),
         ("<x>", {"text_encoder": np.ones(4)}, r"the shape \[4\], expected \[n, D\]"),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .config_yaml import from_yaml
 from .errors import InputError
+from .words import contains_word, is_word
 
 if TYPE_CHECKING:
     from .config import EvaluateConfig, InferConfig, TrainConfig
@@ -29,7 +30,7 @@ DECAY: Rule = ("0 or more and below 1", lambda value: 0 <= value < 1)
 TEXT: Rule = ("text that is not empty", lambda value: bool(value.strip()))
 TEXTS: Rule = ("texts that are not empty", lambda value: all(item.strip() for item in value))
 SOME_TEXTS: Rule = ("one text or more, none empty", lambda value: bool(value) and all(item.strip() for item in value))
-WORD: Rule = ("one word without spaces, like <cat-toy>", lambda value: value.split() == [value])
+WORD: Rule = ("one word without spaces, like <cat-toy>", is_word)
 ADDRESS: Rule = ("HOST:PORT, like 10.0.0.1:1234", lambda value: re.fullmatch(r"\S+:\d+", value) is not None)
 PNG: Rule = ("the path of a .png file", lambda value: value.lower().endswith(".png"))
 JSON: Rule = ("the path of a .json file", lambda value: value.lower().endswith(".json"))
@@ -141,7 +142,7 @@ def check_train(config: TrainConfig) -> None:
         raise InputError(f"--keep_best {config.keep_best}: needs a CLIP model; give its folder with --evaluation_clip")
     word = config.placeholder_token or ""
     for name, prompt in prompts:
-        if "{}" not in prompt and word.lower() not in prompt.lower():
+        if "{}" not in prompt and not contains_word(prompt, word):
             raise InputError(
                 f"--{name} {prompt!r}: the new word {word} is not in it; write it, or {{}} in its place (in a shell, "
                 f"quote the prompt: < and > mean something there)"

@@ -11,6 +11,7 @@ from .errors import InputError
 from .files import ensure_writable_folder
 from .pictures import grid, save_png
 from .pipeline import StableDiffusion
+from .words import contains_word
 
 GRID_COLUMNS = 4
 
@@ -32,7 +33,7 @@ def draw(config: InferConfig) -> list[Path]:
     ensure_writable_folder(output.parent)
     embeddings = [Embedding.load(path) for path in config.embedding]
     for file, embedding in zip(config.embedding, embeddings, strict=True):
-        if not any(embedding.token.lower() in prompt.lower() for prompt in config.prompt):
+        if not any(contains_word(prompt, embedding.token) for prompt in config.prompt):
             print(f"warning: no prompt has the word {embedding.token} of {file} in it", file=sys.stderr)
         if embedding.caveat:
             print(f"note: {file}: read as {embedding.caveat}", file=sys.stderr)

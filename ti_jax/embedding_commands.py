@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .config_yaml import nearest
 from .errors import InputError
 from .flags import parse
+from .words import check_token
 
 if TYPE_CHECKING:
     from .embeddings import Embedding
@@ -172,8 +173,8 @@ def _expect(paths: Sequence[Path], least: int, most: int | None, usage: str) -> 
 
 
 def _check_word(token: str | None) -> None:
-    if token is not None and token.split() != [token]:
-        raise InputError(f"--token {token!r}: must be one word without spaces, like <cat-toy>")
+    if token is not None:
+        check_token(token, "--token")
 
 
 def _load(path: Path, token: str | None = None) -> Embedding:

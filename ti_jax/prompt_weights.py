@@ -8,14 +8,15 @@ and the encoder's output is multiplied by the weights (`ti_jax.networks`). Seman
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from .errors import InputError
-from .tokens import Words, token_groups, word_pattern
+from .tokens import token_groups
+from .words import Words, find_words
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -23,6 +24,17 @@ if TYPE_CHECKING:
 BRACKET = 1.1  # what ( ) multiply by, and [ ] divide by
 # A chunk that is full ends at its last comma, if that is not farther back than this.
 COMMA_REACH = 20
+
+
+_NOTATION = re.compile(
+    r"\\(?P<escaped>[()\[\]\\])"
+    r"|(?P<open>[(\[])"
+    r"|:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)"
+    r"|(?P<close>[)\]])"
+    r"|(?P<cut>\s*\bBREAK\b\s*)"
+    r"|(?P<text>.)",
+    re.DOTALL,
+)
 
 
 class Piece(NamedTuple):
@@ -41,16 +53,6 @@ def parse(prompt: str, words: Words) -> list[Piece]:
     Args:
       words: placeholder words with their numbers of vectors.
     """
-    notation = re.compile(
-        rf"(?P<word>(?i:{word_pattern(words).pattern}))"
-        r"|\\(?P<escaped>[()\[\]\\])"
-        r"|(?P<open>[(\[])"
-        r"|:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)"
-        r"|(?P<close>[)\]])"
-        r"|(?P<cut>\s*\bBREAK\b\s*)"
-        r"|(?P<text>.)",
-        re.DOTALL,
-    )
     texts: list[str | None] = []
     weights: list[float] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}
@@ -59,7 +61,11 @@ def parse(prompt: str, words: Words) -> list[Piece]:
         first = opened[bracket].pop()
         weights[first:] = [weight * factor for weight in weights[first:]]
 
-    for match in notation.finditer(prompt):
+    for match in _symbols(prompt, words):
+        if isinstance(match, str):
+            texts.append(match)
+            weights.append(1.0)
+            continue
         found = match.lastgroup
         if found == "open":
             opened[match.group()].append(len(texts))
@@ -85,6 +91,17 @@ def parse(prompt: str, words: Words) -> list[Piece]:
         else:
             pieces.append(Piece(text, weight))
     return pieces
+
+
+def _symbols(prompt: str, words: Words) -> Iterator[re.Match[str] | str]:
+    """The notation's symbols between placeholder words, and the words as they are written."""
+    end = 0
+    for found in find_words(prompt, words):
+        # A match up to `endpos` looks no farther: what stands there is the end of the text for it.
+        yield from _NOTATION.finditer(prompt, end, found.start)
+        yield prompt[found.start : found.end]
+        end = found.end
+    yield from _NOTATION.finditer(prompt, end)
 
 
 class Chunk(NamedTuple):

@@ -9,13 +9,14 @@ each other cannot be confused.
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .errors import InputError
+from .words import Words, check_token, find_words, fold, same_word
+from .words import contains_word as contains_word
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -23,20 +24,20 @@ if TYPE_CHECKING:
     from .embeddings import Embedding
 
 
-Words = Mapping[str, int]
-"""Placeholder words with their numbers of vectors, in the order of the rows."""
-
-
 def check_new_word(tokenizer: CLIPTokenizer, word: str) -> None:
     """Raise `InputError` unless ``word`` can be a placeholder: not empty, without spaces, not known already."""
-    if not word or word.split() != [word]:
-        raise InputError(f"placeholder {word!r}: a new word must not be empty or hold spaces; try one like <cat-toy>")
-    vocabulary = tokenizer.get_vocab()
-    if word in vocabulary or word.lower() + "</w>" in vocabulary:
+    check_token(word)
+    if is_known(tokenizer, word):
         raise InputError(
             f"placeholder {word!r} is a word that this tokenizer knows already; choose one that it does not, "
             f"like <{word.strip('<>|')}-1>"
         )
+
+
+def is_known(tokenizer: CLIPTokenizer, word: str) -> bool:
+    """Whether ``word`` is one token of the tokenizer's own."""
+    vocabulary = tokenizer.get_vocab()
+    return word in vocabulary or fold(word) + "</w>" in vocabulary
 
 
 def initializer_ids(tokenizer: CLIPTokenizer, initializer: str) -> list[int]:
@@ -51,7 +52,7 @@ def initializer_ids(tokenizer: CLIPTokenizer, initializer: str) -> list[int]:
         pieces = tokenizer(word, add_special_tokens=False, verbose=False).input_ids
         if len(pieces) != 1 or pieces[0] in (tokenizer.unk_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id):
             known = [token.removesuffix("</w>") for token in tokenizer.get_vocab() if token.endswith("</w>")]
-            near = difflib.get_close_matches(word.lower(), [w for w in known if len(w) > 1], n=3, cutoff=0.4)
+            near = difflib.get_close_matches(fold(word), [w for w in known if len(w) > 1], n=3, cutoff=0.4)
             split = "|".join(tokenizer.convert_ids_to_tokens(pieces)).replace("</w>", "") or "nothing"
             raise InputError(
                 f"initializer word {word!r} is not one token of this model (it splits into {split}); "
@@ -86,32 +87,12 @@ def combine(embeddings: Sequence[Embedding]) -> tuple[dict[str, int], dict[str, 
     """
     words: dict[str, int] = {}
     for embedding in embeddings:
-        if embedding.token.lower() in (word.lower() for word in words):
+        if same_word(embedding.token, words):
             raise InputError(f"two embeddings have the word {embedding.token!r}; load one of them under another token")
         words[embedding.token] = embedding.num_vectors
     names = embeddings[0].vectors if embeddings else {}
     rows = {name: np.concatenate([e.vectors[name] for e in embeddings]).astype(np.float32) for name in names}
     return words, rows
-
-
-def word_pattern(words: Words) -> re.Pattern[str]:
-    """Matches each word, longest first.
-
-    A word that begins or ends with a letter or digit must stand alone ("sks" is not in "asks"). A word of several
-    vectors may come already expanded, as diffusers writes it: `<cat> <cat>_1 <cat>_2` is the whole word, `<cat>_1` its
-    second row.
-    """
-    alternatives = []
-    for word in sorted(words, key=lambda w: (-len(w), w)):
-        text = re.escape(word)
-        before = r"(?<![\w])" if word[0].isalnum() else ""
-        after = r"(?![\w])" if word[-1].isalnum() else ""
-        expanded = "".join(rf"\s+{text}_{i}(?!\d)" for i in range(1, words[word]))
-        alternatives.append(f"{before}{text}{expanded}{after}" if expanded else "")
-        rows = "|".join(str(i) for i in range(words[word] - 1, 0, -1))
-        alternatives.append(f"{before}{text}_(?:{rows})(?!\\d)" if rows else "")
-        alternatives.append(f"{before}{text}{after}")
-    return re.compile("|".join(a for a in alternatives if a) or r"(?!)", re.IGNORECASE)
 
 
 def prompt_ids(tokenizer: CLIPTokenizer, prompt: str, words: Words, vocab_size: int) -> list[int]:
@@ -126,7 +107,7 @@ def token_groups(tokenizer: CLIPTokenizer, prompt: str, words: Words, vocab_size
     """`prompt_ids` in groups that belong together: all rows of a word; any other token is a group by itself."""
     first_row, offset = {}, 0
     for word, count in words.items():
-        first_row[word.lower()] = (offset, count)
+        first_row[word] = vocab_size + offset
         offset += count
 
     def plain(text: str) -> list[list[int]]:
@@ -134,17 +115,10 @@ def token_groups(tokenizer: CLIPTokenizer, prompt: str, words: Words, vocab_size
 
     groups: list[list[int]] = []
     end = 0
-    for match in word_pattern(words).finditer(prompt):
-        groups += plain(prompt[end : match.start()])
-        found = match.group().lower()
-        head = found.split()[0]
-        if head in first_row:
-            first, count = first_row[head]
-            groups.append(list(range(vocab_size + first, vocab_size + first + count)))
-        else:
-            word, _, index = head.rpartition("_")
-            groups.append([vocab_size + first_row[word][0] + int(index)])
-        end = match.end()
+    for found in find_words(prompt, words):
+        groups += plain(prompt[end : found.start])
+        groups.append([first_row[found.word] + row for row in found.rows])
+        end = found.end
     return groups + plain(prompt[end:])
 
 

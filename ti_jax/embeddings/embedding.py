@@ -10,6 +10,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..files import write_together
+from ..words import check_token
 from .families import TEXT_ENCODERS, describe, family_of
 
 # What a file's reader has to say of the word that it made of it, in the metadata.
@@ -35,10 +36,7 @@ class Embedding:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.token or self.token.split() != [self.token]:
-            raise InputError(
-                f"the word {self.token!r} must not be empty or hold spaces; give it another with token=, like <cat-toy>"
-            )
+        check_token(self.token, "token")
         if not self.vectors or not set(self.vectors) <= set(TEXT_ENCODERS):
             raise InputError(f"a word has vectors for {' and '.join(TEXT_ENCODERS)}, not for {list(self.vectors)}")
         # Copies: nobody else can change a learned word.

@@ -19,6 +19,7 @@ from ..data.prompts import load_templates
 from ..embeddings import Embedding, check_fits
 from ..errors import InputError
 from ..pipeline import StableDiffusion
+from ..words import same_word
 from .step import Dataset, Rows
 
 
@@ -71,7 +72,7 @@ def prepare_concept(config: TrainConfig, sd: StableDiffusion, say: Callable[[str
 
     rows, row_mask = {}, {}
     words, other_rows = tokens.combine(others)
-    if word.lower() in (known.lower() for known in words):
+    if same_word(word, words):
         raise InputError(f"placeholder {word!r} is also the word of one of --embeddings; choose another")
     words = {word: count, **words}
     start_word = _load_start(config, sd, words, say)
@@ -122,7 +123,7 @@ def _load_start(
     if config.initializer_embedding is None:
         return None
     name = f"{config.placeholder_token}-start"
-    while name.lower() in (word.lower() for word in words):
+    while same_word(name, words):
         name += "-"
     # The file need not say a name that can be one here; "my cat.pt" has none.
     start = Embedding.load(config.initializer_embedding, token=config.placeholder_token)

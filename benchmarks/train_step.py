@@ -128,19 +128,18 @@ class Ours:
         """Cold and, unless alone, from the cache; then one step, to be warm."""
         import jax
 
-        from ti_jax.training.parallel import AXIS, make_run_steps, share_memory
-        from ti_jax.training.step import make_train_step
+        from ti_jax.training.fitting import StepBuilder
 
+        builder = StepBuilder(
+            self.sd.networks, self.optimizer, self.mesh, batch_size=self.setting.batch_size // self.mesh.size,
+            accumulation=1, longest_chunk=1000,
+        )  # fmt: skip
         seconds = {}
         with tempfile.TemporaryDirectory() as cache:
             jax.config.update("jax_compilation_cache_dir", cache)
             for kind in ("cold",) if self.setting.alone else ("cold", "cached"):
-                step = make_train_step(
-                    self.sd.networks, self.optimizer, batch_size=self.setting.batch_size // self.mesh.size,
-                    accumulation=1, num_devices=self.mesh.size, axis_name=AXIS, shared_memory=share_memory(self.mesh),
-                )  # fmt: skip
                 start = time.perf_counter()
-                lowered = make_run_steps(step, self.mesh, 1000).lower(self.frozen, self.state, jax.numpy.int32(1))
+                lowered = builder.lower(self.frozen, self.state, self.setting.gradient_checkpointing)
                 self.run_steps = lowered.compile()
                 seconds[kind] = time.perf_counter() - start
             jax.config.update("jax_compilation_cache_dir", None)

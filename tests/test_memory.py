@@ -11,7 +11,7 @@ from ti_jax import machine
 from ti_jax.config import PlanConfig, resolve_plan
 from ti_jax.machine import free_memory
 from ti_jax.planning import Planner, plan
-from ti_jax.training.fitting import WAYS, compile_step
+from ti_jax.training.fitting import WAYS, compile_fitting
 
 BATCH = 2
 
@@ -77,13 +77,13 @@ def test_nothing_is_compiled_beyond_the_first_that_fits():
         tried.append(way)
         return lowered()
 
-    assert compile_step(lower, None, None).gradient_checkpointing == "none"
-    assert compile_step(lower, None, 1e9).gradient_checkpointing == "none"
-    assert compile_step(lower, "full", 1e9).gradient_checkpointing == "full"
-    assert compile_step(lower, "none", 0).gradient_checkpointing == "none"
+    assert compile_fitting(lower, None, None).gradient_checkpointing == "none"
+    assert compile_fitting(lower, None, 1e9).gradient_checkpointing == "none"
+    assert compile_fitting(lower, "full", 1e9).gradient_checkpointing == "full"
+    assert compile_fitting(lower, "none", 0).gradient_checkpointing == "none"
     assert tried == ["none", "none", "full", "none"]
     # 40 bytes in, and as many out.
-    assert compile_step(lower, None, 80).fits and not compile_step(lower, None, 79).fits
+    assert compile_fitting(lower, None, 80).fits and not compile_fitting(lower, None, 79).fits
     assert tried[4:] == ["none", *WAYS]
 
 
@@ -99,12 +99,12 @@ class Refused:
 
 def test_a_compiler_that_finds_no_room_says_that_it_does_not_fit():
     no_room = Refused("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm.")
-    found = compile_step(lambda way: no_room if way == "none" else lowered(), None, 1e9)
+    found = compile_fitting(lambda way: no_room if way == "none" else lowered(), None, 1e9)
     assert found.gradient_checkpointing == "policy" and found.fits
-    assert compile_step(lambda way: no_room, None, 1e9) is None
-    assert compile_step(lambda way: no_room, "policy", None) is None
+    assert compile_fitting(lambda way: no_room, None, 1e9) is None
+    assert compile_fitting(lambda way: no_room, "policy", None) is None
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        compile_step(lambda way: Refused("INTERNAL: something else"), None, 1e9)
+        compile_fitting(lambda way: Refused("INTERNAL: something else"), None, 1e9)
 
 
 def test_this_machines_memory_is_read():

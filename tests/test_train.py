@@ -22,7 +22,8 @@ import ti_jax
 from ti_jax.config import PlanConfig, resolve, resolve_plan
 from ti_jax.config_yaml import load_yaml
 from ti_jax.planning import Planner
-from ti_jax.training.loop import _load, next_stop, total_updates
+from ti_jax.training.actions import Timetable
+from ti_jax.training.job import load, total_updates
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -128,7 +129,7 @@ def test_both_rows_learn_and_a_frozen_word_does_not(config, tmp_path):
 
 
 def test_the_autoencoder_lies_on_no_device_while_a_word_is_learned(config):
-    sd, _ = _load(resolve(config))
+    sd, _ = load(resolve(config))
     kinds = {name: {type(leaf) for leaf in jax.tree.leaves(tree)} for name, tree in sd.params.items()}
     assert kinds.pop("vae") == {np.ndarray}
     assert all(issubclass(kind, jax.Array) for found in kinds.values() for kind in found)
@@ -281,14 +282,26 @@ def test_steps_of_epochs(config):
     assert total_updates(replace(by_epochs, max_train_steps=7), 4, 16) == 7
 
 
-def test_the_host_is_needed_only_where_something_is_due(config):
-    config = replace(config, logging_steps=10, save_steps=25, checkpointing_steps=40, validation_prompt="{}")
-    config = replace(config, validation_steps=33)
-    stops, step = [], 0
-    while step < 60:
-        step = next_stop(config, step, 57) if step < 57 else 60
-        stops.append(step)
-    assert stops == [10, 20, 25, 30, 33, 40, 50, 57, 60]
+class Every:
+    """An action that does nothing, now and then."""
+
+    def __init__(self, every):
+        self.every = every
+
+
+def test_the_host_is_needed_only_where_something_is_due():
+    at_all, save, checkpoint, validate = (Every(every) for every in (None, 25, 40, 33))
+    timetable = Timetable([at_all, save, validate, checkpoint], longest=10, total=57)
+    stops = [0]
+    while stops[-1] < 57:
+        stops.append(timetable.next(stops[-1]))
+    assert stops == [0, 10, 20, 25, 30, 33, 40, 50, 57]
+    due = {step: timetable.due(step) for step in stops}
+    assert {step: actions for step, actions in due.items() if actions} == {
+        0: [at_all, save, validate, checkpoint], 25: [at_all, save], 33: [at_all, validate],
+        40: [at_all, checkpoint], 50: [at_all, save],
+    }  # fmt: skip
+    assert Timetable([at_all], longest=10, total=57).due(10) == []
 
 
 def command(config, **changes):

@@ -11,13 +11,12 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from .config import PlanConfig, resolve_plan
 from .data.prompts import load_templates
@@ -25,10 +24,10 @@ from .diffusion.schedule import NoiseSchedule
 from .errors import InputError
 from .machine import SPARE, free_memory
 from .networks import Condition, make_networks, network_shapes
-from .training.fitting import compile_step
+from .training.fitting import StepBuilder, compile_fitting
 from .training.optimizer import make_optimizer
-from .training.parallel import AXIS, make_mesh, make_run_steps, share_memory
-from .training.step import Dataset, Frozen, TrainState, make_train_step
+from .training.parallel import make_mesh
+from .training.step import Dataset, Frozen, TrainState
 from .weights.hub import resolve as resolve_model
 from .weights.published import PUBLISHED
 from .weights.sources import open_source
@@ -175,9 +174,9 @@ def _largest_batch(config: PlanConfig, planner: Planner, found: Plan) -> int:
     return planner.largest(found)
 
 
-def array(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding | None = None) -> Any:
+def array(shape: tuple[int, ...], dtype: Any) -> Any:
     """An array of which only the shape is there."""
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 class Planner:
@@ -206,20 +205,15 @@ class Planner:
         accumulation = config.gradient_accumulation_steps
         samples = batch * accumulation * self.mesh.size
         optimizer, _ = make_optimizer(config, config.max_train_steps or 1, samples)
-        frozen = self._placed(self._frozen())
+        frozen = self._frozen()
         rows = self._rows()
         state = TrainState(rows, jax.eval_shape(optimizer.init, rows), array((), jnp.int32), array((), jnp.bool_))
 
-        def lower(gradient_checkpointing: str) -> jax.stages.Lowered:
-            step = make_train_step(
-                self.networks.with_gradient_checkpointing(gradient_checkpointing), optimizer, batch_size=batch,
-                accumulation=accumulation, num_devices=self.mesh.size, axis_name=AXIS,
-                shared_memory=share_memory(self.mesh),
-            )  # fmt: skip
-            run_steps = make_run_steps(step, self.mesh, config.logging_steps)
-            return run_steps.lower(frozen, self._placed(state), self._placed(array((), jnp.int32)))
-
-        compiled = compile_step(lower, config.gradient_checkpointing, self.memory)
+        builder = StepBuilder(
+            self.networks, optimizer, self.mesh, batch_size=batch, accumulation=accumulation,
+            longest_chunk=config.logging_steps,
+        )  # fmt: skip
+        compiled = compile_fitting(partial(builder.lower, frozen, state), config.gradient_checkpointing, self.memory)
         if compiled is None:
             return None
         cost, text = compiled.program.cost_analysis(), compiled.program.as_text()
@@ -304,11 +298,6 @@ class Planner:
             row_mask={name: array((config.num_vectors,), jnp.bool_) for name, _ in networks.text_encoders},
             key=jax.eval_shape(lambda: jax.random.key(0)),
         )
-
-    def _placed(self, tree: Any) -> Any:
-        """A whole copy of each leaf on each device."""
-        everywhere = NamedSharding(self.mesh, P())
-        return jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype, sharding=everywhere), tree)
 
     def least_flops(self, batch: int) -> float:
         """Of the loss and its gradient for the rows, at a batch."""

@@ -7,6 +7,7 @@ processes the first one alone reads and writes, so that the hosts need no disk i
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -76,14 +77,27 @@ def fingerprint(
 
 
 class Checkpoints:
-    """The checkpoints of one run, in ``folder``/<step>/."""
+    """The checkpoints of one run, in ``folder``/<step>/.
 
-    def __init__(self, folder: Path, limit: int | None, identity: Fingerprint):
+    Attributes:
+      identity: the run's fingerprint, which is saved with a checkpoint and compared when one is read.
+    """
+
+    def __init__(self, folder: Path, limit: int | None):
+        """Nothing is read or made before the first use.
+
+        Args:
+          limit: checkpoints to keep; None: all.
+        """
         self.folder = folder
-        self.identity = identity
-        with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=_options(limit))
+        self.identity: Fingerprint = {}
+        self._limit = limit
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        return ocp.CheckpointManager(self.folder.absolute(), options=_options(self._limit))
 
     def save(self, state: TrainState) -> None:
         """Write the state under its step; older checkpoints past the limit go.
@@ -160,7 +174,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Let go of the folder."""
-        self._manager.close()
+        if "_manager" in vars(self):
+            self._manager.close()
 
 
 def _options(limit: int | None, read_only: bool = False) -> ocp.CheckpointManagerOptions:

@@ -1,4 +1,4 @@
-"""How much the training step keeps for its backward pass: as told, or as much as the device's memory takes."""
+"""Building the training step, and how much it keeps for its backward pass: as asked for, or what fits the memory."""
 
 from __future__ import annotations
 
@@ -6,11 +6,60 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
 
 from ..config import Checkpointing
+from ..errors import InputError
+from ..networks import Networks
+from . import processes
+from .parallel import AXIS, make_run_steps, replicated_shapes, share_memory
+from .step import Frozen, TrainState, make_train_step
 
-# Each keeps less, and computes more again, than the one before; see `ti_jax.models.checkpointing`.
+# Each keeps less, and recomputes more, than the one before; see `ti_jax.models.checkpointing`.
 WAYS: tuple[Checkpointing, ...] = ("none", "policy", "full")
+
+
+@dataclass(frozen=True)
+class StepBuilder:
+    """The training step of a run, not compiled yet: what a run, ``ti-jax plan`` and the benchmark compile.
+
+    Attributes:
+      networks, optimizer: what it computes with. mesh: the devices that it is mapped over.
+      batch_size: samples a device and micro-batch. accumulation: micro-batches an update.
+      longest_chunk: most updates of one dispatch.
+    """
+
+    networks: Networks
+    optimizer: optax.GradientTransformationExtraArgs
+    mesh: Mesh
+    batch_size: int
+    accumulation: int
+    longest_chunk: int
+
+    @property
+    def samples(self) -> int:
+        """Samples that one update sees, over all devices."""
+        return self.batch_size * self.accumulation * self.mesh.size
+
+    def lower(self, frozen: Frozen, state: TrainState, gradient_checkpointing: Checkpointing) -> jax.stages.Lowered:
+        """``run_steps(frozen, state, count)`` of `make_run_steps`, traced and lowered.
+
+        Args:
+          frozen, state: arrays, or `jax.ShapeDtypeStruct` in their place; only their shapes and types are used.
+        """
+        step = make_train_step(
+            self.networks.with_gradient_checkpointing(gradient_checkpointing),
+            self.optimizer,
+            batch_size=self.batch_size,
+            accumulation=self.accumulation,
+            num_devices=self.mesh.size,
+            axis_name=AXIS,
+            shared_memory=share_memory(self.mesh),
+        )
+        shapes = replicated_shapes((frozen, state, jnp.int32(1)), self.mesh)
+        return make_run_steps(step, self.mesh, self.longest_chunk).lower(*shapes)
 
 
 @dataclass(frozen=True)
@@ -37,12 +86,12 @@ class CompiledStep:
         return self.arguments + self.temporary + self.code
 
 
-def compile_step(
+def compile_fitting(
     lower: Callable[[Checkpointing], jax.stages.Lowered],
     gradient_checkpointing: Checkpointing | None,
     memory: float | None,
 ) -> CompiledStep | None:
-    """Compile the training step as told, or in the first of `WAYS` that fits; in the last if none does.
+    """Compile the step with the given rematerialisation, or with the first of `WAYS` that fits; the last if none does.
 
     Args:
       lower: the step, lowered for a value of ``--gradient_checkpointing``.
@@ -75,3 +124,22 @@ def _compile(way: Checkpointing, lowered: jax.stages.Lowered, memory: float | No
     temporary, code = sizes.temp_size_in_bytes, sizes.generated_code_size_in_bytes
     fits = memory is None or arguments + temporary + code <= memory
     return CompiledStep(way, program, arguments, temporary, code, fits)
+
+
+def checked(compiled: CompiledStep | None, memory: float | None) -> CompiledStep:
+    """The compiled step, if there is one; with a warning if it takes more than the `memory` in bytes that a device has.
+
+    Raises:
+      InputError: the compiler has found that it cannot fit.
+    """
+    remedy = "give a smaller --train_batch_size (--gradient_accumulation_steps makes up for it) or --resolution"
+    if compiled is None or compiled.gradient_checkpointing != "full":
+        remedy += ", and leave out --gradient_checkpointing"
+    if compiled is None:
+        raise InputError(f"the training step does not fit the device's memory, says the compiler: {remedy}")
+    if not compiled.fits and memory is not None:
+        processes.log_leader(
+            f"warning: the training step takes {compiled.memory / 1e9:.1f} GB with --gradient_checkpointing "
+            f"{compiled.gradient_checkpointing} and {memory / 1e9:.1f} GB are free, so it may not run: {remedy}"
+        )
+    return compiled

@@ -49,6 +49,12 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, tree)
 
 
+def replicated_shapes(tree: Any, mesh: Mesh) -> Any:
+    """`jax.ShapeDtypeStruct` of every leaf as `replicate` would place it: to compile before, or without, the arrays."""
+    everywhere = NamedSharding(mesh, P())
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), tree)
+
+
 def without_copies(tree: Any) -> Any:
     """`tree` in such a form that `replicate` lets devices of one CPU share it, where it lies on one of them.
 

@@ -103,3 +103,26 @@ class Reporter:
         self._metrics.close()
         if self._board is not None:
             self._board.close()
+
+
+def say_how_far(figures: list[dict], step: int) -> None:
+    """Tell on stderr how far each row moved, and warn of rows that did not."""
+    for row in figures:
+        where = f"row {row['row']}" + ("" if row["encoder"] == "text_encoder" else f" of {row['encoder']}")
+        if row["distance"] == 0.0 and step > 0:
+            print(
+                f"warning: {where} did not move at all in {step} steps: nothing was learned (is the learning rate 0?)",
+                file=sys.stderr,
+            )
+            continue
+        print(
+            f"{where} moved by {row['distance']:.3f} (cosine to its start {row['cosine']:.2f}); its norm is "
+            f"{row['norm']:.2f}, the vocabulary's usual one {row['usual_norm']:.2f}",
+            file=sys.stderr,
+        )
+        if row["norm"] > 4.0 * row["usual_norm"]:
+            print(
+                f"warning: {where} is much longer than the words that the model knows; it may drown the rest of a "
+                f"prompt. A lower --learning_rate or fewer steps keep it shorter",
+                file=sys.stderr,
+            )

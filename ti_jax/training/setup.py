@@ -53,10 +53,6 @@ class Concept:
         vectors = {name: np.asarray(value)[:count].astype(np.float32) for name, value in rows.items()}
         return Embedding(self.word, vectors, {**self.metadata, "steps": str(step)})
 
-    def initial_embedding(self) -> Embedding:
-        """The word before training."""
-        return self.embedding({name: jnp.asarray(value) for name, value in self.rows.items()}, 0)
-
 
 def prepare_concept(config: TrainConfig, sd: StableDiffusion, say: Callable[[str], None]) -> Concept:
     """Check the word, the initializer, the templates and the pictures, in the order in which they are cheap.
@@ -198,16 +194,20 @@ def time_ids(pictures: Pictures) -> np.ndarray:
     return np.stack(both, axis=1).astype(np.float32)
 
 
-def row_figures(sd: StableDiffusion, concept: Concept, rows: Rows) -> list[dict[str, Any]]:
+def usual_norms(sd: StableDiffusion) -> dict[str, float]:
+    """The median norm of the frozen token embeddings, for each text encoder."""
+    return {name: float(np.median(np.linalg.norm(sd.token_table(name), axis=-1))) for name in sd.tokenizers}
+
+
+def row_figures(concept: Concept, rows: Rows, usual_norms: Mapping[str, float]) -> list[dict[str, Any]]:
     """How far each row of the word has moved, for each text encoder, against the vocabulary's usual length.
 
     Returns:
       ``encoder``, ``row``, ``distance`` from its start (Euclidean), ``cosine`` to its start, ``norm``, and
-      ``usual_norm``, the median norm of the frozen table.
+      ``usual_norm``, from ``usual_norms``.
     """
     figures = []
     for name, value in rows.items():
-        usual = float(np.median(np.linalg.norm(sd.token_table(name), axis=-1)))
         for row, (now, start) in enumerate(
             zip(np.asarray(value)[: concept.words[concept.word]], concept.rows[name], strict=False)
         ):
@@ -219,7 +219,7 @@ def row_figures(sd: StableDiffusion, concept: Concept, rows: Rows) -> list[dict[
                     "distance": float(np.linalg.norm(now - start)),
                     "cosine": float(now @ start / max(norm * start_norm, 1e-12)),
                     "norm": norm,
-                    "usual_norm": usual,
+                    "usual_norm": usual_norms[name],
                 }
             )
     return figures

@@ -1,0 +1,215 @@
+"""The first phase of a run: everything that it will need, checked and built before the first step."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from ..config import TrainConfig
+from ..embeddings import Embedding
+from ..files import ensure_writable_folder
+from ..pipeline import StableDiffusion
+from . import processes
+from .checkpoint import Checkpoints, fingerprint
+from .fitting import StepBuilder
+from .measuring import Measuring, make_measuring
+from .optimizer import make_optimizer
+from .parallel import make_mesh, replicate, without_copies
+from .processes import is_leader
+from .setup import Concept, make_dataset, prepare_concept, usual_norms
+from .step import Frozen, TrainState
+
+
+class Clock:
+    """Seconds of each phase of the run."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time spent within it to the phase ``name``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is ready for its first step.
+
+    Attributes:
+      config: resolved, ``resolution`` too. folder: where the run writes.
+      sd: the frozen model, whose weights on the first device are also the loop's. concept: what is learned.
+      frozen: the step's constant arguments. start: the state to begin with, in arrays of the host.
+      builder: of the training step. schedule: the learning rate by update. total: updates in the run.
+      usual_norms: median norm of the frozen token embeddings, by text encoder.
+      checkpoints, measuring, push: of the first process alone; the last two only where the config asks for them.
+    """
+
+    config: TrainConfig
+    folder: Path
+    sd: StableDiffusion
+    concept: Concept
+    frozen: Frozen
+    start: TrainState
+    builder: StepBuilder
+    schedule: optax.Schedule
+    total: int
+    usual_norms: dict[str, float]
+    checkpoints: Checkpoints | None
+    measuring: Measuring | None
+    push: Callable[[Path, Embedding], None] | None
+    clock: Clock = field(default_factory=Clock)
+
+    @property
+    def mesh(self) -> Mesh:
+        """The devices."""
+        return self.builder.mesh
+
+    @property
+    def samples_per_step(self) -> int:
+        """Pictures that one update sees, over all devices."""
+        return self.builder.samples
+
+    @property
+    def fingerprint(self) -> dict:
+        """What the rows at a step depend on."""
+        return fingerprint(
+            self.config,
+            model_identity=self.sd.identity,
+            prediction_type=self.sd.schedule.prediction_type,
+            dtype=self.sd.dtype,
+            pixels=self.concept.pictures.pixels,
+            prompts=self.concept.prompts,
+            words=self.concept.words,
+            initializer_embedding=self.concept.metadata.get("initializer_embedding_hash"),
+            global_batch=self.samples_per_step // self.config.gradient_accumulation_steps,
+            total_steps=self.total,
+        )
+
+
+def prepare(config: TrainConfig, devices: Sequence[jax.Device] | None, sharing: int) -> Job:
+    """Load, check and build all that the run needs, the cheapest checks first. Nothing in the folder is touched.
+
+    Of several processes each does this for itself, so that it may fail in one of them; see `agree`.
+
+    Args:
+      config: resolved. devices: to train on; None: all. sharing: so many of them share ``train_batch_size``.
+
+    Raises:
+      InputError: something in the config, the pictures or the model is wrong.
+    """
+    clock = Clock()
+    folder = ensure_writable_folder(config.output_dir) if is_leader() else Path(config.output_dir)
+    push = _open_hub(config) if is_leader() else None
+    with clock.phase("load"):
+        sd, concept = load(config)
+    config = dataclasses.replace(config, resolution=concept.pictures.pixels.shape[1])
+    measuring = make_measuring(config, sd, concept, folder) if is_leader() else None
+    with clock.phase("encode"):
+        dataset = make_dataset(config, sd, concept)
+
+    mesh = make_mesh(devices)
+    assert config.train_batch_size is not None, "the config is resolved"
+    batch_size = config.train_batch_size // sharing
+    samples_per_step = batch_size * config.gradient_accumulation_steps * mesh.size
+    total = total_updates(config, len(concept.pictures.pixels), samples_per_step)
+    optimizer, schedule = make_optimizer(config, total, samples_per_step)
+    frozen = replicate(
+        Frozen(
+            params=without_copies({name: tree for name, tree in sd.params.items() if name != "vae"}),
+            schedule=sd.schedule,
+            dataset=dataset,
+            row_mask={name: jnp.asarray(mask) for name, mask in concept.row_mask.items()},
+            key=jax.random.key(config.seed),
+        ),
+        mesh,
+    )
+    # The loop's copy on the first device also serves to draw with.
+    drawn_with = jax.tree.map(lambda leaf: leaf.addressable_data(0), frozen.params)
+    sd = dataclasses.replace(sd, params={**sd.params, **drawn_with})
+    rows = {name: jnp.asarray(value) for name, value in concept.rows.items()}
+    start = jax.device_get(TrainState(rows, optimizer.init(rows), jnp.int32(0), jnp.bool_(True)))
+    builder = StepBuilder(
+        sd.networks,
+        optimizer,
+        mesh,
+        batch_size=batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        longest_chunk=min(config.logging_steps, total),
+    )
+    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoints_total_limit) if is_leader() else None
+    return Job(
+        config, folder, sd, concept, frozen, start, builder, schedule, total, usual_norms(sd), checkpoints, measuring,
+        push, clock,
+    )  # fmt: skip
+
+
+def agree(job: Job) -> Job:
+    """Hold the job to that of the first process, which reads the checkpoint to resume from, if there is one.
+
+    Raises:
+      InputError: another process has other settings or files, or the checkpoint cannot be used.
+    """
+    identity = job.fingerprint
+    processes.check_same(identity)
+    if job.checkpoints is not None:
+        job.checkpoints.identity = identity
+    if job.config.resume_from_checkpoint is None:
+        return job
+    return dataclasses.replace(job, start=processes.on_leader(lambda: _resume(job)))
+
+
+def _resume(job: Job) -> TrainState:
+    """The state to go on from, in arrays of the host."""
+    assert job.config.resume_from_checkpoint is not None and job.checkpoints is not None, "the first process has them"
+    restored = job.checkpoints.restore(job.config.resume_from_checkpoint, job.start)
+    if restored is None:
+        processes.log_leader(f"no checkpoint in {job.checkpoints.folder} yet: starting from the beginning")
+    else:
+        processes.log_leader(f"resuming at step {int(restored.step)} of {job.total}")
+    state = jax.device_get(job.start if restored is None else restored)
+    if job.measuring is not None:
+        job.measuring.resume(int(state.step))
+    return state
+
+
+def load(config: TrainConfig) -> tuple[StableDiffusion, Concept]:
+    """The frozen model, and what it is to learn.
+
+    Raises:
+      InputError: something about either is wrong.
+    """
+    sd = StableDiffusion.from_config(config)
+    # The autoencoder encodes the pictures once, and draws now and then: it is on a device only while it runs.
+    sd = dataclasses.replace(sd, params={**sd.params, "vae": jax.device_get(sd.params["vae"])})
+    return sd, prepare_concept(config, sd, processes.log_leader)
+
+
+def _open_hub(config: TrainConfig) -> Callable[[Path, Embedding], None] | None:
+    if not config.push_to_hub:
+        return None
+    from . import hub
+
+    return hub.open_repository(config)
+
+
+def total_updates(config: TrainConfig, num_pictures: int, global_batch: int) -> int:
+    """Updates in the run: ``max_train_steps``, or what ``num_train_epochs`` passes of the repeated pictures take."""
+    if config.max_train_steps is not None:
+        return config.max_train_steps
+    assert config.num_train_epochs is not None, "the config is resolved"
+    return config.num_train_epochs * math.ceil(num_pictures * config.repeats / global_batch)

@@ -1,11 +1,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from ti_jax.models.activations import gelu
+from ti_jax.models.activations import gelu, quick_gelu, silu
 from ti_jax.training.parallel import AXIS, make_mesh
 
 X = np.concatenate([np.linspace(-8, 8, 401), [0.0, -100.0, 100.0]]).astype(np.float32)
@@ -37,3 +38,29 @@ def test_its_gradient_under_the_mapping_that_trains():
     (wanted,) = torch.autograd.grad(total, x)
     assert devices == 8
     np.testing.assert_allclose(mapped(jnp.asarray(X)), wanted.numpy(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (gelu, torch.nn.functional.gelu),
+        (quick_gelu, lambda x: x * torch.sigmoid(1.702 * x)),
+        (silu, torch.nn.functional.silu),
+    ],
+)
+def test_bfloat16_is_as_exact_as_pytorch(ours, theirs):
+    """One rounding of the exact value and of its gradient, where PyTorch's bfloat16 has one, or several."""
+    low = torch.tensor(np.random.default_rng(0).normal(-1, 1.5, 20000)).bfloat16()
+
+    def value_and_gradient(x):
+        x = x.clone().requires_grad_()
+        y = theirs(x)
+        return [each.detach().double().numpy() for each in (y, torch.autograd.grad(y.sum(), x)[0])]
+
+    x = jnp.asarray(low.float().numpy(), jnp.bfloat16)
+    found = (ours(x), jax.grad(lambda x: ours(x).astype(jnp.float32).sum())(x))
+    for own, exact, half in zip(found, value_and_gradient(low.double()), value_and_gradient(low), strict=True):
+        assert own.dtype == jnp.bfloat16
+        error, their_error = (np.abs(np.asarray(each, np.float64) - exact) for each in (own, half))
+        assert np.all(error <= 2**-8 * np.abs(exact) + 1e-6)
+        assert error.mean() <= 1.001 * their_error.mean()

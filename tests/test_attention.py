@@ -1,6 +1,7 @@
 """Attention is PyTorch's scaled_dot_product_attention, in one piece and in chunks."""
 
 import re
+import types
 from functools import partial
 
 import jax
@@ -11,7 +12,6 @@ import torch
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental.pallas import tpu as pltpu
 
-from ti_jax.models import attention
 from ti_jax.models.attention import CPU_QUERY_CHUNK, dot_product_attention, flash_attention
 
 LONG = CPU_QUERY_CHUNK + 37  # in two chunks on CPU, the last not full
@@ -118,13 +118,15 @@ def test_kernels_are_for_long_self_attention_on_tpu(length, key_length, causal, 
     [(4096, 4096, 40, "bfloat16", 9, 2), (256, 256, 160, "bfloat16", 9, 2), (256, 256, 160, "bfloat16", 8, 0),
      (1024, 1024, 80, "bfloat16", 8, 2), (4096, 77, 40, "bfloat16", 9, 0), (64, 64, 160, "bfloat16", 9, 0),
      (4096, 4096, 40, "float32", 9, 0), (4096, 4096, 512, "bfloat16", 9, 0), (4096, 4096, 42, "bfloat16", 9, 0),
-     (4096, 4096, 40, "bfloat16", 7, 0)],
+     (4096, 4096, 40, "bfloat16", 7, 0), (4096, 4096, 128, "bfloat16", 10, 2), (256, 256, 160, "bfloat16", 10, 0),
+     (256, 256, 160, "bfloat16", 12, 0), (4096, 4096, 40, "bfloat16", 99, 0)],
 )  # fmt: skip
 def test_kernels_of_cudnn_are_for_long_attention_in_half_precision(
     length, key_length, head, dtype, compute_capability, kernels, monkeypatch
 ):
     """One forward, one backward. What JAX asks of a GPU is answered here; what its kernels take it checks itself."""
-    monkeypatch.setattr(attention, "_compute_capability", lambda: compute_capability)
+    device = types.SimpleNamespace(platform="gpu", compute_capability=f"{compute_capability}.0")
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(
         fused_attention_stablehlo, "check_compute_capability", lambda least: compute_capability >= float(least)

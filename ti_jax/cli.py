@@ -16,6 +16,7 @@ from . import __version__
 from .config import EvaluateConfig, InferConfig, PlanConfig, TrainConfig, resolve, resolve_evaluate, resolve_infer
 from .config_yaml import nearest
 from .errors import InputError, OutOfStep
+from .startup import avoid_missing_tpu
 
 TRAIN_EXAMPLES = """\
 examples:
@@ -108,6 +109,7 @@ def _run(argv: Sequence[str], prog: str) -> int:
     if command not in COMMANDS:
         remedy = nearest(command, COMMANDS, "did you mean {}?", f"known are {', '.join(COMMANDS)}")
         raise InputError(f"unknown command {command!r}; {remedy}")
+    avoid_missing_tpu()
     run, _ = COMMANDS[command]
     return run(args, prog if prog.endswith(".py") else f"{prog} {command}")
 

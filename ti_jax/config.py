@@ -78,7 +78,8 @@ class TrainConfig:
     (noise), but an SD2.x file must be told."""
     mixed_precision: Literal["no", "bf16"] | None = None
     """Precision of the frozen weights and their activations; rows, loss and optimizer are always float32. Left out:
-    bf16 on TPU and GPU, no (float32) on CPU, where bf16 is faster if the CPU has AVX512_BF16."""
+    bf16 on TPU and on GPUs that have it (NVIDIA's from Ampere on), else no (float32, and no TF32); on a CPU with
+    AVX512_BF16, too, bf16 is faster."""
 
     # -- the pictures and the word
     train_data_dir: str | None = input_path()
@@ -252,7 +253,7 @@ class InferConfig:
     """What the UNet predicts, for a single checkpoint that does not say it. Left out: what the model says; else epsilon
     (noise), but an SD2.x file must be told."""
     mixed_precision: Literal["no", "bf16"] | None = None
-    """Precision of the weights and activations. Left out: bf16 on TPU and GPU, no (float32) on CPU."""
+    """Precision of the weights and activations. Left out: bf16 on TPU and on GPUs that have it, else no (float32)."""
 
     # -- the pictures
     negative_prompt: str | None = None
@@ -310,7 +311,7 @@ class EvaluateConfig:
     """What the UNet predicts, for a single checkpoint that does not say it. Left out: what the model says; else epsilon
     (noise), but an SD2.x file must be told."""
     mixed_precision: Literal["no", "bf16"] | None = None
-    """Precision of the weights and activations. Left out: bf16 on TPU and GPU, no (float32) on CPU."""
+    """Precision of the weights and activations. Left out: bf16 on TPU and on GPUs that have it, else no (float32)."""
 
     # -- the pictures
     num_inference_steps: int | None = None

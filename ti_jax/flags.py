@@ -26,7 +26,7 @@ Config = TypeVar("Config")
 
 # Flags of diffusers' textual_inversion.py that have no counterpart, and why.
 NO_COUNTERPART = {
-    "allow_tf32": "the frozen weights are in bf16 on a GPU, where TF32 changes nothing",
+    "allow_tf32": "bf16, the default on a GPU that has it, is faster than TF32; --mixed_precision no is float32",
     "dataloader_num_workers": "the few pictures lie on the device, so there is no data loader",
     "enable_xformers_memory_efficient_attention": "XLA compiles the attention; --gradient_checkpointing saves memory",
     "local_rank": "JAX finds the devices by itself",

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
-from .diffusion.schedule import NoiseSchedule
 from .models.clip_text import CLIPTextConfig, CLIPTextModel
+from .models.products import exact_products
 from .models.unet import UNet2DConditionModel, UNetConfig
 from .models.vae import AutoencoderKL, VAEConfig
 from .models.vae_tiles import decode_in_tiles
@@ -22,9 +21,10 @@ from .weights.sources import TEXT_ENCODERS
 Params = Mapping[str, Any]
 
 
-def _apply(module: nn.Module, params: Any, *args: Any, **keywords: Any) -> Any:
+def _apply(module: Any, params: Any, *args: Any, **keywords: Any) -> Any:
     """The module as a function; Flax types its result as a tuple that only mutable collections would make it."""
-    return module.apply({"params": params}, *args, **keywords)
+    with exact_products(module.dtype):
+        return module.apply({"params": params}, *args, **keywords)
 
 
 class Condition(NamedTuple):
@@ -45,7 +45,11 @@ class Networks:
     text_encoders: tuple[tuple[str, CLIPTextModel], ...]
     unet: UNet2DConditionModel
     vae: AutoencoderKL
-    prediction_type: str = "epsilon"
+
+    @property
+    def dtype(self) -> Any:
+        """Of weights and activations."""
+        return self.unet.dtype
 
     @property
     def latent_factor(self) -> int:
@@ -100,7 +104,7 @@ class Networks:
     def predict_noise(
         self, params: Params, latents: jax.Array, timesteps: jax.Array, condition: Condition
     ) -> jax.Array:
-        """The UNet's raw output (noise, velocity or sample: see ``prediction_type``): [B, h, w, c] -> [B, h, w, c]."""
+        """The UNet's raw output (noise, velocity or sample: see `NoiseSchedule`): [B, h, w, c] -> [B, h, w, c]."""
         added_cond = None
         if condition.pooled is not None:
             time_ids = condition.time_ids
@@ -144,7 +148,7 @@ def make_networks(configs: Mapping[str, Mapping[str, Any]], dtype: Any) -> Netwo
     """The modules of a model, from the contents of its components' ``config.json`` files.
 
     Args:
-      configs: by component; ``scheduler`` has the contents of ``scheduler_config.json``.
+      configs: by component.
       dtype: of weights and activations.
 
     Raises:
@@ -158,7 +162,6 @@ def make_networks(configs: Mapping[str, Mapping[str, Any]], dtype: Any) -> Netwo
         ),
         unet=UNet2DConditionModel(UNetConfig.from_dict(configs["unet"]), dtype),
         vae=AutoencoderKL(VAEConfig.from_dict(configs["vae"]), dtype),
-        prediction_type=NoiseSchedule.from_config(configs["scheduler"]).prediction_type,
     )
 
 

@@ -21,6 +21,7 @@ from .diffusion.schedule import NoiseSchedule
 from .embeddings import Embedding, check_fits
 from .errors import InputError
 from .networks import Condition, Networks, Params, make_networks, network_shapes
+from .ops.platform import Platform
 from .weights.hub import resolve
 from .weights.identity import Identity
 from .weights.sources import open_source
@@ -104,7 +105,8 @@ class StableDiffusion:
         (`ti_jax.weights.single_file`).
 
         Args:
-          dtype: of the frozen weights and activations. ``None``: bfloat16 on TPU and GPU, float32 on CPU.
+          dtype: of the frozen weights and activations. ``None``: `Platform.dtype`, bfloat16 on a
+            TPU and on a GPU that has it, else float32.
           revision, variant: as in diffusers, for folders and repositories.
           prediction_type: ``epsilon`` or ``v_prediction``, for a single file that does not say what it predicts.
 
@@ -113,7 +115,7 @@ class StableDiffusion:
             not match the configuration.
         """
         if dtype is None:
-            dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+            dtype = Platform.of(jax.local_devices()[0]).dtype
         path = resolve(None if path_or_hub_id is None else str(path_or_hub_id), revision, variant)
         with open_source(path, variant, prediction_type) as source:
             networks = make_networks(source.configs, dtype)

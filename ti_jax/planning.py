@@ -24,6 +24,7 @@ from .diffusion.schedule import NoiseSchedule
 from .errors import InputError
 from .machine import SPARE, free_memory
 from .networks import Condition, make_networks, network_shapes
+from .ops.platform import Platform
 from .training.fitting import StepBuilder, compile_fitting
 from .training.optimizer import make_optimizer
 from .training.parallel import make_mesh
@@ -148,8 +149,8 @@ def plan(config: PlanConfig) -> Plan:
     """
     config = resolve_plan(config)
     devices = _devices(config.topology)
-    bf16 = devices[0].platform != "cpu" if config.mixed_precision is None else config.mixed_precision == "bf16"
-    planner = Planner(config, jnp.bfloat16 if bf16 else jnp.float32, devices)
+    dtypes = {None: Platform.of(devices[0]).dtype, "no": jnp.float32, "bf16": jnp.bfloat16}
+    planner = Planner(config, dtypes[config.mixed_precision], devices)
     assert config.train_batch_size is not None, "the config is resolved"
     found = planner.at(config.train_batch_size)
     if found is None:

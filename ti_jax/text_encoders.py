@@ -17,6 +17,7 @@ from .embeddings.embedding import Embedding, check_fits
 from .embeddings.inspect import Vocabulary
 from .errors import InputError
 from .models.clip_text import CLIPTextConfig, CLIPTextModel
+from .models.products import exact_products
 from .weights.hub import resolve
 from .weights.identity import Identity
 from .weights.load import param_shapes
@@ -30,7 +31,8 @@ BATCH = 8  # prompts encoded at once; a fixed number, so that one program serves
 
 @partial(jax.jit, static_argnums=0)
 def _encode(module: CLIPTextModel, params: Any, ids: jax.Array, rows: jax.Array) -> Any:
-    return module.apply({"params": params}, ids, rows)
+    with exact_products(module.dtype):
+        return module.apply({"params": params}, ids, rows)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from ..batches import in_batches
 from ..errors import InputError
 from ..models.clip_text import CLIPTextConfig
 from ..models.clip_vision import CLIPModel, CLIPVisionConfig
+from ..models.products import exact_products
 from ..weights.config_files import read_json
 from ..weights.load import load_component, param_shapes
 from ..weights.tokenizers import load_tokenizer
@@ -32,7 +33,8 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _run(model: CLIPModel, method: str, params: Any, inputs: Any) -> Any:
-    return model.apply({"params": params}, inputs, method=method)
+    with exact_products(model.dtype):
+        return model.apply({"params": params}, inputs, method=method)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from safetensors.numpy import load_file, save_file
 from ..batches import in_batches
 from ..errors import InputError
 from ..models.layers import Conv2d, GroupNorm
+from ..models.products import exact_products
 
 Tree = Mapping[str, Any]
 
@@ -108,7 +109,8 @@ def split_logits(config: JudgeConfig, logits: jax.Array) -> dict[str, jax.Array]
 def _read(config: JudgeConfig, params: Tree, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Logits of all attributes, and the features that they are read from."""
     # Flax types the result as a tuple that only mutable collections would make it.
-    answer: Any = JudgeNetwork(config).apply({"params": params}, pixels)
+    with exact_products(jnp.float32):
+        answer: Any = JudgeNetwork(config).apply({"params": params}, pixels)
     return answer[0], answer[1][-1]
 
 

@@ -18,6 +18,7 @@ from ti_jax.models.activations import gelu
 from ti_jax.models.checkpointing import checkpointed
 from ti_jax.models.layers import NO_PADDING, Conv2d, Dense, GroupNorm
 from ti_jax.models.products import float32_product
+from ti_jax.ops.platform import Platform
 
 # XLA on CPU makes whole score matrices, which leave the cache beyond about CPU_WHOLE_SCORES queries and keys. By
 # CPU_QUERY_CHUNK queries at a time, attention and its gradient took half the time at 1024 tokens, a quarter at 4096.
@@ -32,8 +33,9 @@ TPU_LARGEST_HEAD = 256
 
 # On an NVIDIA GPU cuDNN's kernels take over from so many queries and keys on; below, scores cost little.
 CUDA_LONG = 256
-# The longest heads that cuDNN takes, by the GPU's compute capability: from it on, until the next.
-CUDA_LARGEST_HEAD = {8: 128, 9: 256}
+# The longest heads that cuDNN takes, forward and backward, by the GPU's compute capability. Only what is known: other
+# GPUs get XLA's form. (JAX takes 256 for right on every GPU since Hopper, cuDNN's own table for Blackwell has 128.)
+CUDA_LARGEST_HEAD = {8: 128, 9: 256, 10: 128, 12: 128}
 
 
 def dot_product_attention(query: jax.Array, key: jax.Array, value: jax.Array, causal: bool = False) -> jax.Array:
@@ -55,22 +57,14 @@ def dot_product_attention(query: jax.Array, key: jax.Array, value: jax.Array, ca
         "cpu": partial(_attention_in_matrices, causal=causal) if small else _attention_in_chunks,
         "tpu": whole if causal or not _suits_flash_attention(query, key) else flash_attention,
     }
-    if not causal and _suits_cudnn(query, key, _compute_capability()):
+    if not causal and _suits_cudnn(query, key, Platform.of(jax.local_devices()[0]).compute_capability):
         forms["cuda"] = cudnn_attention
     return jax.lax.platform_dependent(query, key, value, **forms, default=whole)
 
 
-def _compute_capability() -> int:
-    """Of this machine's NVIDIA GPU, its first digit: 8 for Ampere and Ada, 9 for Hopper; 0 where there is none."""
-    device = jax.local_devices()[0]
-    if device.platform != "gpu" or "cuda" not in device.client.platform_version.lower():
-        return 0
-    return int(device.compute_capability.split(".")[0])
-
-
 def _suits_cudnn(query: jax.Array, key: jax.Array, compute_capability: int) -> bool:
     # JAX does not trace these kernels on a machine without cuDNN, nor for what they do not take.
-    largest = max((head for since, head in CUDA_LARGEST_HEAD.items() if compute_capability >= since), default=0)
+    largest = CUDA_LARGEST_HEAD.get(compute_capability, 0)
     half = query.dtype in (jnp.bfloat16, jnp.float16)
     long = min(query.shape[1], key.shape[1]) >= CUDA_LONG
     return half and long and query.shape[3] % 8 == 0 and query.shape[3] <= largest

@@ -11,15 +11,9 @@ from typing import Any, Protocol
 import jax
 from flax import linen as nn
 
-from ti_jax.models.activations import gelu
+from ti_jax.models.activations import gelu, quick_gelu
 from ti_jax.models.attention import as_rows, dot_product_attention
 from ti_jax.models.layers import Dense
-
-
-def quick_gelu(x: jax.Array) -> jax.Array:
-    """``x sigmoid(1.702 x)``, OpenAI's approximation of GELU, with which SD1's encoder was trained."""
-    return x * nn.sigmoid(1.702 * x)
-
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"quick_gelu": quick_gelu, "gelu": gelu}
 

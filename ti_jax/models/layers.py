@@ -13,17 +13,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from ti_jax.models.activations import silu
 from ti_jax.models.checkpointing import product
 from ti_jax.models.convolution import Padding, conv2d
 from ti_jax.models.products import dot_general
 
 SAME_3X3: Padding = ((1, 1), (1, 1))
 NO_PADDING: Padding = ((0, 0), (0, 0))
-
-
-def silu(x: jax.Array) -> jax.Array:
-    """``x sigmoid(x)``, float32 up to the one rounding to the dtype of `x`, as PyTorch does within its own."""
-    return nn.silu(x.astype(jnp.float32)).astype(x.dtype)
 
 
 class Conv2d(nn.Module):

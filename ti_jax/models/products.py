@@ -9,6 +9,7 @@ XLA computes in float32, so that one of the two is turned first.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import jax
@@ -28,6 +29,14 @@ def dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, precisi
     if dimension_numbers != (((x.ndim - 1,), (0,)), ((), ())) or precision is not None:
         raise ValueError(f"dot_general: {dimension_numbers} with precision {precision} is not x @ kernel")
     return matmul(x, kernel)
+
+
+def exact_products(dtype: Any) -> contextlib.AbstractContextManager[None]:
+    """While tracing what computes in `dtype`: products of float32 numbers have float32's precision.
+
+    Left alone, a TPU multiplies float32 numbers as bfloat16, and an NVIDIA GPU since Ampere as TF32.
+    """
+    return jax.default_matmul_precision("highest") if dtype == jnp.float32 else contextlib.nullcontext()
 
 
 def float32_product(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:

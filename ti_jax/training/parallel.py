@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,8 +19,19 @@ AXIS = "data"
 
 # By itself XLA orders a program for the CPU so that much could run at once, and all that is ready early lies in memory
 # until it is needed: turned kernels, and the very activations that gradient checkpointing computes late. In the order
-# that takes least memory a step is as fast, since each product has all cores already.
+# that takes least memory a step is as fast, since each product has all cores already. The option is XLA's own affair:
+# a version that does not know it refuses to compile anything with it.
 CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+
+
+@functools.cache
+def cpu_options() -> dict[str, str] | None:
+    """`CPU_OPTIONS`, if this version of XLA knows them."""
+    try:
+        jax.jit(jnp.negative, compiler_options=CPU_OPTIONS).lower(0.0).compile()
+    except jax.errors.JaxRuntimeError:
+        return None
+    return CPU_OPTIONS
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -96,4 +108,4 @@ def make_run_steps(
 
     mapped = jax.shard_map(run_steps, mesh=mesh, in_specs=(P(), P(), P()), out_specs=(P(), P()), check_vma=False)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return jax.jit(mapped, donate_argnums=1, compiler_options=CPU_OPTIONS if on_cpu else None)
+    return jax.jit(mapped, donate_argnums=1, compiler_options=cpu_options() if on_cpu else None)

@@ -15,6 +15,7 @@ import optax
 from jax import lax
 
 from ..diffusion.schedule import NoiseSchedule, add_noise, training_target
+from ..models.products import exact_products
 from ..networks import Condition, Networks
 
 Rows = dict[str, jax.Array]
@@ -179,7 +180,8 @@ def make_train_step(
             condition = encode_once(networks, frozen, rows, batch, num_devices if shared_memory else 1, axis_name)
             return diffusion_loss(networks, frozen, rows, batch, condition)
 
-        return jax.value_and_grad(loss)(state.rows)
+        with exact_products(networks.dtype):  # of the backward pass, too
+            return jax.value_and_grad(loss)(state.rows)
 
     def train_step(frozen: Frozen, state: TrainState) -> tuple[TrainState, jax.Array]:
         if accumulation == 1:

@@ -1,0 +1,68 @@
+"""Where libtpu is installed and no TPU is there, JAX does not look for one, which it would do in lines of errors."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ti_jax import startup
+
+
+@pytest.fixture
+def libtpu(tmp_path, monkeypatch):
+    """A folder with a package of that name, on this process' path."""
+    (tmp_path / "libtpu").mkdir()
+    (tmp_path / "libtpu" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setattr(startup, "_has_tpu", lambda: False)
+    monkeypatch.setattr(startup.importlib.metadata, "entry_points", lambda group: [])
+    return tmp_path
+
+
+def platforms():
+    startup.avoid_missing_tpu()
+    return os.environ.get("JAX_PLATFORMS")
+
+
+def test_a_tpu_that_is_not_there(libtpu):
+    assert platforms() == "cpu"
+
+
+def test_a_tpu_that_is_there(libtpu, monkeypatch):
+    monkeypatch.setattr(startup, "_has_tpu", lambda: True)
+    assert platforms() is None
+
+
+def test_what_the_user_asks_for_stays(libtpu, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "")
+    assert platforms() == ""
+
+
+def test_another_accelerator_is_still_found(libtpu):
+    (libtpu / "jax_plugins").mkdir()
+    assert platforms() is None
+
+
+def test_without_libtpu_nothing_is_done(libtpu):
+    (libtpu / "libtpu" / "__init__.py").unlink()
+    (libtpu / "libtpu").rmdir()
+    if startup._installed("libtpu"):
+        pytest.skip("libtpu is installed here")
+    assert platforms() is None
+
+
+def test_commands_do_it_before_jax_starts(libtpu):
+    program = (
+        "import os, sys; from ti_jax.cli import main\n"
+        "main(['embedding', 'inspect', 'nothing.safetensors'])\n"
+        "print(os.environ.get('JAX_PLATFORMS'))"
+    )
+    path = os.pathsep.join([str(libtpu), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    expected = "None" if startup._installed("jax_plugins") else "cpu"
+    assert done.stdout.split()[-1] == expected, done.stderr

@@ -1,0 +1,33 @@
+"""What has to be settled before JAX starts."""
+
+from __future__ import annotations
+
+import glob
+import importlib.metadata
+import importlib.util
+import os
+from pathlib import Path
+
+GOOGLE = "0x1ae0"  # the vendor of a TPU's PCI device
+
+
+def avoid_missing_tpu() -> None:
+    """Keep JAX from looking for a TPU where libtpu is installed (for ``ti-jax plan``) and no TPU is there.
+
+    It would print half a dozen lines of errors first. Nothing is done where JAX_PLATFORMS is set, nor where a plugin
+    for another accelerator is installed. For programs, before they import JAX.
+    """
+    if "JAX_PLATFORMS" in os.environ or not _installed("libtpu") or _has_tpu():
+        return
+    if not _installed("jax_plugins") and not any(importlib.metadata.entry_points(group="jax_plugins")):
+        os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _has_tpu() -> bool:
+    if glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"):
+        return True
+    return any(Path(vendor).read_text().strip() == GOOGLE for vendor in glob.glob("/sys/bus/pci/devices/*/vendor"))

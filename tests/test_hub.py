@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,8 @@ class Hub(http.server.ThreadingHTTPServer):
         self.index: dict = INDEX
         self.gated: set[str] = set()
         self.down = False
+        self.tokens: set[str] = set()  # that open the gated repositories
+        self.failing: Callable[[HubHandler], None] | None = None  # answers in place of the hub
         self.requests: list[str] = []
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -82,6 +85,8 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         self.answer()
 
     def answer(self):
+        if self.server.failing:
+            return self.server.failing(self)
         hub, path = self.server, self.path.split("?")[0].strip("/")
         is_api = path.startswith("api/models/")
         owner, name, *rest = path.removeprefix("api/models/").split("/")
@@ -101,7 +106,7 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         if is_api:
             info = {"id": repository, "sha": commit, "siblings": [{"rfilename": file} for file in files]}
             return self.send(200, json.dumps(info | {"private": False, "tags": [], "downloads": 0}).encode())
-        if repository in hub.gated:
+        if repository in hub.gated and self.headers.get("authorization") not in hub.tokens:
             return self.send(403, b"{}", {"X-Error-Code": "GatedRepo"})
         content = self.content("/".join(rest[2:]))
         return self.send(200, content, {"ETag": f'"{hash(content):x}"', "X-Repo-Commit": commit})
@@ -354,6 +359,158 @@ def test_a_cache_that_is_not_complete(run, tmp_path, lost):
     (snapshot / lost).unlink()
     said = run("owner/sd", HF_HUB_OFFLINE="1")
     assert said.startswith("InputError: ") and Path(lost).parent.name in said
+
+
+# -- a hub that fails, or something else in its place
+
+
+def page(handler):
+    """The login page of a hotel's network."""
+    handler.send(200, b"<html>log in</html>", {"Content-Type": "text/html"})
+
+
+def redirect(handler):
+    if handler.path == "/login.html":
+        return page(handler)
+    handler.send(302, b"", {"Location": "/login.html"})
+
+
+def half(handler):
+    handler.send(200, b'{"id": "owner/sd", "sha"', {"Content-Length": "4000"})
+    handler.close_connection = True
+
+
+def silence(handler):
+    time.sleep(6)
+
+
+def status(number, headers=None):
+    return lambda handler: handler.send(number, b"{}", headers)
+
+
+# What answers -> what is said.
+FAILING = {
+    "page": (page, "does not answer as the hub does"),
+    "redirect": (redirect, "does not answer as the hub does"),
+    "other json": (lambda handler: handler.send(200, b"[1]"), "does not answer as the hub does"),
+    "no fields": (lambda handler: handler.send(200, b"{}"), "does not answer as the hub does"),
+    "circle": (lambda handler: handler.send(302, b"", {"Location": handler.path}), "the hub cannot be reached"),
+    "cut": (half, "the hub cannot be reached"),
+    "silence": (silence, "the hub cannot be reached"),
+    "401": (status(401, {"X-Error-Message": "Invalid user token"}), "the hub refuses access"),
+    "403": (status(403), "the hub refuses access"),
+    "gated": (status(403, {"X-Error-Code": "GatedRepo"}), "gated; accept its conditions"),
+    "429": (status(429), "too many requests for the hub"),
+    "500": (status(500), "the hub cannot be reached"),
+}
+
+
+@pytest.fixture
+def run_both(hub, tmp_path):
+    """As `run`, with what is said on stderr."""
+
+    def resolve_there(**environment: str) -> tuple[str, str]:
+        environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "NO_PROXY": "*"} | environment
+        environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_ETAG_TIMEOUT": "3"}
+        command = [sys.executable, "-c", SCRIPT, "owner/sd"]
+        done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip(), done.stderr.strip()
+
+    return resolve_there
+
+
+@pytest.mark.parametrize("kind", FAILING)
+def test_a_hub_that_fails(hub, run_both, tmp_path, kind):
+    hub.failing, said = FAILING[kind]
+    out, err = run_both()
+    assert out.startswith("InputError: owner/sd: ") and said in out and "\n" not in out and not err
+    assert out.count("; ") >= 1, "a remedy"
+    snapshot = cache_entry(tmp_path / "cache", [*READ, *SAFETENSORS])
+    out, err = run_both()
+    assert out == str(snapshot)
+    assert err.startswith("owner/sd: ") and err.endswith("going on with the copy in the cache") and "\n" not in err
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"ALL_PROXY": "socks5://127.0.0.1:1"},  # the package for it may be there or not
+        {"ALL_PROXY": "nonsense://127.0.0.1:1"},
+        {"ALL_PROXY": "http://127.0.0.1:1"},
+        {"HF_ENDPOINT": "no-scheme"},
+    ],
+)
+def test_a_proxy_that_does_not_work(hub, run_both, tmp_path, environment):
+    hub.repositories["owner/sd"] = [*READ, *SAFETENSORS]
+    environment = {"NO_PROXY": "", "no_proxy": "", **environment}
+    out, err = run_both(**environment)
+    assert out.startswith("InputError: owner/sd: no such folder, not in the hub's cache either, and ") and not err
+    snapshot = cache_entry(tmp_path / "cache", [*READ, *SAFETENSORS])
+    out, err = run_both(**environment)
+    assert out == str(snapshot)
+    assert err.endswith("going on with the copy in the cache") and "\n" not in err
+
+
+def test_a_mirror_whose_files_are_pages(hub, run_both):
+    """It knows the repository, and every file of it is a login page."""
+    hub.repositories["owner/sd"] = [*READ, *SAFETENSORS]
+    hub.content = lambda file: b"<html>"
+
+    class Pages(HubHandler):
+        def send(self, number, content, headers=None):
+            if "/resolve/" in self.path:
+                content, headers = b"<html>", None
+            super().send(number, content, headers)
+
+    hub.RequestHandlerClass = Pages
+    out, _ = run_both()
+    assert out.startswith("InputError: owner/sd: ") and "\n" not in out
+
+
+def test_a_token_opens_a_gated_repository(hub, run):
+    hub.repositories["owner/sd"] = [*READ, *SAFETENSORS]
+    hub.gated.add("owner/sd")
+    hub.tokens.add("Bearer hf_right")
+    assert "gated; accept its conditions" in run("owner/sd", token="hf_wrong")
+    assert "HF_TOKEN; train.py also takes --hub_token" in run("owner/sd")
+    assert COMMIT in run("owner/sd", token="hf_right")
+
+
+def test_the_token_of_a_run_reaches_the_hub(hub, pictures, tmp_path):
+    """A gated model: --hub_token gets past the gate (to files that are no model, which ends it)."""
+    hub.repositories["owner/sd"] = [*READ, *SAFETENSORS]
+    hub.gated.add("owner/sd")
+    hub.tokens.add("Bearer hf_right")
+    environment = {"HF_ENDPOINT": hub.url, "NO_PROXY": "*"}
+    flags = ["--pretrained_model_name_or_path", "owner/sd", "--output_dir", str(tmp_path / "out")]
+    flags += ["--train_data_dir", str(pictures), "--placeholder_token", "<new>", "--initializer_token", "toy"]
+    for command in ("train", "plan"):
+        for token, opens in (("hf_wrong", False), ("hf_right", True)):
+            done = subprocess.run(
+                [sys.executable, "-m", "ti_jax", command, *flags, "--hub_token", token],
+                env=os.environ | environment | {"HF_HOME": str(tmp_path / command / token)},
+                capture_output=True, text=True,
+            )  # fmt: skip
+            assert opens or done.returncode == 2
+            assert ("gated; accept" not in done.stderr) == opens
+
+
+def test_a_pipeline_with_code_of_its_own(tmp_path):
+    """diffusers saves the class of such a pipeline as [module, class]."""
+    for class_name, read in (
+        (["pipeline_custom", "StableDiffusionPipeline"], True),
+        (["pipeline_custom", "MyPipeline"], False),
+        (["StableDiffusionPipeline"], False),
+        ({"a": "b"}, False),
+        ([["StableDiffusionPipeline"], []], False),
+    ):
+        (tmp_path / "model_index.json").write_text(json.dumps(INDEX | {"_class_name": class_name}))
+        if read:
+            assert resolve(str(tmp_path)) == tmp_path
+        else:
+            with pytest.raises(InputError, match="which ti_jax does not read"):
+                resolve(str(tmp_path))
 
 
 def test_no_network_is_noticed_soon(run):

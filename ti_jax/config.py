@@ -215,7 +215,8 @@ class TrainConfig:
     hub_model_id: str | None = None
     """Hub repository to push to. Left out: the name of --output_dir."""
     hub_token: str | None = dataclasses.field(default=None, repr=False, metadata={"secret": True})
-    """Token for the hub. Left out: the one that `hf auth login` has stored."""
+    """Token for the hub: to push, and to download a gated model. Left out: HF_TOKEN, or the one that `hf auth login`
+    has stored."""
 
 
 @dataclass(frozen=True)

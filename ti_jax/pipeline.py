@@ -98,6 +98,7 @@ class StableDiffusion:
         revision: str | None = None,
         variant: str | None = None,
         prediction_type: str | None = None,
+        token: str | None = None,
     ) -> StableDiffusion:
         """Read a diffusers folder, hub repository or single-file checkpoint; ``None`` is the embedded default.
 
@@ -109,6 +110,7 @@ class StableDiffusion:
             TPU and on a GPU that has it, else float32.
           revision, variant: as in diffusers, for folders and repositories.
           prediction_type: ``epsilon`` or ``v_prediction``, for a single file that does not say what it predicts.
+          token: for gated repositories of the hub. ``None``: HF_TOKEN, or the one that ``hf auth login`` has stored.
 
         Raises:
           InputError: no such model, a file that cannot be read, an option that is not implemented, or weights that do
@@ -116,7 +118,7 @@ class StableDiffusion:
         """
         if dtype is None:
             dtype = Platform.of(jax.local_devices()[0]).dtype
-        path = resolve(None if path_or_hub_id is None else str(path_or_hub_id), revision, variant)
+        path = resolve(None if path_or_hub_id is None else str(path_or_hub_id), revision, variant, token)
         with open_source(path, variant, prediction_type) as source:
             networks = make_networks(source.configs, dtype)
             schedule = NoiseSchedule.from_config(source.configs["scheduler"])
@@ -154,6 +156,7 @@ class StableDiffusion:
             revision=config.revision,
             variant=config.variant,
             prediction_type=config.prediction_type,
+            token=config.hub_token if isinstance(config, TrainConfig) else None,
         )
 
     # -- sizes

@@ -339,7 +339,7 @@ def _configs(config: PlanConfig) -> Mapping[str, Mapping[str, Any]]:
     name = config.pretrained_model_name_or_path
     if name is not None and name in PUBLISHED:
         return PUBLISHED[name]
-    path = resolve_model(name, config.revision, config.variant)
+    path = resolve_model(name, config.revision, config.variant, config.hub_token)
     with open_source(path, config.variant, config.prediction_type) as source:
         return source.configs
 

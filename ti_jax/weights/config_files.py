@@ -57,7 +57,10 @@ def pipeline_components(index: Mapping[str, Any], where: object) -> tuple[str, .
       InputError: the pipeline (named `where`) is not a text-to-image Stable Diffusion, or lacks a component.
     """
     pipeline = index.get("_class_name")
-    if pipeline not in PIPELINES:
+    if isinstance(pipeline, list) and len(pipeline) == 2:
+        # Of a pipeline with code of its own diffusers saves the module's name too: ["pipeline_custom", class].
+        pipeline = pipeline[1]
+    if not isinstance(pipeline, str) or pipeline not in PIPELINES:
         raise InputError(f"{where}: a {pipeline}, which ti_jax does not read; it reads {' and '.join(PIPELINES)}")
     components = PIPELINES[pipeline]
     missing = [name for name in components if not isinstance(index.get(name), list) or None in index[name]]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from ti_jax.config import ASSETS
 from ti_jax.errors import InputError, one_line
+from ti_jax.files import disk_fault
 from ti_jax.weights.config_files import MODEL_INDEX, config_name, pipeline_components, read_component_config, read_json
 from ti_jax.weights.files import choose_file, weight_files
 from ti_jax.weights.tokenizers import TOKENIZER_FILES
@@ -26,15 +29,15 @@ def resolve(
     """Local diffusers folder or single-file checkpoint of a model, downloaded first if it is on the Hugging Face Hub.
 
     Of a hub repository only what ti_jax reads comes down: the components' configurations, tokenizers, and one set of
-    weight files, safetensors if there are any. It stays in the hub's cache, and is found there without network
-    (``HF_HUB_OFFLINE=1``, or none to be had).
+    weight files, safetensors if there are any. It stays in the hub's cache, and is used from there where the hub cannot
+    be asked (``HF_HUB_OFFLINE=1``, no network, a proxy or a login page in between).
 
     Args:
       path_or_hub_id: a folder or a file; else a hub id (``stable-diffusion-v1-5/stable-diffusion-v1-5``); None: the
         embedded default.
       revision: branch, tag or commit of the hub repository.
       variant: of the weight files, e.g. ``fp16``.
-      token: for the hub. None: the one that ``hf auth login`` has stored.
+      token: for the hub. None: HF_TOKEN, or the one that ``hf auth login`` has stored.
 
     Raises:
       InputError: nothing there, no access, no network and nothing in the cache, or another kind of model.
@@ -62,60 +65,112 @@ def resolve(
     return download(path_or_hub_id, revision, variant, token)
 
 
+class HubError(Exception):
+    """The hub, or its client on this machine, did not give what was asked for; the cause says why."""
+
+
+class Fault(NamedTuple):
+    """What is wrong with the hub, in words, and what to do; `answered`: it is the hub itself that says so."""
+
+    what: str
+    remedy: str
+    answered: bool = False
+
+
+LOG_IN = "log in with  hf auth login  (or set HF_TOKEN; train.py also takes --hub_token)"
+
+
 def download(repo_id: str, revision: str | None, variant: str | None, token: str | None) -> Path:
-    """Snapshot of a hub repository in the hub's cache; see `resolve`."""
-    from huggingface_hub import HfApi, snapshot_download
+    """Snapshot of a hub repository in the hub's cache; see `resolve`.
+
+    Whatever is wrong with the hub, a complete copy in the cache is used, and a warning says so.
+    """
+    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RevisionNotFoundError
+
+    where = repo_id if revision is None else f"{repo_id} at revision {revision}"
+    try:
+        return from_hub(repo_id, revision, variant, token, where)
+    except HubError as failed:
+        error = failed.__cause__
+        assert error is not None, "it is raised from one"
+        if isinstance(error, HFValidationError):
+            raise InputError(
+                f"{repo_id}: no such folder, and not a hub id either (owner/name); check the path"
+            ) from error
+        if isinstance(error, RevisionNotFoundError):
+            raise InputError(f"{where}: the hub repository has no such branch, tag or commit") from error
+        fault = describe(error, repo_id)
+        if not is_cached(repo_id, revision):
+            absent = "" if fault.answered else "no such folder, not in the hub's cache either, and "
+            raise InputError(f"{where}: {absent}{fault.what}; {fault.remedy}") from error
+        folder = cached(repo_id, revision, variant, where, fault)
+        if not isinstance(error, OfflineModeIsEnabled):  # which the user has asked for
+            logger.warning("%s: %s; going on with the copy in the cache", where, fault.what)
+        return folder
+
+
+def from_hub(repo_id: str, revision: str | None, variant: str | None, token: str | None, where: str) -> Path:
+    """As `download`, from the hub alone: HubError if it does not answer, InputError if it has no model of ours."""
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    def ask(function: Callable[..., Any], **arguments: Any) -> Any:
+        try:
+            return function(repo_id, revision=revision, token=token, **arguments)
+        # Far more than HTTP errors: ImportError of a proxy without its package, KeyError of JSON that is something
+        # else, invalid URLs. None is a fault of ours: the arguments are an id and names of files.
+        except Exception as error:
+            raise HubError from error
+
+    # Not list_repo_files: without network that one tries for half a minute. And by itself this one waits for ever.
+    info = ask(HfApi().model_info, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    names = [file.rfilename for file in info.siblings or ()]
+    if MODEL_INDEX not in names:
+        raise InputError(f"{where}: no {MODEL_INDEX} on the hub, so not a diffusers model; give the id of one")
+    # Alone at first, because it says whether the gigabytes after it are of any use.
+    index = Path(ask(snapshot_download, allow_patterns=[MODEL_INDEX])) / MODEL_INDEX
+    components = pipeline_components(read_json(index), where)
+    return Path(ask(snapshot_download, allow_patterns=wanted(names, components, variant, where)))
+
+
+def describe(error: BaseException, repo_id: str) -> Fault:
+    """What went wrong with the hub, from what its client raised."""
+    from huggingface_hub import constants
     from huggingface_hub.errors import (
+        FileMetadataError,
         GatedRepoError,
         HfHubHTTPError,
-        HFValidationError,
         HTTPError,  # of the HTTP library that huggingface_hub uses
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
-        RevisionNotFoundError,
     )
 
-    where = repo_id if revision is None else f"{repo_id} at revision {revision}"
-
-    def snapshot(patterns: list[str]) -> Path:
-        return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=patterns))
-
-    try:
-        try:
-            # Not list_repo_files: without network that one tries for half a minute.
-            info = HfApi().model_info(repo_id, revision=revision, token=token)
-        except (OfflineModeIsEnabled, HTTPError) as error:
-            if not isinstance(error, HfHubHTTPError) or error.response.status_code >= 500:
-                return cached(repo_id, revision, variant, f"the hub cannot be reached ({one_line(error)})")
-            if isinstance(error, RevisionNotFoundError) or not is_cached(repo_id, revision):
-                raise
-            # Taken down or made private since it was downloaded, as has happened to much used models.
-            logger.warning("%s: the hub has it no more, or not for you; going on with the copy in the cache", where)
-            return cached(repo_id, revision, variant, "the hub has it no more")
-        names = [file.rfilename for file in info.siblings or ()]
-        if MODEL_INDEX not in names:
-            raise InputError(f"{where}: no {MODEL_INDEX} on the hub, so not a diffusers model; give the id of one")
-        # Alone at first, because it says whether the gigabytes behind it are of any use.
-        components = pipeline_components(read_json(snapshot([MODEL_INDEX]) / MODEL_INDEX), where)
-        return snapshot(wanted(names, components, variant, where))
-    except HFValidationError as error:
-        raise InputError(f"{repo_id}: no such folder, and not a hub id either (owner/name); check the path") from error
-    except GatedRepoError as error:
-        raise InputError(
-            f"{where}: gated; accept its conditions at https://huggingface.co/{repo_id} and log in with  hf auth login"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise InputError(
-            f"{repo_id}: no such folder, and no such repository on the hub; check the spelling, and if it is private "
-            "log in with  hf auth login"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise InputError(f"{where}: the hub repository has no such branch, tag or commit") from error
-    except (LocalEntryNotFoundError, HTTPError) as error:
-        raise InputError(f"{where}: the download failed ({one_line(error)}); try again") from error
-    except OSError as error:  # of the disk; the hub's own are above
-        raise InputError(f"{where}: cannot be stored in the hub's cache ({one_line(error)}); see HF_HOME") from error
+    if isinstance(error, GatedRepoError):
+        conditions = f"accept its conditions at https://huggingface.co/{repo_id} and {LOG_IN}"
+        return Fault("gated", conditions, answered=True)
+    if isinstance(error, RepositoryNotFoundError):
+        what = "no such folder, and no such repository on the hub"
+        return Fault(what, f"check the spelling, and if it is private {LOG_IN}", answered=True)
+    said = one_line(error)
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        if status in (401, 403):
+            return Fault(f"the hub refuses access ({said})", f"check the token, or {LOG_IN}", answered=True)
+        if status == 429:
+            return Fault(f"too many requests for the hub ({said})", f"try again later, or {LOG_IN}", answered=True)
+        if status < 500:
+            return Fault(f"the download failed ({said})", "try again", answered=True)
+    if isinstance(error, ImportError):
+        proxies = "install that package, or unset the proxy (ALL_PROXY, HTTPS_PROXY)"
+        return Fault(f"the hub cannot be reached ({said})", proxies)
+    if isinstance(error, FileMetadataError) or not isinstance(error, HTTPError | OSError):
+        what = f"{constants.ENDPOINT} does not answer as the hub does ({said})"
+        return Fault(what, "log in to the network if it has a login page, or check HF_ENDPOINT and the proxy")
+    if isinstance(error, LocalEntryNotFoundError):
+        return Fault(f"the download failed ({said})", "try again", answered=True)
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, OfflineModeIsEnabled):
+        return Fault(f"cannot be stored in the hub's cache ({disk_fault(error)})", "see HF_HOME", answered=True)
+    return Fault(f"the hub cannot be reached ({said})", "check the spelling, or go online")
 
 
 def wanted(names: list[str], components: tuple[str, ...], variant: str | None, where: str) -> list[str]:
@@ -154,8 +209,8 @@ def is_cached(repo_id: str, revision: str | None) -> bool:
     return isinstance(try_to_load_from_cache(repo_id, MODEL_INDEX, revision=revision), str)
 
 
-def cached(repo_id: str, revision: str | None, variant: str | None, reason: str) -> Path:
-    """Complete snapshot of a repository from the hub's cache, the hub being out of reach for the `reason`."""
+def cached(repo_id: str, revision: str | None, variant: str | None, where: str, fault: Fault) -> Path:
+    """Complete snapshot of a repository from the hub's cache; InputError if it is not complete."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -163,12 +218,7 @@ def cached(repo_id: str, revision: str | None, variant: str | None, reason: str)
         folder = Path(
             snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=[MODEL_INDEX])
         )
-    except LocalEntryNotFoundError as error:
-        raise InputError(
-            f"{repo_id}: no such folder, not in the hub's cache either, and {reason}; check the spelling, or go online"
-        ) from error
-    components = pipeline_components(read_component_config(folder, None), repo_id)
-    try:
+        components = pipeline_components(read_component_config(folder, None), repo_id)
         for component in components:
             if component.startswith("tokenizer"):
                 if not (folder / component).is_dir():
@@ -177,6 +227,9 @@ def cached(repo_id: str, revision: str | None, variant: str | None, reason: str)
                 read_component_config(folder, component)
                 if component != "scheduler":
                     weight_files(folder / component, variant)
-    except InputError as error:
-        raise InputError(f"{repo_id}: {reason}, and its copy in the cache is not complete: {error}") from error
+    except (InputError, LocalEntryNotFoundError) as error:
+        lacks = str(error) if isinstance(error, InputError) else one_line(error)
+        raise InputError(
+            f"{where}: {fault.what}, and its copy in the cache is not complete: {lacks}; {fault.remedy}"
+        ) from error
     return folder

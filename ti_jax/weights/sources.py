@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from flax.traverse_util import flatten_dict
 
 from ti_jax.errors import InputError
-from ti_jax.weights.config_files import read_component_config
+from ti_jax.weights.config_files import pipeline_components, read_component_config
 from ti_jax.weights.identity import Identity
 from ti_jax.weights.load import FAULTS, Tree, load_component, plan, read_tree, refuse_faults
 from ti_jax.weights.single_file import Checkpoint, open_checkpoint
@@ -62,7 +62,7 @@ class _Folder(Source):
     def __init__(self, path: Path, variant: str | None) -> None:
         index = read_component_config(path, None)
         self.path, self._variant = path, variant
-        text_encoders = [name for name in TEXT_ENCODERS if (index.get(name) or [None])[0]]
+        text_encoders = [name for name in TEXT_ENCODERS if name in pipeline_components(index, path)]
         components = (*text_encoders, "unet", "vae", "scheduler")
         self.configs = {name: read_component_config(path, name) for name in components}
         self.zeros_for_empty_prompt = bool(index.get("force_zeros_for_empty_prompt", False))

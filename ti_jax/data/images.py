@@ -1,41 +1,26 @@
-"""A folder of pictures as one array, whatever form the files have."""
+"""A folder of pictures as one array, whatever format the files have."""
 
 from __future__ import annotations
 
 import os
-import struct
 import sys
-import warnings
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from ..errors import InputError, one_line
+from ..errors import InputError, listed
+from .formats import format_by_content, format_by_suffix, readable_suffixes, remedy
+from .reading import read_picture
 
 COMMON_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
-# Pillow knows these when it sees them, but has no decoder for them.
-_ONLY_RECOGNISED = {"BUFR", "GRIB", "HDF5", "MPEG"}
-
-# What Pillow's decoders raise on broken files, besides OSError: they are many hands' work, and agree on nothing.
-_BROKEN = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    RuntimeError,
-    AssertionError,
-    struct.error,
-    zlib.error,
-)
+# Shorter side in pixels: with less there is nothing to see in a picture.
+MIN_SIDE = 8
+# Pictures that are enlarged more than this, or of which the square is less than one part in this, are reported.
+MAX_SCALE = 4
 
 
 class Pictures(NamedTuple):
@@ -60,15 +45,6 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def check_resolution(resolution: int) -> None:
-    """Raise `InputError` unless ``resolution`` is a positive multiple of 8, the VAE's pixels to a latent."""
-    if isinstance(resolution, bool) or not isinstance(resolution, int) or resolution < 8 or resolution % 8:
-        near = ""
-        if isinstance(resolution, int) and resolution > 8:
-            near = f", like {resolution // 8 * 8} or {resolution // 8 * 8 + 8}"
-        raise InputError(f"resolution {resolution}: the side in pixels must be a positive multiple of 8{near}")
-
-
 def load_images(
     folder: str | Path,
     resolution: int,
@@ -78,27 +54,36 @@ def load_images(
 ) -> Pictures:
     """Every picture directly in ``folder``, sorted by name, as squares of ``resolution`` pixels.
 
-    Which files: those that are not hidden and whose suffix is one of a form that Pillow reads. Any other file
-    (README.md, captions) and sub-folders are left alone. Of an animation, the first frame is taken; a picture is turned
-    as its EXIF tag says; transparent parts are laid on white; 16-bit grey is scaled to 8 bits.
+    Which files: those that are not hidden and whose suffix is one of a format that Pillow reads; HEIC needs pillow-heif
+    (the extra ``heif``). Pictures of other formats are reported; any other file (README.md, captions) and sub-folders
+    are left alone. How they are read: see `read_picture`.
 
     Args:
+      resolution: a positive multiple of 8, the VAE's pixels to a latent.
       center_crop: the pixel path of diffusers' ``textual_inversion.py`` with ``--center_crop``: the largest centred
         square is cut out, then resized with Pillow's bicubic filter. Otherwise the picture is scaled to cover the
         square, aspect ratio kept, and the overhang cut on both sides alike; down with Lanczos, up with bicubic.
-      skip_bad: go on without files that cannot be read; ``on_skip`` is called with a line on each.
+      skip_bad: go on without files that cannot be used.
+      on_skip: called with a line on each file that is left out, one on all pictures of formats that are not read, one
+        on those that are enlarged a lot, and one on those of which most is cut off.
 
     Raises:
       InputError: no such folder, or it cannot be read; no picture in it; a file that cannot be read, is cut short, is
-        no picture, or has more pixels than twice ``PIL.Image.MAX_IMAGE_PIXELS`` (179 million unless changed), which is
-        found before it is decoded; a resolution that is no positive multiple of 8.
+        no picture, has a side of less than `MIN_SIDE` pixels, or more pixels than twice ``PIL.Image.MAX_IMAGE_PIXELS``
+        (179 million unless changed), which is found before it is decoded.
     """
-    check_resolution(resolution)
     paths = picture_paths(folder)
+    if unread := unread_pictures(folder):
+        on_skip(f"left out: {unread}")
     pixels, names, sizes, offsets = [], [], [], []
     for path in paths:
         try:
             image = read_picture(path)
+            if min(image.size) < MIN_SIDE:
+                raise InputError(
+                    f"{path}: {image.width} x {image.height} pixels: nothing can be learned from a picture with a side "
+                    f"of less than {MIN_SIDE} pixels"
+                )
         except InputError as error:
             if not skip_bad:
                 raise InputError(f"{error}; mend or remove it, or go on without it with --skip_bad_images") from error
@@ -111,8 +96,52 @@ def load_images(
         sizes.append((image.height, image.width))
         offsets.append(offset)
     if not pixels:
-        raise InputError(f"{folder}: not one of its {len(paths)} pictures can be read")
+        raise InputError(f"{folder}: not one of its {len(paths)} pictures can be used")
+    _report_sizes(names, sizes, resolution, on_skip)
     return Pictures(np.stack(pixels), tuple(names), np.array(sizes, np.int32), np.array(offsets, np.int32))
+
+
+def _report_sizes(
+    names: list[str], sizes: list[tuple[int, int]], resolution: int, report: Callable[[str], None]
+) -> None:
+    """A line on the pictures that are too small for ``resolution``, and one on those that are too narrow."""
+    small = [name for name, size in zip(names, sizes, strict=True) if min(size) * MAX_SCALE < resolution]
+    narrow = [name for name, size in zip(names, sizes, strict=True) if min(size) * MAX_SCALE < max(size)]
+    if small:
+        report(
+            f"warning: {_count(small)} enlarged more than {MAX_SCALE} times to {resolution} pixels, and the word "
+            f"learns the blur: {listed(small, 3)}; give larger pictures, or a smaller --resolution"
+        )
+    if narrow:
+        report(
+            f"warning: {_count(narrow)} more than {MAX_SCALE} times as long as wide, and only the square in the middle "
+            f"is used: {listed(narrow, 3)}; crop to the part that matters"
+        )
+
+
+def _count(names: list[str]) -> str:
+    return f"{len(names)} picture is" if len(names) == 1 else f"{len(names)} pictures are"
+
+
+def check_output_apart(train_data_dir: str | Path, output_dir: str | Path) -> None:
+    """Make sure that a run never trains on its own output.
+
+    Raises:
+      InputError: ``output_dir`` is ``train_data_dir`` or inside it, or ``train_data_dir`` is one of the folders that a
+        run writes into ``output_dir`` (``samples``, ``previous-1``, ...). Symbolic links are followed.
+    """
+    data, output = Path(os.path.realpath(train_data_dir)), Path(os.path.realpath(output_dir))
+    if output == data or data in output.parents:
+        raise InputError(
+            f"--output_dir {output_dir}: in the folder of the pictures, --train_data_dir {train_data_dir}, and the "
+            f"next run would train on what this one draws; choose a folder outside it"
+        )
+    inside = data.relative_to(output).parts if output in data.parents else ()
+    if inside and (inside[0] in ("samples", "logs", "checkpoints") or inside[0].startswith("previous-")):
+        raise InputError(
+            f"--train_data_dir {train_data_dir}: a folder that runs write to, in --output_dir {output_dir}; choose "
+            f"another --output_dir"
+        )
 
 
 def as_uint8(pixels: np.ndarray) -> np.ndarray:
@@ -126,17 +155,50 @@ def picture_paths(folder: str | Path) -> list[Path]:
     Raises:
       InputError: no such folder, a file instead of a folder, no permission, or no picture in it.
     """
+    suffixes = readable_suffixes()
+    # A link to nothing is kept, so that reading it fails: it stood for a picture once.
+    paths = [path for path in _files(folder) if path.suffix.lower() in suffixes]
+    if not paths:
+        unread = unread_pictures(folder)
+        raise InputError(
+            f"{folder}: no pictures in this folder; looked for {', '.join(COMMON_SUFFIXES)} and "
+            f"{len(suffixes.difference(COMMON_SUFFIXES))} rarer suffixes, not in sub-folders"
+            + (f". Not read: {unread}" if unread else "")
+        )
+    return paths
+
+
+def unread_pictures(folder: str | Path) -> str | None:
+    """What to say of pictures in ``folder`` that are not read: how many, which, and what to do. None without any.
+
+    They are recognised by their suffix or, if it says nothing, by their first bytes.
+
+    Raises:
+      InputError: as `picture_paths`, but for a folder without pictures.
+    """
+    suffixes = readable_suffixes()
+    found: dict[str, list[str]] = {}
+    for path in _files(folder):
+        if path.suffix.lower() in suffixes:
+            continue
+        name = format_by_suffix(path) or format_by_content(path)
+        if name is not None:
+            found.setdefault(name, []).append(path.name)
+    if not found:
+        return None
+    parts = [f"{len(names)} {name} ({listed(names, 3)}): {remedy(name)}" for name, names in sorted(found.items())]
+    total = sum(map(len, found.values()))
+    return f"{total} of the pictures in {folder}: {'; '.join(parts)}"
+
+
+def _files(folder: str | Path) -> list[Path]:
+    """Files of a folder that are not hidden, and links to nothing, sorted by name."""
     folder = Path(folder)
-    Image.init()
-    forms = Image.OPEN.keys() - _ONLY_RECOGNISED
-    known = {suffix for suffix, form in Image.registered_extensions().items() if form in forms}
     try:
-        # A link to nothing counts: it stood for a picture once, and that is to be told, not passed over.
-        paths = sorted(
+        return sorted(
             Path(entry.path)
             for entry in os.scandir(folder)
-            if Path(entry.name).suffix.lower() in known
-            and not entry.name.startswith(".")
+            if not entry.name.startswith(".")
             and (entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)))
         )
     except FileNotFoundError as error:
@@ -145,70 +207,6 @@ def picture_paths(folder: str | Path) -> list[Path]:
         raise InputError(f"{folder}: not a folder; give the folder with the pictures, not one of them") from error
     except OSError as error:
         raise InputError(f"{folder}: the folder cannot be read ({error.strerror}); change its permissions") from error
-    if not paths:
-        raise InputError(
-            f"{folder}: no pictures in this folder; looked for {', '.join(COMMON_SUFFIXES)} and "
-            f"{len(known.difference(COMMON_SUFFIXES))} rarer suffixes, not in sub-folders"
-        )
-    return paths
-
-
-def read_picture(path: Path) -> Image.Image:
-    """One picture in 8-bit RGB, upright, transparent parts on white.
-
-    Raises:
-      InputError: it cannot be read; without a remedy, which depends on who asks.
-    """
-    try:
-        # What Pillow warns of is large pictures (see below) and parts of the file that the pixels do not depend on.
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
-            return _to_rgb(ImageOps.exif_transpose(image))
-    except Image.DecompressionBombError as error:
-        # Twice the number is where Pillow refuses; at once the number it only warns, and a phone's 108 megapixels are
-        # above that.
-        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        raise InputError(f"{path}: more than {limit:,} pixels, the most that one picture may have") from error
-    except UnidentifiedImageError as error:
-        raise InputError(f"{path}: not a picture, whatever its suffix says") from error
-    except PermissionError as error:
-        raise InputError(f"{path}: no permission to read it") from error
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: there is no such file (a link to nothing?)") from error
-    except MemoryError as error:
-        raise InputError(f"{path}: too large for this machine's memory") from error
-    except _BROKEN as error:
-        raise InputError(f"{path}: broken, cut short or of a kind that is not read ({one_line(error)})") from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode of Pillow to RGB."""
-    if image.mode.startswith("I;16"):
-        # Pillow's own conversion cuts everything above 255 to white. The high byte is what it takes of 16-bit RGB.
-        values = np.asarray(image)
-        transparent = image.info.get("transparency")
-        if isinstance(transparent, int):
-            values = np.where(values == transparent, np.uint16(65535), values)
-        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        return _grey_to_rgb(np.asarray(image))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _grey_to_rgb(values: np.ndarray) -> Image.Image:
-    """Grey of 32 bits, integers or floats [H, W], which the file does not say the white of, to RGB.
-
-    Integers go to 65535 (Pillow reads 16-bit PGM as these). Floats go to 1, 255 or 65535, whichever is enough first.
-    """
-    lowest, highest = values.min(), values.max()
-    whites = (65535,) if values.dtype.kind == "i" else (1.0, 255.0, 65535.0)
-    white = next((white for white in whites if highest <= white), None)
-    if white is None or not lowest >= 0:  # not ">": NaN is neither
-        raise ValueError(f"grey values from {lowest} to {highest}: cannot tell black and white; save it in 8 bits")
-    return Image.fromarray(np.round(values * (255.0 / white)).astype(np.uint8)).convert("RGB")
 
 
 def square_of(image: Image.Image, resolution: int, center_crop: bool) -> tuple[Image.Image, tuple[int, int]]:

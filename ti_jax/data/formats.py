@@ -1,0 +1,82 @@
+"""Which picture formats are read, and what to do about files of other formats."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from pathlib import Path
+
+from PIL import Image
+
+# Pillow recognises these formats, but has no decoder for them.
+_ONLY_RECOGNISED = {"BUFR", "GRIB", "HDF5", "MPEG"}
+
+_RAW = (
+    ".3fr .ari .arw .bay .cap .cr2 .cr3 .crw .dcr .dcs .dng .erf .fff .gpr .iiq .k25 .kdc .mdc .mef .mos .mrw .nef "
+    ".nrw .orf .pef .ptx .pxn .raf .raw .rw2 .rwl .sr2 .srf .srw .x3f"
+)
+_EDITORS = ".afphoto .ai .cdr .clip .exr .hdr .indd .kra .ora .psb .svg .svgz .xcf"
+# Suffix -> the format of a picture file that Pillow may not read.
+_FORMATS = {
+    **dict.fromkeys((".heic", ".heics", ".heif", ".heifs", ".hif"), "HEIC"),
+    **dict.fromkeys((".avif", ".avifs"), "AVIF"),
+    ".jxl": "JPEG XL",
+    **dict.fromkeys(_RAW.split(), "camera raw"),
+    **dict.fromkeys(_EDITORS.split(), "of a drawing program"),
+}
+# First bytes -> format: of files whose suffix says nothing, and of those that do not keep what their suffix says.
+_SIGNATURES = {
+    rb"\xff\xd8\xff": "JPEG",
+    rb"\x89PNG\r\n\x1a\n": "PNG",
+    rb"GIF8[79]a": "GIF",
+    rb"RIFF....WEBP": "WebP",
+    rb"II\*\0|MM\0\*": "TIFF",
+    rb"....ftyp(heic|heix|heim|heis|hevc|hevx|mif1|msf1)": "HEIC",
+    rb"....ftyp(avif|avis)": "AVIF",
+    rb"....ftypcrx ": "camera raw",
+    rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n": "JPEG XL",
+}
+_SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "GIF": ".gif", "WebP": ".webp", "TIFF": ".tif"}
+
+
+@functools.cache
+def readable_suffixes() -> frozenset[str]:
+    """Suffixes, in lower case with their dot, of the formats that can be read.
+
+    HEIC and HEIF are among them where the package pillow-heif is installed (the extra ``heif``).
+    """
+    Image.init()
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    formats = Image.OPEN.keys() - _ONLY_RECOGNISED
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
+
+
+def format_by_suffix(path: Path) -> str | None:
+    """The picture format that the suffix stands for, if it is one that is not read."""
+    suffix = path.suffix.lower()
+    return None if suffix in readable_suffixes() else _FORMATS.get(suffix)
+
+
+def format_by_content(path: Path) -> str | None:
+    """The picture format that the first bytes of a file stand for; None if it is no picture or cannot be read."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(32)
+    except OSError:
+        return None
+    return next((name for bytes_, name in _SIGNATURES.items() if re.match(bytes_, start, re.DOTALL)), None)
+
+
+def remedy(name: str) -> str:
+    """What to do about pictures of a format that are not read."""
+    if name == "HEIC":
+        return "pip install 'ti_jax[heif]' reads them"
+    if name == "AVIF":
+        return "pip install -U pillow reads them"
+    if name in _SUFFIXES:
+        return f"give them the suffix {_SUFFIXES[name]}"
+    return "save them as JPEG or PNG"

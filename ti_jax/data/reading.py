@@ -1,0 +1,157 @@
+"""One picture file, of any format, as an upright picture in 8-bit sRGB."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from PIL import Image, UnidentifiedImageError
+
+from ..errors import InputError, one_line
+from .colours import to_rgb
+from .formats import format_by_content, readable_suffixes, remedy
+
+# What Pillow's decoders raise on broken files, besides OSError: they do not agree on one exception.
+_BROKEN = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    AssertionError,
+    struct.error,
+    zlib.error,
+)
+
+# The EXIF tag and, for each of its values but 1, what makes the picture upright.
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def read_picture(path: Path) -> Image.Image:
+    """One picture in 8-bit sRGB, upright, transparent parts on white; of an animation, the first frame.
+
+    Only the pixels have to be whole. Broken EXIF tags, colour profiles and text are ignored; the orientation is used
+    where it can be read.
+
+    Raises:
+      InputError: it cannot be read. The message has no remedy, because that depends on the caller.
+    """
+    readable_suffixes()  # registers the formats
+    try:
+        try:
+            return _decoded(path)
+        except (Image.DecompressionBombError, PermissionError, FileNotFoundError):
+            raise
+        except _BROKEN:
+            for content in _without_metadata(path.read_bytes()):
+                with contextlib.suppress(*_BROKEN):
+                    return _decoded(io.BytesIO(content))
+            raise
+    except Image.DecompressionBombError as error:
+        # Pillow warns above its limit and refuses above twice the limit. Phones take pictures of 108 megapixels, which
+        # is above the limit.
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise InputError(f"{path}: more than {limit:,} pixels, the most that one picture may have") from error
+    except UnidentifiedImageError as error:
+        found = format_by_content(path)
+        if found in ("HEIC", "AVIF", "JPEG XL", "camera raw"):
+            raise InputError(f"{path}: {found}, whatever its suffix says; {remedy(found)}") from error
+        what = f"broken, though it begins as {found}" if found else "not a picture, whatever its suffix says"
+        raise InputError(f"{path}: {what}") from error
+    except PermissionError as error:
+        raise InputError(f"{path}: no permission to read it") from error
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: there is no such file (a link to nothing?)") from error
+    except MemoryError as error:
+        raise InputError(f"{path}: too large for this machine's memory") from error
+    except _BROKEN as error:
+        raise InputError(f"{path}: broken, cut short or of a kind that is not read ({one_line(error)})") from error
+
+
+def _decoded(file: Path | IO[bytes]) -> Image.Image:
+    # Pillow warns of large pictures (see above) and of metadata that the pixels do not depend on.
+    with warnings.catch_warnings(action="ignore"), Image.open(file) as image:
+        image.load()
+        turn = _UPRIGHT.get(_orientation(image))
+        rgb = to_rgb(image)
+        return rgb if turn is None else rgb.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF (or XMP) orientation, 1 to 8; 1 where it is missing or cannot be read.
+
+    `PIL.ImageOps.exif_transpose` is not used: it also writes all other tags anew, and fails if one of them is broken.
+    """
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except _BROKEN:
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+# -- the same file without metadata
+
+
+def _without_metadata(content: bytes) -> Iterator[bytes]:
+    """A file whose metadata may be what is broken, with less and less of it; nothing for a format that has no need."""
+    if content.startswith(b"\x89PNG\r\n\x1a\n"):
+        yield _png_with(content, (b"eXIf", b"iCCP"))
+        yield _png_with(content, ())
+    elif content.startswith((b"II*\0", b"MM\0*")):
+        yield _tiff_with_image_tags(content)
+
+
+def _png_with(content: bytes, kept: tuple[bytes, ...]) -> bytes:
+    """A PNG with its critical chunks and, of the ancillary ones (PNG specification, section 5), tRNS and ``kept``."""
+    parts, start = [content[:8]], 8
+    while start + 12 <= len(content):
+        length, kind = struct.unpack_from(">I4s", content, start)
+        end = start + 12 + length
+        critical = not kind[0] & 0x20
+        whole = content[end - 4 : end] == struct.pack(">I", zlib.crc32(content[start + 4 : end - 4]))
+        # What the pixels depend on stays even if its checksum is wrong, so that the decoder refuses it.
+        if critical or kind == b"tRNS" or (kind in kept and whole):
+            parts.append(content[start:end])
+        start = end
+    return b"".join(parts)
+
+
+# TIFF tags that the pixels depend on: size, layout and compression (254 to 284), the orientation among them, predictor,
+# palette, tiles, extra samples, JPEG tables and YCbCr.
+_IMAGE_TAGS = {
+    *(254, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 317, 320, 322, 323, 324, 325, 338, 339, 347),
+    *(529, 530, 531, 532),
+}
+
+
+def _tiff_with_image_tags(content: bytes) -> bytes:
+    """A TIFF in whose first directory every tag that the pixels do not depend on is an unknown one with a zero."""
+    order = "<" if content[:2] == b"II" else ">"
+    changed = bytearray(content)
+    with contextlib.suppress(struct.error):  # a file that ends within its directory
+        (start,) = struct.unpack_from(order + "I", content, 4)
+        (count,) = struct.unpack_from(order + "H", content, start)
+        for place in range(start + 2, start + 2 + 12 * count, 12):
+            (tag,) = struct.unpack_from(order + "H", content, place)
+            if tag not in _IMAGE_TAGS:
+                struct.pack_into(order + "HHII", changed, place, 65000, 4, 1, 0)
+    return bytes(changed)

@@ -13,7 +13,6 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from . import __version__
-from .errors import InputError
 from .files import write_atomically
 
 # The text chunk that AUTOMATIC1111's web UI writes and reads, and model sites and picture viewers with it.
@@ -29,7 +28,6 @@ _THEIR_NAMES = {
     "version": "Version",
 }
 _THEIR_SAMPLERS = {"ddim": "DDIM", "euler": "Euler", "euler_a": "Euler a", "dpm++": "DPM++ 2M"}
-_SETTING = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 
 # Sides of a cell in pixels: below the first a face is too small to judge, above the second a row of four is too wide.
 MIN_CELL, MAX_CELL = 128, 512
@@ -53,7 +51,8 @@ def save_png(path: str | Path, image: Image.Image, text: Mapping[str, Any] | str
     if not isinstance(text, str):
         text = parameters_text({**text, "size": f"{image.width}x{image.height}"})
     info = PngInfo()
-    info.add_text(TEXT_CHUNK, text)
+    # PNG takes UTF-8. A prompt or a path from the command line may hold bytes that are not: they are written as \udcXX.
+    info.add_text(TEXT_CHUNK, text.encode("utf-8", "backslashreplace").decode())
     encoded = io.BytesIO()  # first, so that only what the disk does is told as a fault of the disk
     image.save(encoded, format="PNG", pnginfo=info)
     write_atomically(path, encoded.getvalue())
@@ -80,37 +79,6 @@ def parameters_text(parameters: Mapping[str, Any]) -> str:
     return "\n".join([*lines, ", ".join(line)])
 
 
-def read_parameters(path: str | Path) -> dict[str, Any]:
-    """What `save_png`, or AUTOMATIC1111, wrote into a PNG: settings under the names that `save_png` takes.
-
-    Numbers of steps and seeds are int, guidance is float, everything else (and what is no number there) is str. Without
-    a line of settings all of the text is the ``prompt``; without the chunk the result is empty.
-
-    Raises:
-      InputError: no such file, or not a picture.
-    """
-    try:
-        with Image.open(path) as image:
-            text = image.info.get(TEXT_CHUNK, "")
-    except FileNotFoundError as error:
-        raise InputError(f"cannot read {path}: there is no such file") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: it is not a whole PNG picture") from error
-    if not text:
-        return {}
-    *lines, last = text.split("\n")
-    settings = dict(_SETTING.findall(last))
-    if len(settings) < 3 and "Version" not in settings:  # AUTOMATIC1111's rule, but for the second half
-        lines, settings = [*lines, last], {}
-    prompt, _, negative = "\n".join(lines).partition(_NEGATIVE)
-    parameters: dict[str, Any] = {"prompt": prompt.strip(), "negative_prompt": negative.strip()}
-    parameters = {name: value for name, value in parameters.items() if value}
-    for their_name, value in settings.items():
-        name = _our_name(their_name)
-        parameters[name] = _our_value(name, _unquoted(value.strip()))
-    return parameters
-
-
 def _rank(name: str) -> int:
     """Known settings in AUTOMATIC1111's order, then ours, the version last."""
     order = list(_THEIR_NAMES)
@@ -121,57 +89,19 @@ def _their_name(name: str) -> str:
     return _THEIR_NAMES.get(name) or name.replace("_", " ").capitalize()
 
 
-def _our_name(their_name: str) -> str:
-    known = {theirs: ours for ours, theirs in _THEIR_NAMES.items()}
-    return known.get(their_name) or their_name.replace(" ", "_").lower()
-
-
-def _unquoted(value: str) -> str:
-    if not value.startswith('"'):
-        return value
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError:  # not written by this rule: a value that happens to begin so
-        return value
-
-
-def _our_value(name: str, value: str) -> Any:
-    if name in ("num_inference_steps", "seed") and re.fullmatch(r"\d+", value):
-        return int(value)
-    if name == "guidance_scale" and re.fullmatch(r"-?\d+(\.\d+)?", value):
-        return float(value)
-    if name == "scheduler":
-        return {theirs: ours for ours, theirs in _THEIR_SAMPLERS.items()}.get(value, value)
-    return value
-
-
 # -- pictures of pictures
 
 
-def grid(images: Sequence[Image.Image], columns: int, labels: Sequence[str] | None = None) -> Image.Image:
-    """Pictures side by side, ``columns`` to a row.
-
-    Args:
-      labels: a caption under each picture; small pictures are then enlarged, so that it can be read.
-
-    Without captions the pictures touch and keep their size, all that of the first.
-    """
+def grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Pictures side by side, ``columns`` to a row. They touch and have the size of the first."""
     if not images or columns < 1:
         raise ValueError("a grid needs a picture and a column")
-    if labels is None:
-        width, height = images[0].size
-        sheet = Image.new("RGB", (width * columns, height * -(-len(images) // columns)), _PAPER)
-        for number, image in enumerate(images):
-            row, column = divmod(number, columns)
-            sheet.paste(_fitted(image, width, height), (column * width, row * height))
-        return sheet
-    if len(labels) != len(images):
-        raise ValueError(f"{len(labels)} labels for {len(images)} pictures")
-    page = _Page(images, columns)
-    for pairs in _chunks(list(zip(images, labels, strict=True)), columns):
-        page.add_pictures([image for image, _ in pairs])
-        page.add_captions([label for _, label in pairs])
-    return page.drawn()
+    width, height = images[0].size
+    sheet = Image.new("RGB", (width * columns, height * -(-len(images) // columns)), _PAPER)
+    for number, image in enumerate(images):
+        row, column = divmod(number, columns)
+        sheet.paste(_fitted(image, width, height), (column * width, row * height))
+    return sheet
 
 
 def overview(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
@@ -213,14 +143,6 @@ class _Page:
         for column, image in enumerate(images):
             self.pictures.append((_fitted(image, *self.cell), (self._left(column), self.top)))
         self.top += self.cell[1] + self.gap
-
-    def add_captions(self, captions: Sequence[str]) -> None:
-        """A caption under each picture of the row before."""
-        wrapped = [list(self._wrapped(caption, self.cell[0])) for caption in captions]
-        for column, lines in enumerate(wrapped):
-            for number, line in enumerate(lines):
-                self.texts.append((line, (self._left(column), self.top - self.gap // 2 + number * self.line)))
-        self.top += max(len(lines) for lines in wrapped) * self.line
 
     def add_heading(self, text: str) -> None:
         """A caption as wide as the page, above what comes next and set off from what came before."""
@@ -272,7 +194,3 @@ def _fitted(image: Image.Image, width: int, height: int) -> Image.Image:
     cell = Image.new("RGB", (width, height), _PAPER)
     cell.paste(image.resize(size, Image.Resampling.LANCZOS), ((width - size[0]) // 2, (height - size[1]) // 2))
     return cell
-
-
-def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    return (items[first : first + size] for first in range(0, len(items), size))

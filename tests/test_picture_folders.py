@@ -110,6 +110,8 @@ def test_heic_is_read_where_its_package_is(tmp_path):
     for found in (pictures.pixels + 1) * 127.5:
         assert np.abs(found - pixels[:, 16:80]).max() < 6
     assert unread_pictures(tmp_path) is None
+    (tmp_path / "c.heic").write_bytes(HEIC)
+    assert refusal(tmp_path).startswith(f"{tmp_path}/c.heic: broken, though it begins as HEIC; mend or remove it")
 
 
 def test_a_folder_of_pictures_and_captions_needs_no_word(tmp_path):

@@ -71,6 +71,12 @@ def format_by_content(path: Path) -> str | None:
     return next((name for bytes_, name in _SIGNATURES.items() if re.match(bytes_, start, re.DOTALL)), None)
 
 
+def is_read(name: str) -> bool:
+    """Whether pictures of a format can be read here."""
+    suffixes = [suffix for suffix, format_ in _FORMATS.items() if format_ == name]
+    return name in _SUFFIXES or not readable_suffixes().isdisjoint(suffixes)
+
+
 def remedy(name: str) -> str:
     """What to do about pictures of a format that are not read."""
     if name == "HEIC":

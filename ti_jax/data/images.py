@@ -63,7 +63,7 @@ def load_images(
       center_crop: the pixel path of diffusers' ``textual_inversion.py`` with ``--center_crop``: the largest centred
         square is cut out, then resized with Pillow's bicubic filter. Otherwise the picture is scaled to cover the
         square, aspect ratio kept, and the overhang cut on both sides alike; down with Lanczos, up with bicubic.
-      skip_bad: go on without files that cannot be used.
+      skip_bad: go on without files that cannot be read or are too small.
       on_skip: called with a line on each file that is left out, one on all pictures of formats that are not read, one
         on those that are enlarged a lot, and one on those of which most is cut off.
 

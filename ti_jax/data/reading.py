@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ..errors import InputError, one_line
 from .colours import to_rgb
-from .formats import format_by_content, readable_suffixes, remedy
+from .formats import format_by_content, is_read, readable_suffixes, remedy
 
 # What Pillow's decoders raise on broken files, besides OSError: they do not agree on one exception.
 _BROKEN = (
@@ -73,7 +73,7 @@ def read_picture(path: Path) -> Image.Image:
         raise InputError(f"{path}: more than {limit:,} pixels, the most that one picture may have") from error
     except UnidentifiedImageError as error:
         found = format_by_content(path)
-        if found in ("HEIC", "AVIF", "JPEG XL", "camera raw"):
+        if found and not is_read(found):
             raise InputError(f"{path}: {found}, whatever its suffix says; {remedy(found)}") from error
         what = f"broken, though it begins as {found}" if found else "not a picture, whatever its suffix says"
         raise InputError(f"{path}: {what}") from error

@@ -16,7 +16,6 @@ import pytest
 import ti_jax
 from ti_jax.config_yaml import dump_yaml
 from ti_jax.errors import InputError
-from ti_jax.training import processes
 
 REPOSITORY = Path(__file__).parent.parent
 FOUR_DEVICES = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
@@ -146,24 +145,3 @@ def test_no_others_to_be_found_is_one_line(config, tmp_path):
     )  # fmt: skip
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "--coordinator_address HOST:PORT" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("environment", "settings", "expected"),
-    [
-        ({}, {}, False),
-        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, {}, True),
-        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, {"distributed": "never"}, False),
-        ({"SLURM_STEP_NUM_TASKS": "2"}, {}, True),
-        ({"SLURM_STEP_NUM_TASKS": "1"}, {}, False),
-        ({"OMPI_COMM_WORLD_SIZE": "8"}, {}, True),
-        ({}, {"coordinator_address": "a:1"}, True),
-        ({}, {"distributed": "always"}, True),
-    ],
-)
-def test_when_there_are_others(monkeypatch, environment, settings, expected):
-    for name in ("JAX_COORDINATOR_ADDRESS", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert processes.has_others(ti_jax.TrainConfig(**settings)) is expected

@@ -141,11 +141,9 @@ def _train(args: Sequence[str], prog: str) -> int:
         examples = TRAIN_EXAMPLES.format(prog=_as_typed(prog))
         config = parse(TrainConfig, args, prog=prog, examples=examples, no_counterpart=NO_COUNTERPART)
     config = resolve(config)
-    from .machine import enable_compilation_cache
     from .training.cores import use_cores
     from .training.loop import train
 
-    enable_compilation_cache()
     # A run that was asked to stop is not done: whoever started it should be told so.
     return 130 if train(config, cores=use_cores(config)).interrupted else 0
 
@@ -192,8 +190,10 @@ def _plan(args: Sequence[str], prog: str) -> int:
     with _output():
         examples = PLAN_EXAMPLES.format(prog=prog)
         config = parse(PlanConfig, args, prog=prog, examples=examples, no_counterpart=NO_COUNTERPART)
+    from .machine import enable_compilation_cache
     from .planning import plan
 
+    enable_compilation_cache()
     found = plan(config)
     with _output():
         print(*found.lines(), sep="\n")

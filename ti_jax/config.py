@@ -138,8 +138,9 @@ class TrainConfig:
 
     # -- several machines: the same command on each; batches are shared by all their devices, the first one writes
     distributed: Literal["auto", "always", "never"] = "auto"
-    """Whether this is one of several processes. auto: with --coordinator_address, on a TPU VM, and as one of several
-    tasks of Slurm or Open MPI; each process must see the pictures and the model under the same paths."""
+    """Whether this is one of several processes. auto: with --coordinator_address, under torchrun or accelerate launch,
+    as one of several tasks of Slurm or Open MPI, and on a TPU slice of several hosts; each process must see the
+    pictures and the model under the same paths."""
     coordinator_address: str | None = of_this_process()
     """HOST:PORT of the first process, which the others find it by. Left out: JAX_COORDINATOR_ADDRESS; a TPU pod, Slurm
     and Open MPI tell by themselves, also what follows."""

@@ -12,7 +12,7 @@ import jax
 
 from .config import VaeTiling
 from .errors import InputError
-from .machine import free_memory
+from .machine import free_memory, is_out_of_memory
 from .networks import Networks
 
 
@@ -70,7 +70,7 @@ def _fits(lowered: jax.stages.Lowered, available: float) -> bool:
         memory: Any = lowered.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         # A TPU's compiler has to find a place for everything and says so if it does not.
-        if "RESOURCE_EXHAUSTED" in str(error):
+        if is_out_of_memory(error):
             return False
         raise
     return memory.temp_size_in_bytes + memory.output_size_in_bytes <= available

@@ -9,6 +9,7 @@ from .config import InferConfig
 from .embeddings import Embedding, check_fits
 from .errors import InputError
 from .files import ensure_writable_folder
+from .machine import explaining_out_of_memory
 from .pictures import grid, save_png
 from .pipeline import StableDiffusion
 from .words import contains_word
@@ -16,6 +17,10 @@ from .words import contains_word
 GRID_COLUMNS = 4
 
 
+@explaining_out_of_memory(
+    "give a smaller --batch_size, a smaller --height and --width or --vae_tiling always, or end other programs that "
+    "use the device"
+)
 def draw(config: InferConfig) -> list[Path]:
     """Draw what a resolved config says.
 

@@ -1,13 +1,17 @@
-"""What a program takes from its machine: the memory that the devices have left, and a folder for compiled programs."""
+"""What a program takes from its machine: memory, which may be too little, and a folder for compiled programs."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import filelock
 import jax
+
+from .errors import InputError
 
 # Share of a device's memory that is left alone: allocators lose some between blocks, and libraries take some.
 SPARE = 0.05
@@ -70,13 +74,80 @@ def _text(path: Path) -> str:
     return path.read_text() if os.access(path, os.R_OK) else ""
 
 
-def enable_compilation_cache() -> None:
-    """Keep compiled programs in ``~/.cache/ti_jax/xla``, unless JAX_COMPILATION_CACHE_DIR names another place.
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device, or the machine, had too little memory for something."""
+    if isinstance(error, MemoryError):
+        return True
+    # XLA raises one class for everything; its allocators say the first, CUDA and its libraries the others.
+    return isinstance(error, jax.errors.JaxRuntimeError) and any(
+        sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "CUDA_ERROR_OUT_OF_MEMORY", "STATUS_ALLOC_FAILED")
+    )
 
-    For programs only (the command line calls it): a library has no business in its caller's JAX settings.
+
+@contextlib.contextmanager
+def explaining_out_of_memory(remedy: str) -> Iterator[None]:
+    """Within it, or within a function that it decorates, too little memory is an `InputError` that ends in `remedy`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        first, *_ = str(error).splitlines() or [type(error).__name__]
+        raise InputError(f"out of memory ({first[:200]}): {remedy}") from error
+
+
+# Programs for Stable Diffusion XL take some hundred megabytes each.
+CACHE_BYTES = 8 * 1000**3
+
+
+def enable_compilation_cache() -> None:
+    """Keep compiled programs in ``~/.cache/ti_jax/xla``, at most `CACHE_BYTES`; those not used for longest go first.
+
+    Where the caller has chosen a folder (JAX_COMPILATION_CACHE_DIR, or ``jax.config``) nothing is changed, so a second
+    call changes nothing either. To be called after `ti_jax.training.processes.join`.
     """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    chosen: str | None = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if chosen is not None:
         return
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ti_jax" / "xla"
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    joined = jax.distributed.is_initialized()
+    if not may_cache(jax.process_count() if joined else 1, jax.default_backend() if joined else None):
+        return
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ti_jax" / "xla"
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            return
+        _remove_incomplete(folder)
+    except (OSError, RuntimeError):  # no home, or one that cannot be written: then without
+        return
+    _set_default("jax_compilation_cache_dir", str(folder))
+    _set_default("jax_compilation_cache_max_size", CACHE_BYTES)
+    _set_default("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def may_cache(processes: int, platform: str | None) -> bool:
+    """Whether a folder of this host's own may be used by one of several processes.
+
+    JAX fills it from the first process alone. In the next run that process finds its programs there and the others
+    compile; on GPUs XLA shares out the tuning of kernels among all processes of a program, and these would wait for the
+    share of the first for ever.
+    """
+    return processes == 1 or platform not in ("gpu", "cuda", "rocm")
+
+
+def _set_default(option: str, value: str | float) -> None:
+    if option.upper() not in os.environ:
+        jax.config.update(option, value)
+
+
+def _remove_incomplete(folder: Path) -> None:
+    """Remove programs without the file that says when they were used last, as a killed process leaves them.
+
+    One of them would end in a warning, and no program would be kept any more: JAX cannot tell which is oldest.
+    """
+    with contextlib.suppress(filelock.Timeout), filelock.FileLock(folder / ".lockfile", timeout=0):  # JAX's own lock
+        for program in folder.glob("*-cache"):
+            if not program.with_name(program.name.removesuffix("-cache") + "-atime").exists():
+                program.unlink()

@@ -16,6 +16,7 @@ from ..data.images import as_uint8, load_images
 from ..embeddings import Embedding, check_fits
 from ..errors import InputError
 from ..files import ensure_writable_folder, write_atomically
+from ..machine import explaining_out_of_memory
 from ..pipeline import StableDiffusion
 from .clip import CLIP
 from .judge import FOLDER, Judge
@@ -99,6 +100,7 @@ def load_measure(sd: StableDiffusion, clip: str | None) -> CLIP | Judge:
     return Judge.load(sd.path)
 
 
+@explaining_out_of_memory("give a smaller --batch_size, or end other programs that use the device")
 def evaluate(file: str, config: EvaluateConfig) -> Scores:
     """Measure the word in `file` as a resolved config says; the scores are written to ``config.output`` too.
 

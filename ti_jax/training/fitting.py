@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from ..config import Checkpointing
 from ..errors import InputError
+from ..machine import is_out_of_memory
 from ..networks import Networks
 from . import processes
 from .parallel import AXIS, make_run_steps, replicated_shapes, share_memory
@@ -114,7 +115,7 @@ def _compile(way: Checkpointing, lowered: jax.stages.Lowered, memory: float | No
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" in str(error):
+        if is_out_of_memory(error):
             return None
         raise
     sizes = program.memory_analysis()

@@ -19,7 +19,7 @@ from ..config_yaml import dump_yaml
 from ..embeddings import Embedding
 from ..errors import InputError
 from ..files import write_atomically
-from ..machine import free_memory
+from ..machine import enable_compilation_cache, free_memory
 from . import processes, run_folder, showing
 from .actions import Action, Timetable, make_actions, or_warn
 from .fitting import CompiledStep, checked, compile_fitting
@@ -90,6 +90,7 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None, core
     """
     config = resolve(config)
     processes.join(config)
+    enable_compilation_cache()
     sharing = 1 if cores is None or jax.default_backend() != "cpu" else cores
     if sharing > 1:
         devices = jax.devices()[:sharing]

@@ -1,7 +1,7 @@
 """One run on several processes, such as the hosts of a TPU pod: joining them, agreeing, and who writes.
 
 Each process has its own devices and runs the same program; only the first writes files and speaks. What is not the same
-everywhere, such as a missing picture on one host or a request to stop, has to be told to all, or the others would wait
+everywhere, such as a missing picture on one host or a request to stop, is reported to all, or the others would wait
 for it for ever. Alone, a process does none of this.
 """
 
@@ -10,12 +10,10 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
-import glob
-import importlib.util
-import os
 import pickle
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -25,6 +23,8 @@ from jax.experimental import multihost_utils
 
 from ..config import TrainConfig
 from ..errors import InputError, OutOfStep, one_line
+from ..machine import explaining_out_of_memory
+from .launchers import find_launch
 
 T = TypeVar("T")
 
@@ -33,6 +33,10 @@ HEARTBEAT_SECONDS = 60
 # How long a process that is through waits for the others to be.
 SHUTDOWN_SECONDS = 60
 
+OUT_OF_MEMORY = (
+    "give a smaller --train_batch_size (--gradient_accumulation_steps makes up for it), --gradient_checkpointing full "
+    "or a smaller --resolution, or end other programs that use the device"
+)
 RESUME = "start all of them again, with --resume_from_checkpoint latest to go on from the last checkpoint"
 
 
@@ -46,53 +50,48 @@ def join(config: TrainConfig) -> None:
     Raises:
       InputError: they cannot be found or reached, or JAX was used before.
     """
-    if jax.distributed.is_initialized() or not has_others(config):
+    if jax.distributed.is_initialized():
         return
-    address = config.coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
-    count = _number("JAX_NUM_PROCESSES") if config.num_processes is None else config.num_processes
-    own = _number("JAX_PROCESS_ID") if config.process_id is None else config.process_id
+    launch = find_launch(config)
+    if launch is None:
+        return
     # The loop has a handler of SIGTERM of its own.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
-            address,
-            count,
-            own,
+            launch.coordinator_address,
+            launch.num_processes,
+            launch.process_id,
+            launch.local_device_ids,
+            cluster_detection_method="deactivate" if launch.complete else None,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
     except (ValueError, RuntimeError, OSError) as error:
+        if "before any JAX" in one_line(error):
+            raise InputError(
+                f"{launch.evidence}, but JAX was used in this process before it could join the others, and each would "
+                f"make a run of its own: start again and train first (in a notebook: restart the kernel), or give "
+                f"--distributed never to train with this process's devices alone"
+            ) from error
         raise InputError(
-            f"cannot join the other processes ({one_line(error)}); give --coordinator_address HOST:PORT, "
-            f"--num_processes and --process_id, or --distributed never to train with this machine's devices alone"
+            f"{launch.evidence}, but this process cannot join the others ({one_line(error)}); give "
+            f"--coordinator_address HOST:PORT, --num_processes and --process_id, or --distributed never to train with "
+            f"this machine's devices alone"
         ) from error
     _watch()
 
 
-def _number(variable: str) -> int | None:
-    text = os.environ.get(variable)
-    if text is not None and not text.isdecimal():
-        raise InputError(f"the environment variable {variable} is {text!r}; it must be a whole number")
-    return None if text is None else int(text)
-
-
 def has_others(config: TrainConfig) -> bool:
-    """Whether this is one of several processes, or may be: on a TPU VM only JAX can tell."""
-    if config.distributed != "auto":
-        return config.distributed == "always"
-    tasks = max(_number(name) or 1 for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
-    return config.coordinator_address is not None or "JAX_COORDINATOR_ADDRESS" in os.environ or tasks > 1 or _on_tpu()
-
-
-def _on_tpu() -> bool:
-    """Whether this is a TPU VM: only its libtpu can tell whether it is one of several."""
-    chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
-    wanted = os.environ.get("JAX_PLATFORMS", "tpu").split(",")
-    return bool(chips) and "tpu" in wanted and importlib.util.find_spec("libtpu") is not None
+    """Whether this is one of several processes."""
+    return find_launch(config) is not None
 
 
 def _watch() -> None:
-    """Have a clear last line on stderr where JAX ends this process because another one died: it does so from C++."""
+    """Start a child process that prints the last line on stderr where JAX aborts this one because another has died.
+
+    JAX does so from C++: no Python code runs after that, so only another process can still say what has happened.
+    """
     message = f"process {jax.process_index()} of {jax.process_count()} has ended early, or another one has: {RESUME}"
     watcher = subprocess.Popen(
         ["sh", "-c", f'read word || echo "{message}" >&2'], stdin=subprocess.PIPE, start_new_session=True
@@ -130,22 +129,24 @@ def all_or_raise(make: Callable[[], T]) -> T:
     """What ``make`` returns here, once it has succeeded in every process.
 
     Raises:
-      InputError: what it raised here, or what it raised in another process.
+      InputError: what it raised in another process, whatever that was, or an `InputError` that it raised here.
+      Exception: anything else that it raised here, after the others have been told.
     """
     if jax.process_count() == 1:
         return make()
     result: Any = None
-    fault: InputError | None = None
+    fault: Exception | None = None
     try:
-        result = make()
-    except InputError as error:
+        with explaining_out_of_memory(OUT_OF_MEMORY):
+            result = make()
+    except Exception as error:
         fault = error
-    told = _gather(b"" if fault is None else str(fault).encode())
+    faults = _gather(b"" if fault is None else _described(fault).encode())
     if fault is not None:
-        raise Agreed(str(fault)) from fault
-    for number, message in enumerate(told):
+        raise _reported(fault)
+    for number, message in enumerate(faults):
         if message:
-            raise Agreed(f"process {number} of {len(told)}: {message.decode()}")
+            raise Agreed(f"process {number} of {len(faults)}: {message.decode()}")
     return result
 
 
@@ -153,20 +154,44 @@ def on_leader(make: Callable[[], T]) -> T:
     """What ``make`` returns in the first process, which alone calls it; other processes wait and get a copy.
 
     Raises:
-      InputError: what it raised there.
+      InputError: what it raised there, whatever that was.
+      Exception: in the first process, anything else that it raised, after the others have been told.
     """
     if jax.process_count() == 1:
         return make()
-    outcome: tuple[Any, str | None] = None, None
+    fault: Exception | None = None
+    outcome = b""
     if is_leader():
         try:
-            outcome = make(), None
-        except InputError as error:
-            outcome = None, str(error)
-    result, fault = pickle.loads(_gather(pickle.dumps(outcome))[0])
+            with explaining_out_of_memory(OUT_OF_MEMORY):
+                outcome = pickle.dumps((make(), None))
+        except Exception as error:
+            fault = error
+            outcome = pickle.dumps((None, _described(error)))
+    result, message = pickle.loads(_gather(outcome)[0])
     if fault is not None:
-        raise Agreed(fault)
+        raise _reported(fault)
+    if message is not None:
+        raise Agreed(message)
     return result
+
+
+_REPORTED = "The other processes of the run have been told."
+
+
+def _described(fault: Exception) -> str:
+    """For the other processes: the message of an `InputError`, which explains itself; otherwise also its class."""
+    return str(fault) if isinstance(fault, InputError) else f"{type(fault).__name__}: {one_line(fault)}"
+
+
+def _reported(fault: Exception) -> Exception:
+    """What a process ends with after the others have been told of its fault."""
+    if isinstance(fault, InputError):
+        agreed = Agreed(str(fault))
+        agreed.__cause__ = fault
+        return agreed
+    fault.add_note(_REPORTED)
+    return fault
 
 
 def smallest(value: float | None) -> float | None:
@@ -206,21 +231,25 @@ def _gather(mine: bytes) -> list[bytes]:
 
 @contextlib.contextmanager
 def in_step() -> Iterator[None]:
-    """Within it, what goes wrong in this process alone becomes an `OutOfStep`, as does another process that is gone."""
+    """Around the whole of a run: too little memory is an `InputError`, and a fault of one process ends all of them.
+
+    What goes wrong in one process alone becomes an `OutOfStep`, as does another process that is gone.
+    """
     try:
-        yield
+        with explaining_out_of_memory(OUT_OF_MEMORY):
+            yield
     except Agreed:
         raise
-    except InputError as error:
-        if jax.process_count() == 1:
+    except Exception as error:
+        if jax.process_count() == 1 or _REPORTED in getattr(error, "__notes__", ()):
             raise
         _dismiss_watcher()
-        raise OutOfStep(str(error)) from error
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
-        _dismiss_watcher()
-        raise OutOfStep(f"another process has ended or cannot be reached ({one_line(error)}); {RESUME}") from error
+        if isinstance(error, InputError):
+            raise OutOfStep(str(error)) from error
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            raise OutOfStep(f"another process has ended or cannot be reached ({one_line(error)}); {RESUME}") from error
+        traceback.print_exc()  # for an `OutOfStep` only a line is printed
+        raise OutOfStep(f"{_described(error)}; {RESUME}") from error
 
 
 class StopRequests:

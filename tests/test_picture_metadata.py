@@ -371,6 +371,16 @@ def test_damaged_profiles_never_refuse_a_picture(tmp_path):
         assert loaded(tmp_path, "a.tiff", image, icc_profile=bytes(source)).shape == (*image.size[::-1], 3)
 
 
+def test_a_picture_that_is_saved_again_has_no_profile_of_before(tmp_path):
+    for number, profile in enumerate([rgb_profile(DISPLAY_P3, TONES), rgb_profile(SRGB, TONES), b"broken"]):
+        Image.fromarray(PIXELS).save(tmp_path / "a.png", icc_profile=profile)
+        once = read_picture(tmp_path / "a.png")
+        once.save(tmp_path / f"{number}.png")
+        np.testing.assert_array_equal(np.asarray(read_picture(tmp_path / f"{number}.png")), np.asarray(once))
+        with Image.open(tmp_path / f"{number}.png") as image:
+            assert "icc_profile" not in image.info
+
+
 def test_a_folder_is_read_through_all_of_this(tmp_path):
     for path in CASES.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())

@@ -53,7 +53,7 @@ def save_png(path: str | Path, image: Image.Image, text: Mapping[str, Any] | str
     info = PngInfo()
     # PNG takes UTF-8. A prompt or a path from the command line may hold bytes that are not: they are written as \udcXX.
     info.add_text(TEXT_CHUNK, text.encode("utf-8", "backslashreplace").decode())
-    encoded = io.BytesIO()  # first, so that only what the disk does is told as a fault of the disk
+    encoded = io.BytesIO()  # encode first, so that only faults of the disk are reported as such
     image.save(encoded, format="PNG", pnginfo=info)
     write_atomically(path, encoded.getvalue())
 

@@ -32,7 +32,7 @@ class Pictures(NamedTuple):
       original_sizes: int32 [N, 2], height and width in pixels before scaling, upright.
       crop_offsets: int32 [N, 2], what the crop cut at the top and at the left, in pixels after scaling.
 
-    SDXL is told sizes and offsets (``original_size`` and ``crops_coords_top_left``).
+    Sizes and offsets are inputs of SDXL (``original_size`` and ``crops_coords_top_left``).
     """
 
     pixels: np.ndarray

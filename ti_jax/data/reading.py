@@ -93,7 +93,10 @@ def _decoded(file: Path | IO[bytes]) -> Image.Image:
         image.load()
         turn = _UPRIGHT.get(_orientation(image))
         rgb = to_rgb(image)
-        return rgb if turn is None else rgb.transpose(turn)
+        if turn is not None:
+            rgb = rgb.transpose(turn)
+        rgb.info = {}  # or a picture that is saved again would get the profile that its colours do not have any more
+        return rgb
 
 
 def _orientation(image: Image.Image) -> int:

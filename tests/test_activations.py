@@ -6,7 +6,7 @@ import torch
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from ti_jax.models.activations import gelu, quick_gelu, silu
+from ti_jax.ops.activations import gelu, quick_gelu, silu
 from ti_jax.training.parallel import AXIS, make_mesh
 
 X = np.concatenate([np.linspace(-8, 8, 401), [0.0, -100.0, 100.0]]).astype(np.float32)

@@ -10,10 +10,10 @@ import pytest
 from ti_jax import pipeline, sampling, text_encoders
 from ti_jax.diffusion.samplers import make_sampler
 from ti_jax.evaluation import clip, judge
-from ti_jax.models.attention import flash_attention
 from ti_jax.models.clip_text import CLIPTextConfig
 from ti_jax.models.clip_vision import CLIPModel, CLIPVisionConfig
-from ti_jax.models.products import exact_products
+from ti_jax.ops.attention import flash_attention
+from ti_jax.ops.matmul import exact_products
 from ti_jax.pipeline import StableDiffusion
 from ti_jax.planning import PlanConfig, Planner, resolve_plan
 from ti_jax.training.optimizer import make_optimizer

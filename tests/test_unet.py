@@ -25,10 +25,10 @@ from diffusers_models import (
 )
 
 from ti_jax.errors import InputError
-from ti_jax.models.attention import Attention, BasicTransformerBlock, FeedForward, Transformer2DModel
-from ti_jax.models.checkpointing import checkpointed
 from ti_jax.models.layers import Downsample2D, GroupNorm, ResnetBlock2D, TimestepEmbedding, Upsample2D
+from ti_jax.models.transformer import Attention, BasicTransformerBlock, FeedForward, Transformer2DModel
 from ti_jax.models.unet import UNet2DConditionModel, UNetConfig
+from ti_jax.ops.rematerialisation import checkpointed
 from ti_jax.training.fitting import WAYS
 from ti_jax.training.parallel import CPU_OPTIONS
 

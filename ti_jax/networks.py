@@ -11,20 +11,15 @@ import jax
 import jax.numpy as jnp
 
 from .models.clip_text import CLIPTextConfig, CLIPTextModel
-from .models.products import exact_products
 from .models.unet import UNet2DConditionModel, UNetConfig
 from .models.vae import AutoencoderKL, VAEConfig
 from .models.vae_tiles import decode_in_tiles
+from .ops.matmul import exact_products
+from .ops.platform import Platform, compiling_for
 from .weights.load import param_shapes
 from .weights.sources import TEXT_ENCODERS
 
 Params = Mapping[str, Any]
-
-
-def _apply(module: Any, params: Any, *args: Any, **keywords: Any) -> Any:
-    """The module as a function; Flax types its result as a tuple that only mutable collections would make it."""
-    with exact_products(module.dtype):
-        return module.apply({"params": params}, *args, **keywords)
 
 
 class Condition(NamedTuple):
@@ -45,6 +40,8 @@ class Networks:
     text_encoders: tuple[tuple[str, CLIPTextModel], ...]
     unet: UNet2DConditionModel
     vae: AutoencoderKL
+    platform: Platform | None = None
+    """What they are compiled for; None: JAX's default device."""
 
     @property
     def dtype(self) -> Any:
@@ -59,6 +56,15 @@ class Networks:
     def with_gradient_checkpointing(self, gradient_checkpointing: str) -> Networks:
         """The same functions, whose UNet keeps no more for a backward pass than it is told to; see `checkpointed`."""
         return dataclasses.replace(self, unet=self.unet.clone(gradient_checkpointing=gradient_checkpointing))
+
+    def compiled_for(self, platform: Platform) -> Networks:
+        """The same functions, in the forms that are fast on `platform`."""
+        return dataclasses.replace(self, platform=platform)
+
+    def _apply(self, module: Any, params: Any, *args: Any, **keywords: Any) -> Any:
+        """The module as a function; Flax types its result as a tuple that only mutable collections would make it."""
+        with compiling_for(self.platform), exact_products(module.dtype):
+            return module.apply({"params": params}, *args, **keywords)
 
     def encode_text(
         self,
@@ -93,7 +99,7 @@ class Networks:
     ) -> tuple[dict[str, jax.Array], jax.Array | None]:
         """The states [B, L, D] of each encoder that the UNet is given, and pooled text [B, P] for SDXL."""
         outputs = {
-            name: _apply(module, params[name], ids[name], None if rows is None else rows[name])
+            name: self._apply(module, params[name], ids[name], None if rows is None else rows[name])
             for name, module in self.text_encoders
         }
         if len(outputs) == 1:
@@ -114,11 +120,11 @@ class Networks:
                     jnp.array([height, width, 0, 0, height, width], jnp.float32), (latents.shape[0], 6)
                 )
             added_cond = {"text_embeds": condition.pooled, "time_ids": time_ids}
-        return _apply(self.unet, params["unet"], latents, timesteps, condition.context, added_cond)
+        return self._apply(self.unet, params["unet"], latents, timesteps, condition.context, added_cond)
 
     def encode_image(self, params: Params, pixels: jax.Array) -> jax.Array:
         """Pixels [B, H, W, 3] in [-1, 1] -> mean and log-variance of the latents, float32 [B, h, w, 2c], unscaled."""
-        return _apply(self.vae, params["vae"], pixels, method="encode").astype(jnp.float32)
+        return self._apply(self.vae, params["vae"], pixels, method="encode").astype(jnp.float32)
 
     def decode_latents(self, params: Params, latents: jax.Array, tile: int | None = None) -> jax.Array:
         """Scaled latents [B, h, w, c] -> pixels, float32 [B, H, W, 3], about [-1, 1].
@@ -129,7 +135,7 @@ class Networks:
         config = self.vae.config
 
         def decode(unscaled: jax.Array) -> jax.Array:
-            return _apply(self.vae, params["vae"], unscaled, method="decode").astype(jnp.float32)
+            return self._apply(self.vae, params["vae"], unscaled, method="decode").astype(jnp.float32)
 
         unscaled = latents / config.scaling_factor + (config.shift_factor or 0.0)
         return decode(unscaled) if tile is None else decode_in_tiles(decode, unscaled, tile, self.latent_factor)

@@ -24,7 +24,7 @@ from .diffusion.schedule import NoiseSchedule
 from .errors import InputError
 from .machine import SPARE, free_memory
 from .networks import Condition, make_networks, network_shapes
-from .ops.platform import Platform
+from .ops.platform import PLAIN, Platform
 from .training.fitting import StepBuilder, compile_fitting
 from .training.optimizer import make_optimizer
 from .training.parallel import make_mesh
@@ -303,14 +303,15 @@ class Planner:
     def least_flops(self, batch: int) -> float:
         """Of the loss and its gradient for the rows, at a batch."""
         frozen, config = self._frozen(), self.networks.vae.config
+        networks = self.networks.compiled_for(PLAIN)  # kernels do not say how much they compute
         side = self.resolution // self.networks.latent_factor
         noisy = array((batch, side, side, config.latent_channels), jnp.float32)
         timesteps = array((batch,), jnp.int32)
         ids = {name: array((batch, ids.shape[1]), jnp.int32) for name, ids in frozen.dataset.ids.items()}
 
         def predict(rows: Any, params: Any, ids: Any, noisy: jax.Array, timesteps: jax.Array) -> jax.Array:
-            condition: Condition = self.networks.encode_text(params, ids, rows)
-            return self.networks.predict_noise(params, noisy, timesteps, condition)
+            condition: Condition = networks.encode_text(params, ids, rows)
+            return networks.predict_noise(params, noisy, timesteps, condition)
 
         arguments = (self._rows(), frozen.params, ids, noisy, timesteps)
         trained = [[index == 0] * len(jax.tree.leaves(tree)) for index, tree in enumerate(arguments)]

@@ -17,7 +17,7 @@ from .embeddings.embedding import Embedding, check_fits
 from .embeddings.inspect import Vocabulary
 from .errors import InputError
 from .models.clip_text import CLIPTextConfig, CLIPTextModel
-from .models.products import exact_products
+from .ops.matmul import exact_products
 from .weights.hub import resolve
 from .weights.identity import Identity
 from .weights.load import param_shapes

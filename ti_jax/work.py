@@ -20,7 +20,7 @@ def least_flops(jaxpr: ClosedJaxpr, trained: Sequence[bool]) -> float:
       trained: for each of its flat arguments, whether the gradient goes there.
 
     Returns:
-      Their number; infinite if there is a kernel of Pallas on every way.
+      Their number; infinite if there is a kernel of Pallas. (Trace for `ti_jax.ops.platform.PLAIN`, which has none.)
     """
     return _count(jaxpr.jaxpr, list(trained))[0]
 
@@ -35,11 +35,11 @@ def _count(jaxpr: Jaxpr, trained: list[bool]) -> tuple[float, list[bool]]:
         outputs = [any(inputs)] * len(equation.outvars)
         if name in ("dot_general", "conv_general_dilated"):
             total += _forward(equation) * (1 + sum(inputs))
-        elif name == "cond":  # for each platform the same is done in another way
+        elif name == "cond":  # the same, done in another way
             branches = [_count(branch.jaxpr, inputs[1:]) for branch in equation.params["branches"]]
             total += min(flops for flops, _ in branches)
             outputs = [any(each) for each in zip(*(results for _, results in branches), strict=True)]
-        elif name == "pallas_call":  # a kernel does not say; where there is one, there is another way, too
+        elif name == "pallas_call":  # a kernel does not say
             total = math.inf
         elif name == "scan":
             flops, outputs = _scan(equation, inputs)

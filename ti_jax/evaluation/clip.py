@@ -17,7 +17,7 @@ from ..batches import in_batches
 from ..errors import InputError
 from ..models.clip_text import CLIPTextConfig
 from ..models.clip_vision import CLIPModel, CLIPVisionConfig
-from ..models.products import exact_products
+from ..ops.matmul import exact_products
 from ..weights.config_files import read_json
 from ..weights.load import load_component, param_shapes
 from ..weights.tokenizers import load_tokenizer

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 from ..batches import in_batches
 from ..errors import InputError
 from ..models.layers import Conv2d, GroupNorm
-from ..models.products import exact_products
+from ..ops.matmul import exact_products
 
 Tree = Mapping[str, Any]
 

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import jax
 from flax import linen as nn
 
-from ti_jax.models.activations import gelu, quick_gelu
-from ti_jax.models.attention import as_rows, dot_product_attention
 from ti_jax.models.layers import Dense
+from ti_jax.ops.activations import gelu, quick_gelu
+from ti_jax.ops.attention import dot_product_attention
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"quick_gelu": quick_gelu, "gelu": gelu}
 
@@ -53,7 +53,7 @@ class CLIPEncoder(nn.Module):
 
 
 class CLIPEncoderLayer(nn.Module):
-    """Attention and feed-forward, each behind a layer norm: [B, L, D] -> [B, L, D]."""
+    """Attention and feed-forward, each after a layer norm: [B, L, D] -> [B, L, D]."""
 
     config: CLIPTransformerConfig
     dtype: Any
@@ -62,13 +62,11 @@ class CLIPEncoderLayer(nn.Module):
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """Run the layer."""
-        config, dtype, shape = self.config, self.dtype, hidden.shape
-        hidden = as_rows(hidden)
-        normed = layer_norm(config, dtype, "layer_norm1")(hidden).reshape(shape)
-        attended = CLIPAttention(config, dtype, self.causal, name="self_attn")(normed)
-        hidden = hidden + as_rows(attended)
+        config, dtype = self.config, self.dtype
+        normed = layer_norm(config, dtype, "layer_norm1")(hidden)
+        hidden = hidden + CLIPAttention(config, dtype, self.causal, name="self_attn")(normed)
         normed = layer_norm(config, dtype, "layer_norm2")(hidden)
-        return (hidden + CLIPMLP(config, dtype, name="mlp")(normed)).reshape(shape)
+        return hidden + CLIPMLP(config, dtype, name="mlp")(normed)
 
 
 class CLIPAttention(nn.Module):
@@ -82,13 +80,12 @@ class CLIPAttention(nn.Module):
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """Attend."""
         width, heads = self.config.hidden_size, self.config.num_attention_heads
-        tokens = as_rows(hidden)
         query, key, value = (
-            Dense(width, dtype=self.dtype, name=name)(tokens).reshape(*hidden.shape[:2], heads, width // heads)
+            Dense(width, dtype=self.dtype, name=name)(hidden).reshape(*hidden.shape[:2], heads, width // heads)
             for name in ("q_proj", "k_proj", "v_proj")
         )
         attended = dot_product_attention(query, key, value, self.causal)
-        return Dense(width, dtype=self.dtype, name="out_proj")(as_rows(attended, width)).reshape(hidden.shape)
+        return Dense(width, dtype=self.dtype, name="out_proj")(attended.reshape(hidden.shape))
 
 
 class CLIPMLP(nn.Module):

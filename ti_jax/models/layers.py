@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ti_jax.models.activations import silu
-from ti_jax.models.checkpointing import product
-from ti_jax.models.convolution import Padding, conv2d
-from ti_jax.models.products import dot_general
+from ti_jax.ops.activations import silu
+from ti_jax.ops.convolution import Padding, conv2d
+from ti_jax.ops.matmul import dot_general
+from ti_jax.ops.rematerialisation import product
 
 SAME_3X3: Padding = ((1, 1), (1, 1))
 NO_PADDING: Padding = ((0, 0), (0, 0))

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ti_jax.models.attention import Transformer2DModel
-from ti_jax.models.checkpointing import checkpointed
 from ti_jax.models.layers import Downsample2D, ResnetBlock2D, Upsample2D
+from ti_jax.models.transformer import Transformer2DModel
 from ti_jax.models.unet_config import Level, UNetConfig
+from ti_jax.ops.rematerialisation import checkpointed
 
 
 class UNetBlock(nn.Module):

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ti_jax.errors import InputError
-from ti_jax.models.attention import dot_product_attention
 from ti_jax.models.layers import NO_PADDING, Conv2d, Dense, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D
+from ti_jax.ops.attention import dot_product_attention
 
 NORM_EPSILON = 1e-6
 ACTIVATIONS = ("silu", "swish")  # two names of one function

@@ -14,11 +14,12 @@ from ..config import Checkpointing
 from ..errors import InputError
 from ..machine import is_out_of_memory
 from ..networks import Networks
+from ..ops.platform import Platform
 from . import processes
 from .parallel import AXIS, make_run_steps, replicated_shapes, share_memory
 from .step import Frozen, TrainState, make_train_step
 
-# Each keeps less, and recomputes more, than the one before; see `ti_jax.models.checkpointing`.
+# Each keeps less, and recomputes more, than the one before; see `ti_jax.ops.rematerialisation`.
 WAYS: tuple[Checkpointing, ...] = ("none", "policy", "full")
 
 
@@ -50,8 +51,9 @@ class StepBuilder:
         Args:
           frozen, state: arrays, or `jax.ShapeDtypeStruct` in their place; only their shapes and types are used.
         """
+        networks = self.networks.compiled_for(Platform.of(self.mesh.devices.flat[0]))
         step = make_train_step(
-            self.networks.with_gradient_checkpointing(gradient_checkpointing),
+            networks.with_gradient_checkpointing(gradient_checkpointing),
             self.optimizer,
             batch_size=self.batch_size,
             accumulation=self.accumulation,

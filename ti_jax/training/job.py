@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from ..config import TrainConfig
 from ..embeddings import Embedding
 from ..files import ensure_writable_folder
+from ..ops.platform import Platform
 from ..pipeline import StableDiffusion
 from . import processes
 from .checkpoint import Checkpoints, fingerprint
@@ -140,7 +141,8 @@ def prepare(config: TrainConfig, devices: Sequence[jax.Device] | None, sharing: 
     )
     # The loop's copy on the first device also serves to draw with.
     drawn_with = jax.tree.map(lambda leaf: leaf.addressable_data(0), frozen.params)
-    sd = dataclasses.replace(sd, params={**sd.params, **drawn_with})
+    networks = sd.networks.compiled_for(Platform.of(mesh.devices.flat[0]))
+    sd = dataclasses.replace(sd, params={**sd.params, **drawn_with}, networks=networks)
     rows = {name: jnp.asarray(value) for name, value in concept.rows.items()}
     start = jax.device_get(TrainState(rows, optimizer.init(rows), jnp.int32(0), jnp.bool_(True)))
     builder = StepBuilder(

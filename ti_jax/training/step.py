@@ -15,8 +15,8 @@ import optax
 from jax import lax
 
 from ..diffusion.schedule import NoiseSchedule, add_noise, training_target
-from ..models.products import exact_products
 from ..networks import Condition, Networks
+from ..ops.matmul import exact_products
 
 Rows = dict[str, jax.Array]
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from ti_jax.models.layers import Dense
-from ti_jax.models.products import dot_general, matmul, product_over_rows
+from ti_jax.ops.matmul import dot_general, matmul
+from ti_jax.ops.platform import Platform, compiling_for
 
 ONE_ROUNDING = 2**-8
 
@@ -43,22 +44,14 @@ def test_on_cpu_every_product_has_float32_results(platform):
     """Only then does XLA use the CPU's bfloat16 instructions. Elsewhere a result is rounded within the product."""
 
     def loss(x, kernel):
-        return jnp.sum(matmul(x, kernel).astype(jnp.float32) ** 2)
+        with compiling_for(Platform(platform)):
+            return jnp.sum(matmul(x, kernel).astype(jnp.float32) ** 2)
 
     text = (
         jax.jit(jax.value_and_grad(loss)).trace(*arrays(jnp.bfloat16)).lower(lowering_platforms=(platform,)).as_text()
     )
     results = re.findall(r"dot_general.*tensor<[\dx]*xbf16>, tensor<[\dx]*xbf16>\) -> tensor<[\dx]*x(\w+)>", text)
     assert len(results) >= 2 and (set(results) == {"f32"}) == (platform == "cpu")
-
-
-@pytest.mark.parametrize(("inputs", "outputs"), [(96, 32), (32, 96)])
-def test_products_over_rows_run_beside_a_transpose(inputs, outputs):
-    """XLA would take the transpose into the product, for which it then has no routine, and say so when it runs."""
-    x, y = (jnp.ones((64, width), jnp.bfloat16) for width in (inputs, outputs))
-    product = jax.jit(lambda x, y: 2 * product_over_rows(x, y).T)(x, y)
-    assert product.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(product, np.full((outputs, inputs), 128.0))
 
 
 def test_only_the_products_of_a_dense_layer_are_taken():

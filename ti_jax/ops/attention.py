@@ -1,24 +1,18 @@
-"""Attention and the transformer blocks of the UNet.
+"""Scaled dot-product attention in the form that each platform runs fastest.
 
-Held to diffusers' ``attention_processor.py``, ``attention.py`` and ``transformers/transformer_2d.py`` on PyTorch;
-attribute names are theirs.
+Held to PyTorch's ``scaled_dot_product_attention``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
-from ti_jax.models.activations import gelu
-from ti_jax.models.checkpointing import checkpointed
-from ti_jax.models.layers import NO_PADDING, Conv2d, Dense, GroupNorm
-from ti_jax.models.products import float32_product
-from ti_jax.ops.platform import Platform
+from ti_jax.ops.matmul import float32_product
+from ti_jax.ops.platform import current
 
 # XLA on CPU makes whole score matrices, which leave the cache beyond about CPU_WHOLE_SCORES queries and keys. By
 # CPU_QUERY_CHUNK queries at a time, attention and its gradient took half the time at 1024 tokens, a quarter at 4096.
@@ -46,27 +40,30 @@ def dot_product_attention(query: jax.Array, key: jax.Array, value: jax.Array, ca
     Args:
       query: [B, L, H, D].
       key, value: [B, S, H, D].
-      causal: a query sees no key behind its own place.
+      causal: query i attends to keys 0 to i.
 
     Returns:
       [B, L, H, D], of the dtype of `value`.
     """
-    small = causal or min(query.shape[1], key.shape[1]) <= CPU_WHOLE_SCORES
-    whole = partial(_attention, causal=causal)
-    forms = {
-        "cpu": partial(_attention_in_matrices, causal=causal) if small else _attention_in_chunks,
-        "tpu": whole if causal or not _suits_flash_attention(query, key) else flash_attention,
-    }
-    if not causal and _suits_cudnn(query, key, Platform.of(jax.local_devices()[0]).compute_capability):
-        forms["cuda"] = cudnn_attention
-    return jax.lax.platform_dependent(query, key, value, **forms, default=whole)
+    platform = current()
+    if platform.name == "cpu":
+        if causal or min(query.shape[1], key.shape[1]) <= CPU_WHOLE_SCORES:
+            return _attention_in_matrices(query, key, value, causal)
+        return _attention_in_chunks(query, key, value)
+    if platform.name == "tpu" and not causal and _suits_flash_attention(query, key):
+        return flash_attention(query, key, value)
+    if platform.name == "cuda" and not causal and _suits_cudnn(query, key, platform.compute_capability):
+        return cudnn_attention(query, key, value)
+    return _attention(query, key, value, causal)
 
 
 def _suits_cudnn(query: jax.Array, key: jax.Array, compute_capability: int) -> bool:
     # JAX does not trace these kernels on a machine without cuDNN, nor for what they do not take.
     largest = CUDA_LARGEST_HEAD.get(compute_capability, 0)
     half = query.dtype in (jnp.bfloat16, jnp.float16)
-    long = min(query.shape[1], key.shape[1]) >= CUDA_LONG
+    lengths = (query.shape[1], key.shape[1])
+    # JAX refuses gradients of odd lengths.
+    long = min(lengths) >= CUDA_LONG and all(length % 2 == 0 for length in lengths)
     return half and long and query.shape[3] % 8 == 0 and query.shape[3] <= largest
 
 
@@ -89,7 +86,7 @@ def flash_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.A
 
     For lengths that are multiples of 128. The kernels know nothing of `jax.shard_map`'s ``check_vma``.
     """
-    from jax.experimental.pallas.ops.tpu import flash_attention as kernels  # takes a while to import
+    from jax.experimental.pallas.ops.tpu import flash_attention as kernels  # for TPUs alone
 
     block = next(size for size in TPU_BLOCKS if query.shape[1] % size == key.shape[1] % size == 0)
     sizes = {field.name: block for field in dataclasses.fields(kernels.BlockSizes)} | {"block_b": 1}
@@ -221,117 +218,3 @@ def _transposed_product(matrix: jax.Array, thin: jax.Array) -> jax.Array:
     see through the turning without a barrier.
     """
     return jax.lax.optimization_barrier(float32_product(thin, matrix, (0, 0))).T
-
-
-def as_rows(x: jax.Array, width: int | None = None) -> jax.Array:
-    """[..., C] -> [N, C]: the same numbers, and on CPU XLA's gradients of layers in a chain are a fifth faster."""
-    return x.reshape(-1, width or x.shape[-1])
-
-
-class Attention(nn.Module):
-    """Multi-head attention, C a multiple of `heads`: [B, L, C] -> [B, L, C]."""
-
-    heads: int
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, hidden: jax.Array, context: jax.Array | None = None) -> jax.Array:
-        """Attend to `context` [B, S, D], or to `hidden` itself if that is None."""
-        width = hidden.shape[-1]
-        context = hidden if context is None else context
-
-        def projected(x: jax.Array, name: str) -> jax.Array:
-            projection = Dense(width, use_bias=False, dtype=self.dtype, name=name)
-            return projection(as_rows(x)).reshape(*x.shape[:2], self.heads, width // self.heads)
-
-        attended = dot_product_attention(
-            projected(hidden, "to_q"), projected(context, "to_k"), projected(context, "to_v")
-        )
-        return Dense(width, dtype=self.dtype, name="to_out_0")(as_rows(attended, width)).reshape(hidden.shape)
-
-
-class GEGLU(nn.Module):
-    """``a gelu(b)`` of two projections a and b (Shazeer 2020): [B, L, C] -> [B, L, features]."""
-
-    features: int
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, hidden: jax.Array) -> jax.Array:
-        """Project and gate."""
-        projected, gate = jnp.split(Dense(2 * self.features, dtype=self.dtype, name="proj")(hidden), 2, axis=-1)
-        # Float32 up to the one rounding, as PyTorch does within its own GELU.
-        return (projected * gelu(gate.astype(jnp.float32))).astype(self.dtype)
-
-
-class FeedForward(nn.Module):
-    """Four times as wide, gated, and back: [B, L, C] -> [B, L, C]."""
-
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, hidden: jax.Array) -> jax.Array:
-        """Widen and narrow."""
-        width = hidden.shape[-1]
-        hidden = GEGLU(4 * width, self.dtype, name="net_0")(hidden)
-        return Dense(width, dtype=self.dtype, name="net_2")(hidden)
-
-
-class BasicTransformerBlock(nn.Module):
-    """Self-attention, attention to the text, feed-forward, each behind a layer norm: [B, L, C] -> [B, L, C].
-
-    With `only_cross_attention` the first attention, too, is to the text.
-    """
-
-    heads: int
-    only_cross_attention: bool = False
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, hidden: jax.Array, context: jax.Array) -> jax.Array:
-        """`context` is the text, [B, S, D]."""
-        shape, rows = hidden.shape, as_rows(hidden)
-        for number, seen in ((1, context if self.only_cross_attention else None), (2, context)):
-            attention = Attention(self.heads, dtype=self.dtype, name=f"attn{number}")
-            normed = self._norm(f"norm{number}")(rows).reshape(shape)
-            rows = rows + as_rows(attention(normed, seen))
-        return (rows + FeedForward(self.dtype, name="ff")(self._norm("norm3")(rows))).reshape(shape)
-
-    def _norm(self, name: str) -> nn.LayerNorm:
-        return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, use_fast_variance=False, name=name)
-
-
-class Transformer2DModel(nn.Module):
-    """Transformer blocks over a picture's pixels, beside a shortcut: [B, H, W, C] -> [B, H, W, C].
-
-    Attributes:
-      num_layers: number of transformer blocks.
-      use_linear_projection: project by dense layers (SD2, SDXL) rather than 1x1 convolutions (SD1).
-      gradient_checkpointing: of each transformer block, see `checkpointed`.
-    """
-
-    heads: int
-    num_layers: int
-    num_groups: int
-    use_linear_projection: bool = False
-    only_cross_attention: bool = False
-    gradient_checkpointing: str = "none"
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
-        """`context` is the text, [B, S, D]."""
-        channels = x.shape[-1]
-
-        def projection(name: str) -> nn.Module:
-            if self.use_linear_projection:
-                return Dense(channels, dtype=self.dtype, name=name)
-            return Conv2d(channels, 1, padding=NO_PADDING, dtype=self.dtype, name=name)
-
-        block = checkpointed(BasicTransformerBlock, self.gradient_checkpointing)
-        hidden = projection("proj_in")(GroupNorm(self.num_groups, 1e-6, dtype=self.dtype, name="norm")(x))
-        hidden = hidden.reshape(x.shape[0], -1, channels)
-        for index in range(self.num_layers):
-            name = f"transformer_blocks_{index}"
-            hidden = block(self.heads, self.only_cross_attention, self.dtype, name=name)(hidden, context)
-        return x + projection("proj_out")(hidden.reshape(x.shape))

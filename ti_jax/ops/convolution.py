@@ -11,12 +11,11 @@ around them and are the same function:
   transposed it does.
 - The gradient of a strided convolution is a dilated one, with no fast routine at all: im2col again.
 - bfloat16 convolutions are computed in float32. As products of the kernel's taps with the shifted picture, asked
-  for in float32, they use the bfloat16 instructions that newer CPUs have (`ti_jax.models.products`).
+  for in float32, they use the bfloat16 instructions that newer CPUs have (`ti_jax.ops.matmul`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -24,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ti_jax.models.products import float32_product, matmul, turned
+from ti_jax.ops.matmul import float32_product, matmul
+from ti_jax.ops.platform import current
 
 Padding = tuple[tuple[int, int], tuple[int, int]]  # (top, bottom), (left, right)
 
@@ -50,52 +50,42 @@ def conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: Padding = 
     """
     if kernel.shape[:2] == (1, 1) and stride == 1 and padding == ((0, 0), (0, 0)):
         return matmul(x, kernel[0, 0])
-    return _conv2d(stride, padding, x, kernel)
+    if current().name == "cpu":
+        return _conv2d_on_cpu(stride, padding, x, kernel)
+    return _convolution(stride, padding, x, kernel)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _conv2d(stride: int, padding: Padding, x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _conv2d_on_cpu(stride: int, padding: Padding, x: jax.Array, kernel: jax.Array) -> jax.Array:
     if _suits_taps(kernel):
-        cpu: Callable[..., jax.Array] = _by_taps
-    elif _kernel_outweighs_picture(x, kernel, stride):
-        cpu = _im2col
-    else:
-        cpu = _convolution
-    return lax.platform_dependent(
-        x, kernel, cpu=partial(cpu, stride, padding), default=partial(_convolution, stride, padding)
-    )
+        return _by_taps(stride, padding, x, kernel)
+    if _kernel_outweighs_picture(x, kernel, stride):
+        return _im2col(stride, padding, x, kernel)
+    return _convolution(stride, padding, x, kernel)
 
 
 def _conv2d_forward(
     stride: int, padding: Padding, x: jax.Array, kernel: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _conv2d(stride, padding, x, kernel), (x, kernel)
+    return _conv2d_on_cpu(stride, padding, x, kernel), (x, kernel)
 
 
 def _conv2d_backward(
     stride: int, padding: Padding, residuals: tuple[jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
-
-    def transposed(form, gradient, kernel):
-        return jax.linear_transpose(lambda x: form(stride, padding, x, kernel), x)(gradient)[0]
-
     if _suits_taps(kernel):
-        cpu = partial(_gradient_by_taps, stride, padding, x.shape)
+        to_x = _gradient_by_taps(stride, padding, x.shape, gradient, kernel)
     elif stride != 1 or _kernel_outweighs_picture(x, kernel, stride):
-        cpu = partial(transposed, _im2col)
+        (to_x,) = jax.linear_transpose(lambda x: _im2col(stride, padding, x, kernel), x)(gradient)
     else:
-        cpu = partial(_convolution_with_flipped_kernel, padding)
-    to_x = lax.platform_dependent(gradient, kernel, cpu=cpu, default=partial(transposed, _convolution))
+        to_x = _convolution_with_flipped_kernel(padding, gradient, kernel)
     # Of no use to frozen weights, and then dropped by the compiler.
-    kernel_gradient = partial(_kernel_gradient, stride, padding, kernel)
-    if not _suits_taps(kernel):
-        return to_x, kernel_gradient(x, gradient)
-    by_taps = partial(_kernel_gradient_by_taps, stride, padding, kernel)
-    return to_x, lax.platform_dependent(x, gradient, cpu=by_taps, default=kernel_gradient)
+    (to_kernel,) = jax.linear_transpose(lambda kernel: _convolution(stride, padding, x, kernel), kernel)(gradient)
+    return to_x, to_kernel
 
 
-_conv2d.defvjp(_conv2d_forward, _conv2d_backward)
+_conv2d_on_cpu.defvjp(_conv2d_forward, _conv2d_backward)
 
 
 def _suits_taps(kernel: jax.Array) -> bool:
@@ -122,21 +112,6 @@ def _transposed_padding(padding: Padding, kernel: jax.Array) -> Padding:
     height, width = kernel.shape[:2]
     (top, bottom), (left, right) = padding
     return (height - 1 - top, height - 1 - bottom), (width - 1 - left, width - 1 - right)
-
-
-def _kernel_gradient(stride: int, padding: Padding, kernel: jax.Array, x: jax.Array, gradient: jax.Array) -> jax.Array:
-    """Gradient for the kernel, of which only the shape matters."""
-    return jax.linear_transpose(lambda kernel: _convolution(stride, padding, x, kernel), kernel)(gradient)[0]
-
-
-def _kernel_gradient_by_taps(
-    stride: int, padding: Padding, kernel: jax.Array, x: jax.Array, gradient: jax.Array
-) -> jax.Array:
-    """`_kernel_gradient`, tap by tap: what a tap has seen of the picture, times the gradient."""
-    by_channel = turned(gradient.reshape(-1, gradient.shape[-1]))
-    seen = _seen_by_taps(stride, padding, x, kernel)
-    taps = [float32_product(by_channel, part.reshape(-1, x.shape[-1]), (1, 0)) for part in seen]
-    return turned(jnp.concatenate(taps, axis=1).astype(kernel.dtype)).reshape(kernel.shape)
 
 
 def _seen_by_taps(stride: int, padding: Padding, x: jax.Array, kernel: jax.Array) -> list[jax.Array]:

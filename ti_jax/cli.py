@@ -7,6 +7,7 @@ JAX is imported inside the commands, once the command line is known to be right.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -82,6 +83,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "ti-jax") -> int:
       SystemExit: with status 0 after a command's ``--help``, with 141 when the reader of stdout has left.
     """
     argv = sys.argv[1:] if argv is None else argv
+    _take_any_text()
     try:
         return _run(argv, prog)
     except InputError as error:
@@ -92,6 +94,16 @@ def main(argv: Sequence[str] | None = None, prog: str = "ti-jax") -> int:
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
+
+
+def _take_any_text() -> None:
+    """Have the console show as an escape what it cannot: words and paths of any script pass through it."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # a service, or pythonw
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _run(argv: Sequence[str], prog: str) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 import typing
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .config_yaml import from_yaml
-from .errors import InputError
+from .errors import InputError, is_utf8
 from .words import contains_word, is_word
 
 if TYPE_CHECKING:
@@ -117,6 +118,13 @@ EVALUATE_RULES: dict[str, Rule] = {
 }
 
 
+# Fields that can hold a path, whose bytes need not be UTF-8.
+_PATHS = {
+    "pretrained_model_name_or_path", "train_data_dir", "initializer_embedding", "templates", "embeddings", "output_dir",
+    "logging_dir", "resume_from_checkpoint", "evaluation_clip", "embedding", "distractors", "output",
+}  # fmt: skip
+
+
 def check_train(config: TrainConfig) -> None:
     """Check a `TrainConfig` whose model defaults are filled in.
 
@@ -124,6 +132,8 @@ def check_train(config: TrainConfig) -> None:
       InputError: the first value that cannot be.
     """
     _check_fields(config, TRAIN_RULES)
+    if not is_utf8(os.path.abspath(config.output_dir)):  # which TensorStore, that writes checkpoints, does not take
+        raise InputError(f"--output_dir {config.output_dir!r}: not a path in UTF-8; choose another place")
     _check_model(config)
     if config.initializer_token is not None and config.initializer_embedding is not None:
         raise InputError(
@@ -185,6 +195,8 @@ def _check_fields(config: Any, rules: dict[str, Rule]) -> None:
         try:
             # A config made in Python has been through no parser yet.
             from_yaml(list(value) if isinstance(value, tuple) else value, hints[field.name])
+            if field.name not in _PATHS and not all(map(is_utf8, value if isinstance(value, tuple) else [str(value)])):
+                raise ValueError("text in UTF-8; the terminal sends another encoding")
             if value is not None and field.name in rules:
                 allowed, holds = rules[field.name]
                 if not holds(value):

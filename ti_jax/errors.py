@@ -20,6 +20,16 @@ def one_line(error: BaseException) -> str:
     return first if len(first) <= 160 else first[:160] + "..."
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written as UTF-8: the argument of a command line need not be, if its bytes are not."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def utf8(text: str) -> str:
+    """`text`, with an escape such as ``\\udce9`` for each byte of a path that is not UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def listed(names: list[str], limit: int = 8) -> str:
     """The first `limit` of `names`, and a sign of more."""
     shown = ", ".join(name if name.isprintable() else repr(name) for name in names[:limit])

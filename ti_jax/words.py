@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from .errors import InputError
+from .errors import InputError, is_utf8
 
 Words = Mapping[str, int]
 """Placeholder words with their numbers of vectors, in the order of the rows."""
@@ -24,8 +24,8 @@ def fold(text: str) -> str:
 
 
 def is_word(text: str) -> bool:
-    """Whether a text can be a placeholder word: not empty, and without spaces."""
-    return text.split() == [text]
+    """Whether a text can be a placeholder word: not empty, in UTF-8, and without spaces."""
+    return text.split() == [text] and is_utf8(text)
 
 
 def check_token(token: str, where: str = "placeholder") -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
-from ..errors import InputError, listed, one_line
+from ..errors import InputError, listed, one_line, utf8
 from ..weights.files import DTYPES, refuse_git_lfs_pointer
 from .image_card import is_picture, read_card
 
@@ -199,7 +199,8 @@ def word_metadata(content: Content, word: str) -> dict[str, str]:
 def safetensors_bytes(tensors: Mapping[str, np.ndarray], word: str, metadata: Mapping[str, str]) -> bytes:
     """A safetensors file. ``format: pt`` is what transformers and diffusers write."""
     arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    return safetensors.numpy.save(arrays, {**metadata, "token": word, "format": "pt"})
+    texts = {utf8(name): utf8(text) for name, text in metadata.items()}
+    return safetensors.numpy.save(arrays, {**texts, "token": word, "format": "pt"})
 
 
 def pickle_bytes(path: Path, data: dict[str, Any]) -> bytes:

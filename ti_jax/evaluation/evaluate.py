@@ -133,7 +133,9 @@ def evaluate(file: str, config: EvaluateConfig) -> Scores:
 def write_scores(path: Path, embedding: Embedding, scores: Scores) -> None:
     """A JSON file of all that was measured."""
     content = {"token": embedding.token, **scores.as_dict()}
-    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    write_atomically(
+        path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+    )
 
 
 def concept_folders(folder: Path, besides: Path) -> list[Path]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..config import TrainConfig
 from ..embeddings import Embedding
-from ..errors import InputError, one_line
+from ..errors import InputError, one_line, utf8
 from ..files import write_atomically
 
 _UPLOADED = ["learned_embeds*.safetensors", "overview.png", "samples/*.png", "config.yaml", "README.md"]
@@ -42,7 +42,7 @@ def open_repository(config: TrainConfig) -> Callable[[Path, Embedding], None]:
         ) from error
 
     def push(folder: Path, embedding: Embedding) -> None:
-        write_atomically(folder / "README.md", model_card(config, embedding).encode())
+        write_atomically(folder / "README.md", utf8(model_card(config, embedding)).encode())
         try:
             api.upload_folder(
                 repo_id=repository,

@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ..config import TrainConfig
-from ..errors import InputError, OutOfStep, one_line
+from ..errors import InputError, OutOfStep, one_line, utf8
 from ..machine import explaining_out_of_memory
 from .launchers import find_launch
 
@@ -141,7 +141,7 @@ def all_or_raise(make: Callable[[], T]) -> T:
             result = make()
     except Exception as error:
         fault = error
-    faults = _gather(b"" if fault is None else _described(fault).encode())
+    faults = _gather(b"" if fault is None else utf8(_described(fault)).encode())
     if fault is not None:
         raise _reported(fault)
     for number, message in enumerate(faults):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from ti_jax.weights.identity import Identity
 from ti_jax.weights.names import TreePath, shape_in_tree, to_tree_layout, tree_path
 
 Tree = dict[str, Any]
+
+logger = logging.getLogger(__name__)
 
 BLOCK = 32  # output channels
 
@@ -122,10 +126,11 @@ def plan(
     """
     placed: dict[TreePath, tuple[Tensors, str, TreePath]] = {}
     faults: dict[str, list[str]] = {kind: [] for kind in FAULTS}
+    ignored = surplus_layers(files, component, targets) if component.startswith("text_encoder") else set()
     for file in files:
         for name, shape in file.shapes.items():
             path = tree_path(name, component, targets)
-            if path is None:
+            if path is None or name in ignored:
                 continue
             label = file.label(name)
             if path not in targets:
@@ -142,6 +147,35 @@ def plan(
                 faults["of a dtype that is not read"].append(f"{label} {file.dtypes[name]}")
     faults["missing"] = ["/".join(path) for path in targets if path not in placed]
     return list(placed.values()), faults
+
+
+LAYER = re.compile(r"((?:text_model\.)?encoder\.layers\.)(\d+)(\..+)")
+
+
+def surplus_layers(
+    files: Sequence[Tensors], component: str, targets: Mapping[TreePath, jax.ShapeDtypeStruct]
+) -> set[str]:
+    """Names of the tensors of whole layers after the last one that a text encoder's ``config.json`` counts.
+
+    A smaller ``num_hidden_layers`` is how clip skip is made permanent; transformers ignores such layers, too. A layer
+    is one if it has every tensor of the first layer, of the same shape, and nothing else.
+    """
+    first = {path: leaf.shape for path, leaf in targets.items() if path[:2] == ("encoder", "layers_0")}
+    count = len({path[1] for path in targets if path[0] == "encoder" and path[1].startswith("layers_")})
+    layers: dict[int, dict[str, tuple[TreePath | None, tuple[int, ...]]]] = {}
+    for file in files:
+        for name, shape in file.shapes.items():
+            if (found := LAYER.fullmatch(name)) and int(found[2]) >= count:
+                path = tree_path(f"{found[1]}0{found[3]}", component, targets)
+                in_tree = shape if path not in first else shape_in_tree(shape, path, len(first[path]))
+                layers.setdefault(int(found[2]), {})[name] = (path, in_tree)
+    whole = {number: layer for number, layer in layers.items() if sorted(layer.values()) == sorted(first.items())}
+    if whole:
+        logger.warning(
+            "%s: %d layers of its weights are left away, as num_hidden_layers in its config.json is %d (clip skip)",
+            component, len(whole), count,
+        )  # fmt: skip
+    return {name for layer in whole.values() for name in layer}
 
 
 def refuse_faults(faults: Mapping[str, list[str]], what: str) -> None:

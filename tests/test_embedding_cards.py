@@ -186,7 +186,7 @@ def test_each_of_our_channels_alone(tmp_path):
         card.save(tmp_path / "lossy.jpg")
     for name in ("pixels.png", "text.png"):
         assert_same(Embedding.load(tmp_path / name), word(4))
-    assert "no safetensors, PyTorch, PNG or WebP file" in refusal(tmp_path / "lossy.jpg")
+    assert "a JPEG picture, and image cards are PNG" in refusal(tmp_path / "lossy.jpg")
 
 
 def _text_of(image):

@@ -80,7 +80,6 @@ def test_files_of_no_known_format_say_what_they_hold(tmp_path):
     assert "'k3' [1] float32 and 5 more" in refusal(path)
     for value, what in [
         ([torch.ones(1, 768)], "a list"),
-        (torch.ones(1, 768), "an array [1, 768]"),
         ({"<x>": 3}, "'<x>' int"),
         ({"string_to_param": 3}, "'string_to_param' int"),
     ]:
@@ -138,7 +137,7 @@ def test_safetensors_of_other_numbers(tmp_path, dtype):
 
 def test_words_that_cannot_be(tmp_path):
     safetensors.torch.save_file({"emb_params": torch.ones(1, 768)}, tmp_path / "my cat.safetensors")
-    assert "'my cat': must be one word without spaces" in refusal(tmp_path / "my cat.safetensors")
+    assert "'my cat': must be one word without spaces" in refusal(tmp_path / "my cat.safetensors", token="my cat")
     assert Embedding.load(tmp_path / "my cat.safetensors", token="<cat>").token == "<cat>"
     safetensors.torch.save_file(
         {"clip_l": torch.ones(1, 768), "clip_g": torch.ones(2, 1280)}, tmp_path / "a.safetensors"

@@ -1,5 +1,7 @@
 """Learned words for tests, and files of them as other programs write them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -20,6 +22,11 @@ def word(n=1, dim=768, token="<cat-toy>", metadata=None):
 def sdxl_word(n=1, dims=(768, 1280), token="<cat-toy>", metadata=None):
     vectors = {"text_encoder": numbers(n, dims[0]), "text_encoder_2": numbers(n, dims[1], seed=1)}
     return Embedding(token, vectors, metadata or {})
+
+
+def as_read(embedding, path, form):
+    """The word as it comes back from its file: AUTOMATIC1111's .pt goes by the file's name."""
+    return replace(embedding, token=path.stem) if form == "a1111" else embedding
 
 
 def assert_same(a, b):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from .config import InferConfig
 from .embeddings import Embedding, check_fits
+from .embeddings.naming import load_given, with_stored_name
 from .errors import InputError
 from .files import ensure_writable_folder
 from .machine import explaining_out_of_memory
@@ -36,12 +38,15 @@ def draw(config: InferConfig) -> list[Path]:
     if output.is_dir():
         raise InputError(f"--output {output}: a folder; give the name of a .png file in it")
     ensure_writable_folder(output.parent)
-    embeddings = [Embedding.load(path) for path in config.embedding]
+    embeddings = load_given(config.embedding)
     for file, embedding in zip(config.embedding, embeddings, strict=True):
+        config, note = _with_stored_name(config, embedding)
+        if note is not None:
+            print(f"note: {file}: {note}", file=sys.stderr)
         if not any(contains_word(prompt, embedding.token) for prompt in config.prompt):
             print(f"warning: no prompt has the word {embedding.token} of {file} in it", file=sys.stderr)
-        if embedding.caveat:
-            print(f"note: {file}: read as {embedding.caveat}", file=sys.stderr)
+        for remark in embedding.remarks:
+            print(f"note: {file}: {remark}", file=sys.stderr)
 
     assert config.num_inference_steps is not None and config.guidance_scale is not None, "the config is resolved"
     sd = StableDiffusion.from_config(config)
@@ -79,6 +84,14 @@ def draw(config: InferConfig) -> list[Path]:
     columns = config.num_images if config.num_images > 1 else min(len(images), GRID_COLUMNS)
     save_png(grid_path, grid(images, columns), {"prompt": "\n".join(config.prompt), "seed": config.seed, **settings})
     return [*paths, grid_path]
+
+
+def _with_stored_name(config: InferConfig, embedding: Embedding) -> tuple[InferConfig, str | None]:
+    """The config with the embedding's word for its stored name in all prompts; see `with_stored_name`."""
+    negative = [] if config.negative_prompt is None else [config.negative_prompt]
+    prompts, note = with_stored_name(embedding, [*config.prompt, *negative])
+    count = len(config.prompt)
+    return replace(config, prompt=tuple(prompts[:count]), negative_prompt=prompts[count] if negative else None), note
 
 
 def output_paths(output: Path, count: int) -> tuple[list[Path], Path | None]:

@@ -181,8 +181,8 @@ def _load(path: Path, token: str | None = None) -> Embedding:
     from .embeddings import Embedding
 
     embedding = Embedding.load(path, token)
-    if embedding.caveat:
-        print(f"note: {path}: read as {embedding.caveat}", file=sys.stderr)
+    for remark in embedding.remarks:
+        print(f"note: {path}: {remark}", file=sys.stderr)
     return embedding
 
 
@@ -218,11 +218,17 @@ def _read_picture(path: Path) -> Any:
 
 
 def _convert(paths: Sequence[Path], config: ConvertConfig, usage: str) -> str:
+    from .embeddings.warn import word_warnings
+
     _expect(paths, 2, 2, usage)
     _check_word(config.token)
     source, target = paths
     picture = None if config.picture is None else Path(config.picture)
-    return _write(_load(source, config.token), target, config.format, picture)
+    embedding = _load(source, config.token)
+    written = _write(embedding, target, config.format, picture)
+    for warning in word_warnings(embedding):
+        print(f"warning: {warning}", file=sys.stderr)
+    return written
 
 
 def _inspect(paths: Sequence[Path], config: InspectConfig, usage: str) -> str:
@@ -233,7 +239,16 @@ def _inspect(paths: Sequence[Path], config: InspectConfig, usage: str) -> str:
     from .embeddings import check_fits
     from .embeddings.inspect import compare, load_for_inspection
 
-    reports = [load_for_inspection(path, config.token) for path in paths]
+    reports, refused = [], []
+    for path in paths:
+        try:
+            reports.append(load_for_inspection(path, config.token))
+        except InputError as error:
+            if len(paths) == 1:
+                raise
+            refused.append(f"not read: {error}")
+    if not reports:
+        raise InputError("; ".join(refused))
     from .text_encoders import TextEncoders
 
     encoders = TextEncoders.from_pretrained(config.pretrained_model_name_or_path, config.revision, config.variant)
@@ -247,7 +262,7 @@ def _inspect(paths: Sequence[Path], config: InspectConfig, usage: str) -> str:
         if comparable:
             report = compare(report, {name: encoders.vocabulary(name) for name in dims}, config.nearest)
         parts.append(str(report))
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *refused])
 
 
 def _merge(paths: Sequence[Path], config: MergeConfig, usage: str) -> str:

@@ -17,6 +17,7 @@ from .containers import PICKLE_SUFFIXES, PICTURES, Content, pickle_bytes
 from .embedding import Embedding
 from .families import describe
 from .image_card import card_png
+from .naming import named
 from .vectors import encoder_of, vectors_of
 
 _KEY = "*"
@@ -35,7 +36,7 @@ def read_card(content: Content, token: str | None) -> Embedding | None:
 
 def read(content: Content, token: str | None) -> Embedding | None:
     """The word in a file, or the one that ``token`` names where it has several; None if it is not this format."""
-    parameters = content.data.get("string_to_param")
+    parameters = content.data.get("string_to_param") if isinstance(content.data, dict) else None
     if not isinstance(parameters, dict):
         return None
     if not parameters:
@@ -46,17 +47,20 @@ def read(content: Content, token: str | None) -> Embedding | None:
             words = ", ".join(repr(word) for word in parameters)
             raise InputError(f"it holds {len(parameters)} words, {words}; say which with token=")
         key = token
-    name = content.data.get("name")
-    word = (
-        token or (name if isinstance(name, str) and name else None) or (content.path.stem if key == _KEY else str(key))
-    )
+    stored = content.data.get("name")
+    stored = stored if isinstance(stored, str) and stored else None
+    if content.container in PICTURES:
+        name = stored or content.path.stem
+    else:
+        # What AUTOMATIC1111, Forge, ComfyUI, kohya and invoke go by; the paper's code has the key for the word.
+        name = str(key) if stored is None and key != _KEY else content.path.stem
     vectors = vectors_of(parameters[key], str(key))
     metadata = {
         ours: str(content.data[theirs])
         for theirs, ours in _METADATA.items()
         if isinstance(content.data.get(theirs), (str, int, float))
     }
-    return Embedding(word, {encoder_of(vectors): vectors}, metadata)
+    return named(content, token, name, {encoder_of(vectors): vectors}, metadata, stored)
 
 
 def write(embedding: Embedding, path: Path) -> dict[Path, bytes]:

@@ -7,25 +7,39 @@ header.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from ..errors import InputError
-from .containers import Content, safetensors_bytes, word_metadata
-from .embedding import Embedding
-from .vectors import encoder_of, vectors_of
+from .containers import Content, safetensors_bytes
+from .embedding import CAVEAT, Embedding
+from .naming import named
+from .vectors import T5_WORD, encoder_of, vectors_of
 
 SINGLE_KEYS = ("emb_params", "emp_params")
 KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+T5_KEYS = ("t5", "t5xxl", "t5_xxl")
 OUTPUT = "_out"  # OneTrainer's "output embedding"
 
 
 def read(content: Content, token: str | None) -> Embedding | None:
     """The word in a file; None if it is not this format."""
+    if not isinstance(content.data, dict):
+        return None
     keys = set(content.data)
+    if keys & set(T5_KEYS):
+        raise InputError(f"it has {' and '.join(sorted(keys & set(T5_KEYS)))}: {T5_WORD}")
     outputs = {f"{key}{OUTPUT}" for key in (*SINGLE_KEYS, *KEYS.values())}
+    caveat = {}
     if keys & outputs and keys <= {*outputs, *SINGLE_KEYS, *KEYS.values()}:
+        left, keys = keys & outputs, keys - outputs
+        caveat = {
+            CAVEAT: f"its input embedding alone: {' and '.join(sorted(left))}, OneTrainer's output embedding, "
+            "is added after the text encoder and cannot be used here"
+        }
+    if caveat and not keys:
         raise InputError(
-            f"it has {' and '.join(sorted(keys & outputs))}: OneTrainer's output embedding, which is added behind the "
+            f"it has only {' and '.join(sorted(left))}: OneTrainer's output embedding, which is added after the "
             "text encoder and is no word; train it again with that option off"
         )
     if len(keys) == 1 and keys <= set(SINGLE_KEYS):
@@ -36,8 +50,8 @@ def read(content: Content, token: str | None) -> Embedding | None:
         vectors = {name: vectors_of(content.data[key], key) for name, key in KEYS.items() if key in keys}
     else:
         return None
-    word = token or content.metadata.get("token") or content.path.stem
-    return Embedding(word, vectors, word_metadata(content, word))
+    embedding = named(content, token, content.metadata.get("token") or content.path.stem, vectors)
+    return dataclasses.replace(embedding, metadata={**embedding.metadata, **caveat})
 
 
 def write(embedding: Embedding, path: Path) -> dict[Path, bytes]:

@@ -20,10 +20,12 @@ import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError, listed, one_line, utf8
-from ..weights.files import DTYPES, refuse_git_lfs_pointer
+from ..weights.files import DTYPES, refuse_git_lfs_pointer, safe_classes
 from .image_card import is_picture, read_card
 
 OURS = "ti_jax."  # how the names of header entries begin that are about a file of ours and not about its word
+
+BUNDLE = "bundle_emb."  # how the names of words in a LoRA file begin
 
 PICKLE_SUFFIXES = (".bin", ".pt")
 
@@ -89,6 +91,11 @@ def read_content(path: Path) -> Content:
     if is_picture(start):
         data, channel = read_card(path)
         return Content(path, channel, data)
+    if start.startswith(b"\xff\xd8\xff"):
+        raise InputError(
+            f"{path}: a JPEG picture, and image cards are PNG or lossless WebP: a word in it would not survive JPEG's "
+            "compression; get the original file"
+        )
     what = "an empty file" if not start else "no safetensors, PyTorch, PNG or WebP file, or broken at its start"
     raise InputError(f"{path}: {what}; give the file of a learned word, or download it again")
 
@@ -110,6 +117,8 @@ def _read_safetensors(path: Path) -> Content:
     try:
         with safe_open(path, framework="np") as file:
             names = list(file.keys())
+            # Of a LoRA that brings words along, these alone are read.
+            names = [name for name in names if name.startswith(BUNDLE)] or names
             _refuse_many(path, names)
             for name in names:
                 part = file.get_slice(name)
@@ -153,7 +162,7 @@ def _read_pickle(path: Path) -> Any:
         # An open file, because of a path torch.load also looks at the suffix. Before it refuses a pickle, it may warn
         # that it might.
         with (
-            torch.serialization.safe_globals([torch.nn.ParameterDict]),
+            safe_classes(torch, [torch.nn.ParameterDict]),
             warnings.catch_warnings(action="ignore"),
             path.open("rb") as file,
         ):
@@ -168,6 +177,10 @@ def _read_pickle(path: Path) -> Any:
         raise InputError(f"{path}: not a complete PyTorch file ({one_line(error)}); download it again") from error
     if isinstance(data, dict):
         _refuse_many(path, [str(key) for key in data])
+    if isinstance(data, list):
+        _refuse_many(
+            path, [f"{n}: {key}" for n, each in enumerate(data) for key in (each if isinstance(each, dict) else [n])]
+        )
     return _with_arrays(path, data, torch, depth=2)
 
 
@@ -176,6 +189,8 @@ def _with_arrays(path: Path, value: Any, torch: Any, depth: int) -> Any:
     if isinstance(value, torch.nn.ParameterDict):
         # Not by its methods: they want attributes that the releases of the paper's day did not write.
         value = vars(value).get("_parameters", {})
+    if isinstance(value, list) and depth > 0:
+        return [_with_arrays(path, item, torch, depth - 1) for item in value[: MAX_TENSORS + 1]]
     if isinstance(value, dict) and depth > 0:
         return {key: _with_arrays(path, item, torch, depth - 1) for key, item in value.items()}
     if not isinstance(value, torch.Tensor):

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InputError
-from .containers import OURS, PICKLE_SUFFIXES, Content, pickle_bytes, read_content, safetensors_bytes, word_metadata
+from .containers import OURS, PICKLE_SUFFIXES, Content, pickle_bytes, read_content, safetensors_bytes
 from .embedding import Embedding
 from .families import FAMILIES, TEXT_ENCODERS
+from .naming import named
 from .vectors import encoder_of, vectors_of
 
 FILE_NAMES = ("learned_embeds.safetensors", "learned_embeds.bin")
@@ -46,8 +47,7 @@ def read(content: Content, token: str | None) -> Embedding | None:
     if own is None:
         return None
     halves = halves_of(content) or {content.metadata.get(_ENCODER, encoder_of(own[1])): (content.path, own[1])}
-    word = token or own[0]
-    return Embedding(word, {name: vectors for name, (_, vectors) in halves.items()}, word_metadata(content, word))
+    return named(content, token, own[0], {name: vectors for name, (_, vectors) in halves.items()})
 
 
 def _single(content: Content) -> tuple[str, np.ndarray] | None:

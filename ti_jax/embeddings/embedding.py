@@ -25,6 +25,8 @@ class Embedding:
       token: the word, e.g. "<cat-toy>".
       vectors: float32 [n, D] by text encoder, "text_encoder" and for SDXL "text_encoder_2"; the same n for both.
       metadata: where it comes from (base model, steps, initializer, ...), text to text. Kept where the format can.
+      stored_name: another name that its file has for it, or None; `infer` takes it for the word too. Not saved.
+      notes: what a reader of its file has to say of its name. Not saved.
 
     Raises:
       InputError: an empty word or one with spaces; vectors that are not [n, D], or not all finite; a number of vectors
@@ -34,6 +36,8 @@ class Embedding:
     token: str
     vectors: Mapping[str, np.ndarray]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    stored_name: str | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_token(self.token, "token")
@@ -79,13 +83,19 @@ class Embedding:
         """What was lost when it was read from its file, in words; empty if nothing was."""
         return self.metadata.get(CAVEAT, "")
 
+    @property
+    def remarks(self) -> list[str]:
+        """What a user should be told of the file that it was read from, a line each."""
+        return [*([f"read as {self.caveat}"] if self.caveat else []), *self.notes]
+
     @classmethod
     def load(cls, path: str | Path, token: str | None = None) -> Embedding:
         """Read a word from a file of any known format, which its content tells; see `ti_jax.embeddings.formats`.
 
         Args:
           path: the file, or a folder with a ``learned_embeds.safetensors`` or ``.bin``.
-          token: the word to read it under. None: what the file says, or its name without suffix if it says nothing.
+          token: the word to read it under. None: what the file says, or its name without suffix if it says nothing
+            and in AUTOMATIC1111's pickles, with hyphens in the place of spaces.
 
         Raises:
           InputError: no such file, broken, of no known format, or not a word.

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from . import a1111_format, comfyui_format, diffusers_format, xti_format
+from . import a1111_format, bundle_formats, comfyui_format, diffusers_format, xti_format
 from .containers import Content, read_content
 from .embedding import Embedding
 
@@ -41,6 +41,10 @@ FORMATS = (
     Format("card", "a picture with string_to_param in it", a1111_format.read_card, a1111_format.write_card, (".png",)),
     Format("a1111", "string_to_param", a1111_format.read, a1111_format.write, (".pt",)),
     Format("comfyui", "emb_params, or clip_l and clip_g", comfyui_format.read, comfyui_format.write),
+    Format("cog-sdxl", "text_encoders_0 and text_encoders_1", bundle_formats.read_cog, None),
+    Format("bundle", "bundle_emb in a LoRA", bundle_formats.read_bundle, None),
+    Format("list", "a list of dicts of tensors", bundle_formats.read_list, None),
+    Format("tensor", "a tensor without a word", bundle_formats.read_tensor, None),
     Format("xti", "IN01 to OUT11", xti_format.read, None),
     Format(
         "diffusers",
@@ -101,14 +105,13 @@ def read_as_found(path: Path, token: str | None = None) -> tuple[Embedding, Form
     """As `read`, with the format that the file was found to have, and all that it holds."""
     path = word_file(path)
     content = read_content(path)
-    if isinstance(content.data, dict):
-        for form in FORMATS:
-            try:
-                embedding = form.read(content, token)
-            except InputError as error:
-                raise InputError(f"{path}: {error}") from error
-            if embedding is not None:
-                return embedding, form, content
+    for form in FORMATS:
+        try:
+            embedding = form.read(content, token)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+        if embedding is not None:
+            return embedding, form, content
     known = "; ".join(f"{form.name} ({form.looks_like})" for form in FORMATS)
     raise InputError(
         f"{path}: not a learned word in a known format: it holds {_found(content.data)}; known are {known}"

@@ -68,6 +68,9 @@ class Report:
             f"  family   {describe(embedding.dims, embedding.metadata)}",
             f"  vectors  {embedding.num_vectors}",
         ]
+        if embedding.stored_name is not None:
+            lines.insert(2, f"  stored   {embedding.stored_name}: the name in the file, which diffusers goes by")
+        lines += [f"  note     {note}" for note in embedding.notes]
         if embedding.caveat:
             lines.append(f"  caveat   {embedding.caveat}")
         for name, vectors in self.encoders.items():

@@ -8,6 +8,9 @@ import numpy as np
 from ..errors import InputError
 from .families import FAMILIES, TEXT_ENCODERS
 
+T5_WIDTH = 4096  # of T5-XXL
+T5_WORD = "a word for the T5 text encoder of SD3 or Flux, which no Stable Diffusion 1, 2 or XL has"
+
 
 def vectors_of(array: object, name: str) -> np.ndarray:
     """An array [n, D], or [D] as old files have it, of any floating-point type, as float32 [n, D].
@@ -19,6 +22,8 @@ def vectors_of(array: object, name: str) -> np.ndarray:
         raise InputError(f"{name!r} holds a {type(array).__name__} where the vectors of a word belong")
     if array.dtype.kind != "f" and array.dtype != ml_dtypes.bfloat16:
         raise InputError(f"{name!r} holds {array.dtype} numbers; the vectors of a word are floating-point")
+    if array.ndim > 0 and array.shape[-1] == T5_WIDTH:
+        raise InputError(f"{name!r} has vectors of {T5_WIDTH} numbers: {T5_WORD}")
     if array.ndim not in (1, 2) or 0 in array.shape:
         raise InputError(f"{name!r} has the shape {list(array.shape)}; the vectors of a word are [n, D]")
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below

@@ -7,11 +7,14 @@ nearest to the 16 is their mean.
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from ..errors import InputError
-from .containers import Content, word_metadata
+from .containers import Content
 from .embedding import CAVEAT, Embedding
+from .naming import named
 from .vectors import encoder_of, vectors_of
 
 LAYERS = (
@@ -22,7 +25,11 @@ LAYERS = (
 
 def read(content: Content, token: str | None) -> Embedding | None:
     """The mean of the 16 words of a file, with a caveat; None if it is not this format."""
-    if not set(content.data) >= set(LAYERS[:2]) or not set(content.data) <= set(LAYERS):
+    if (
+        not isinstance(content.data, dict)
+        or not set(content.data) >= set(LAYERS[:2])
+        or not set(content.data) <= set(LAYERS)
+    ):
         return None
     missing = [layer for layer in LAYERS if layer not in content.data]
     if missing:
@@ -37,5 +44,5 @@ def read(content: Content, token: str | None) -> Embedding | None:
         f"the mean of the {len(LAYERS)} words that an XTI file has, one for each layer of the UNet; the farthest of "
         f"them is {spread:.2f} of the mean's length away from it"
     )
-    word = token or content.metadata.get("token") or content.path.stem
-    return Embedding(word, {encoder_of(mean): mean}, {**word_metadata(content, word), CAVEAT: caveat})
+    embedding = named(content, token, content.metadata.get("token") or content.path.stem, {encoder_of(mean): mean})
+    return dataclasses.replace(embedding, metadata={**embedding.metadata, CAVEAT: caveat})

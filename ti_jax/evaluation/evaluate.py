@@ -14,6 +14,7 @@ from PIL import Image
 from ..config import EvaluateConfig
 from ..data.images import as_uint8, load_images
 from ..embeddings import Embedding, check_fits
+from ..embeddings.naming import load_given
 from ..errors import InputError
 from ..files import ensure_writable_folder, write_atomically
 from ..machine import explaining_out_of_memory
@@ -110,7 +111,9 @@ def evaluate(file: str, config: EvaluateConfig) -> Scores:
     assert config.num_inference_steps and config.guidance_scale is not None and config.train_data_dir, "it is resolved"
     if config.output is not None:
         ensure_writable_folder(Path(config.output).parent)
-    embedding = Embedding.load(file)
+    (embedding,) = load_given([file])
+    for remark in embedding.remarks:
+        print(f"note: {file}: {remark}", file=sys.stderr)
     sd = StableDiffusion.from_config(config)
     check_fits(embedding, sd.embedding_dims, file)
     measure = load_measure(sd, config.evaluation_clip)

@@ -17,6 +17,7 @@ from ..data.images import Pictures, load_images
 from ..data.latents import encode_moments
 from ..data.prompts import load_templates
 from ..embeddings import Embedding, check_fits
+from ..embeddings.naming import load_given
 from ..errors import InputError
 from ..pipeline import StableDiffusion
 from ..words import same_word
@@ -62,9 +63,11 @@ def prepare_concept(config: TrainConfig, sd: StableDiffusion, say: Callable[[str
     """
     assert config.placeholder_token and config.train_data_dir, "the config is resolved"
     word, count = config.placeholder_token, config.num_vectors
-    others = tuple(Embedding.load(path) for path in config.embeddings)
+    others = tuple(load_given(config.embeddings))
     for path, other in zip(config.embeddings, others, strict=True):
         check_fits(other, sd.embedding_dims, path)
+        for remark in other.remarks:
+            say(f"note: {path}: {remark}")
 
     rows, row_mask = {}, {}
     words, other_rows = tokens.combine(others)

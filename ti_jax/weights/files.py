@@ -242,6 +242,12 @@ def open_safetensors(path: Path) -> Iterator[SafetensorsFile]:
         yield SafetensorsFile(path, file)
 
 
+def safe_classes(torch: Any, classes: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
+    """``torch.serialization.safe_globals`` that leaves what the caller had allowed: PyTorch's own takes that away."""
+    allowed = torch.serialization.get_safe_globals()
+    return torch.serialization.safe_globals([each for each in classes if each not in allowed])
+
+
 def load_pickle(path: Path, stand_ins: Sequence[Any] = ()) -> Any:
     """Contents of a PyTorch pickle; its tensors are mapped from the file where its format allows.
 
@@ -255,7 +261,7 @@ def load_pickle(path: Path, stand_ins: Sequence[Any] = ()) -> Any:
             ".safetensors"
         ) from error
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(list(stand_ins)):
+        with warnings.catch_warnings(), safe_classes(torch, stand_ins):
             # Of pickles that PyTorch did not write; if it cannot read one, an error says so.
             warnings.simplefilter("ignore", UserWarning)
             # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.

@@ -1,0 +1,36 @@
+"""Words that other programs will stumble over."""
+
+from __future__ import annotations
+
+from ..weights.tokenizers import clip_tokenizer
+from ..words import fold
+from .embedding import Embedding
+
+
+def capital_fault(token: str, num_vectors: int) -> str | None:
+    """What diffusers on transformers 5 makes of a word of several vectors with a capital letter, and what to do.
+
+    It lower-cases the prompt before it looks for words to expand, so that only the first vector is used.
+    """
+    if num_vectors == 1 or fold(token) == token:
+        return None
+    expanded = " ".join([token, *(f"{token}_{row}" for row in range(1, min(num_vectors, 3)))])
+    return (
+        f"diffusers with transformers 5 finds {token} only in lower case and would use the first of its {num_vectors} "
+        f"vectors alone: save it as {fold(token)}, or write {expanded}{' ...' if num_vectors > 3 else ''} there"
+    )
+
+
+def word_warnings(embedding: Embedding) -> list[str]:
+    """What to warn of before others get this word."""
+    warnings = []
+    fault = capital_fault(embedding.token, embedding.num_vectors)
+    if fault is not None:
+        warnings.append(fault)
+    vocabulary = clip_tokenizer("<|endoftext|>").get_vocab()
+    if embedding.token in vocabulary or f"{fold(embedding.token)}</w>" in vocabulary:
+        warnings.append(
+            f"{embedding.token} is a token of CLIP's already, and diffusers may refuse it or take the one for the "
+            f"other: give another with --token, like <{embedding.token}>"
+        )
+    return warnings

@@ -256,7 +256,7 @@ def test_train_and_draw(model, pictures, tmp_path):
     half = str(tmp_path / "a" / "checkpoints" / "2")
     embedding, resumed = rows(config(file, "b", resume_from_checkpoint=half))
     np.testing.assert_array_equal(resumed, uninterrupted)
-    assert embedding.metadata["base_model"] == str(file)
+    assert embedding.metadata["base_model"] == file.name
     with pytest.raises(InputError, match="prediction_type epsilon there, v_prediction here"):
         rows(config(file, "c", prediction_type="v_prediction", resume_from_checkpoint=half))
 

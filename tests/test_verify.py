@@ -157,3 +157,16 @@ def test_single_file_models_are_not_for_diffusers(tmp_path):
     ) as error:
         verify(tmp_path / "a.safetensors", tmp_path / "model.safetensors")
     assert "\n" not in str(error.value)
+
+
+def test_verify_says_why_a_capital_letter_and_several_vectors_fail(tmp_path, tiny_sd):
+    """diffusers looks for words to expand in the lower-cased prompt; written out, or in lower case, it finds them."""
+    word(3, dims=(32,), token="<Cat>").save(tmp_path / "a.safetensors")
+    report = verify(tmp_path / "a.safetensors", tiny_sd)
+    assert report.rows_equal and not report.ok
+    assert "save it as <cat>, or write <Cat> <Cat>_1 <Cat>_2 there" in report.summary()
+    assert verify(tmp_path / "a.safetensors", tiny_sd, "a <Cat> <Cat>_1 <Cat>_2 here").ok
+    word(3, dims=(32,), token="<cat>").save(tmp_path / "b.safetensors")
+    assert verify(tmp_path / "b.safetensors", tiny_sd).ok
+    word(1, dims=(32,), token="<Cat>").save(tmp_path / "c.safetensors")
+    assert verify(tmp_path / "c.safetensors", tiny_sd).ok

@@ -215,6 +215,8 @@ class TrainConfig:
     """Upload the result to the Hugging Face Hub at the end."""
     hub_model_id: str | None = None
     """Hub repository to push to. Left out: the name of --output_dir."""
+    hub_license: str | None = None
+    """License of the word on the hub, as its model card names it, e.g. cc-by-4.0. Left out: none is named."""
     hub_token: str | None = dataclasses.field(default=None, repr=False, metadata={"secret": True})
     """Token for the hub: to push, and to download a gated model. Left out: HF_TOKEN, or the one that `hf auth login`
     has stored."""

@@ -83,6 +83,7 @@ TRAIN_RULES: dict[str, Rule] = {
     "checkpoints_total_limit": COUNT,
     "resume_from_checkpoint": TEXT,
     "hub_model_id": TEXT,
+    "hub_license": TEXT,
     "hub_token": TEXT,
 }
 

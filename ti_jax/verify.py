@@ -19,6 +19,7 @@ from .embeddings.comfyui_format import KEYS
 from .embeddings.containers import PICKLE_SUFFIXES, read_content
 from .embeddings.embedding import Embedding, check_fits
 from .embeddings.formats import word_file
+from .embeddings.warn import capital_fault
 from .errors import InputError, one_line
 from .pipeline import StableDiffusion
 
@@ -55,10 +56,11 @@ class VerifyReport:
         """All of it on one line."""
         count = "1 vector" if self.num_vectors == 1 else f"{self.num_vectors} vectors"
         rows = "its rows are equal" if self.rows_equal else "its rows DIFFER"
+        fault = None if self.ok else capital_fault(self.token, self.num_vectors)
         return (
             f"{self.path}: {'ok' if self.ok else 'FAILED'}: {self.token} ({count}) with {self.model} in "
             f"{self.against}: {rows}; {self.prompt!r} encoded differs by at most {self.max_difference:.1e}, relative "
-            f"{self.relative_difference:.1e} (limit {LIMIT:.0e})"
+            f"{self.relative_difference:.1e} (limit {LIMIT:.0e})" + (f"; {fault}" if fault is not None else "")
         )
 
     def __str__(self) -> str:

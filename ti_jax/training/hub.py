@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +10,12 @@ from ..config import TrainConfig
 from ..embeddings import Embedding
 from ..errors import InputError, one_line, utf8
 from ..files import write_atomically
+from ..words import fill
+from .run_folder import ONE_FILE
+from .showing import OVERVIEW_COLUMNS
 
-_UPLOADED = ["learned_embeds*.safetensors", "overview.png", "samples/*.png", "config.yaml", "README.md"]
+# Not config.yaml, which has the paths of this machine.
+_UPLOADED = ["learned_embeds*.safetensors", "overview.png", "samples/*.png", "README.md"]
 
 
 def open_repository(config: TrainConfig) -> Callable[[Path, Embedding], None]:
@@ -42,7 +47,8 @@ def open_repository(config: TrainConfig) -> Callable[[Path, Embedding], None]:
         ) from error
 
     def push(folder: Path, embedding: Embedding) -> None:
-        write_atomically(folder / "README.md", utf8(model_card(config, embedding)).encode())
+        card = model_card(config, embedding, repository, folder)
+        write_atomically(folder / "README.md", utf8(card).encode())
         try:
             api.upload_folder(
                 repo_id=repository,
@@ -59,21 +65,33 @@ def open_repository(config: TrainConfig) -> Callable[[Path, Embedding], None]:
     return push
 
 
-def model_card(config: TrainConfig, embedding: Embedding) -> str:
-    """The README.md of a pushed word, with the hub's front matter."""
+def model_card(config: TrainConfig, embedding: Embedding, repository: str, folder: Path) -> str:
+    """The README.md of a pushed word, with the hub's front matter.
+
+    Args:
+      repository: id of the word's own repository, from which the card's code loads it.
+      folder: the run's, whose pictures the card shows.
+    """
     base = embedding.metadata["base_model"]
-    token = embedding.metadata.get("initializer_token")
+    model = config.pretrained_model_name_or_path
+    is_local = model is None or Path(model).exists()
+    start = embedding.metadata.get("initializer_token")
     start = (
-        f'"{token}"' if token else f"another learned word, `{Path(embedding.metadata['initializer_embedding']).name}`"
+        f'"{start}"' if start else f"another learned word, `{Path(embedding.metadata['initializer_embedding']).name}`"
     )
-    base_line = f"base_model: {base}\n" if config.pretrained_model_name_or_path and not Path(base).exists() else ""
-    loader = "from_single_file" if Path(base).is_file() else "from_pretrained"
+    sdxl = len(embedding.vectors) > 1
+    kind = "StableDiffusionXLPipeline" if sdxl else "StableDiffusionPipeline"
+    loader = "from_single_file" if model is not None and Path(model).is_file() else "from_pretrained"
+    second = f"""
+pipe.load_textual_inversion(
+    "{repository}",
+    weight_name="learned_embeds_2.safetensors",
+    text_encoder=pipe.text_encoder_2,
+    tokenizer=pipe.tokenizer_2,
+)"""
+    one_file = f"\nAUTOMATIC1111 and ComfyUI read `{ONE_FILE}` instead of the two.\n"
     return f"""---
-{base_line}tags:
-- textual_inversion
-- stable-diffusion
-- text-to-image
----
+{_front_matter(config, embedding, None if is_local else base, sdxl, folder)}---
 
 # `{embedding.token}`
 
@@ -81,12 +99,35 @@ A word for Stable Diffusion ({base}), learned with Textual Inversion: {embedding
 {embedding.num_vectors} row(s) of the token-embedding table, starting from {start}.
 
 ```python
-from diffusers import StableDiffusionPipeline
+from diffusers import {kind}
 
-pipe = StableDiffusionPipeline.{loader}("{base}")
-pipe.load_textual_inversion("learned_embeds.safetensors")
+pipe = {kind}.{loader}("{f"path/to/{base}" if is_local else base}")
+pipe.load_textual_inversion("{repository}", weight_name="learned_embeds.safetensors"){second if sdxl else ""}
 pipe("a picture of {embedding.token}").images[0].save("out.png")
 ```
-
+{one_file if sdxl else ""}
 ![what the word draws](overview.png)
 """
+
+
+def _front_matter(config: TrainConfig, embedding: Embedding, base: str | None, sdxl: bool, folder: Path) -> str:
+    """The card's metadata as YAML; its texts as JSON strings, which YAML reads as well."""
+
+    def quoted(text: str) -> str:
+        return json.dumps(text, ensure_ascii=False)
+
+    lines = ["library_name: diffusers"]
+    lines += [f"license: {quoted(config.hub_license)}"] if config.hub_license is not None else []
+    lines += [f"base_model: {quoted(base)}"] if base is not None else []
+    lines += [f"instance_prompt: {quoted(embedding.token)}", "pipeline_tag: text-to-image"]
+    lines += ["tags:", "- textual_inversion", f"- {'stable-diffusion-xl' if sdxl else 'stable-diffusion'}"]
+    lines += ["- text-to-image"]
+    widgets = [
+        (fill(prompt, embedding.token), f"samples/overview-{OVERVIEW_COLUMNS * (row + 1):02d}.png")
+        for row, prompt in enumerate(config.overview_prompts or ())
+    ]
+    widgets = [(prompt, picture) for prompt, picture in widgets if (folder / picture).is_file()]
+    lines += ["widget:"] if widgets else []
+    for prompt, picture in widgets:
+        lines += [f"- text: {quoted(prompt)}", "  output:", f"    url: {picture}"]
+    return "\n".join([*lines, ""])

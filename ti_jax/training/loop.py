@@ -231,6 +231,11 @@ def _finish(job: Job, state: TrainState, interrupted: bool) -> Embedding:
         if job.push is not None:
             job.push(job.folder, embedding)
     phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in job.clock.seconds.items())
+    if len(embedding.vectors) > 1:
+        processes.log_leader(
+            f"{job.folder / run_folder.ONE_FILE}: the same word in one file, for AUTOMATIC1111 and ComfyUI; "
+            "learned_embeds and learned_embeds_2 are for diffusers"
+        )
     processes.log_leader(f"{job.folder / run_folder.EMBEDDING_FILE}: {embedding.token} after {last} steps ({phases})")
     return embedding
 

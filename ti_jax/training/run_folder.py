@@ -9,6 +9,7 @@ from ..embeddings import Embedding
 from ..files import disk_errors
 
 EMBEDDING_FILE = "learned_embeds.safetensors"
+ONE_FILE = "learned_embeds_sdxl.safetensors"  # of an SDXL word, for AUTOMATIC1111 and ComfyUI
 OVERVIEW_FILE = "overview.png"
 _RESULTS = (
     "learned_embeds*",
@@ -44,6 +45,12 @@ def prepare(folder: Path, resume: bool) -> None:
 
 
 def save_embedding(embedding: Embedding, folder: Path, step: int | None = None) -> None:
-    """Write the word in diffusers' format: as ``learned_embeds.safetensors``, or under its step."""
+    """Write the word in diffusers' format: as ``learned_embeds.safetensors``, or under its step.
+
+    The two files of an SDXL word are for diffusers; the one with ``clip_l`` and ``clip_g`` that AUTOMATIC1111 and
+    ComfyUI read is written beside the last of them.
+    """
     name = EMBEDDING_FILE if step is None else f"learned_embeds-steps-{step}.safetensors"
     embedding.save(folder / name, format="diffusers")
+    if step is None and len(embedding.vectors) > 1:
+        embedding.save(folder / ONE_FILE, format="comfyui")

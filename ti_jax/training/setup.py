@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from ..data.latents import encode_moments
 from ..data.prompts import load_templates
 from ..embeddings import Embedding, check_fits
 from ..embeddings.naming import load_given
+from ..embeddings.warn import capital_fault
 from ..errors import InputError
 from ..pipeline import StableDiffusion
 from ..words import same_word
@@ -74,6 +76,9 @@ def prepare_concept(config: TrainConfig, sd: StableDiffusion, say: Callable[[str
     if same_word(word, words):
         raise InputError(f"placeholder {word!r} is also the word of one of --embeddings; choose another")
     words = {word: count, **words}
+    fault = capital_fault(word, count)
+    if fault is not None:
+        say(f"warning: {fault}")
     start_word = _load_start(config, sd, words, say)
     for name, tokenizer in sd.tokenizers.items():
         tokens.check_new_word(tokenizer, word)
@@ -99,7 +104,7 @@ def prepare_concept(config: TrainConfig, sd: StableDiffusion, say: Callable[[str
         on_skip=say,
     )
     metadata = {
-        "base_model": sd.name,
+        "base_model": public_name(sd.name),
         "base_model_hash": sd.identity,
         "token": word,
         **_start_metadata(config, start_word),
@@ -109,6 +114,12 @@ def prepare_concept(config: TrainConfig, sd: StableDiffusion, say: Callable[[str
     return Concept(
         word, words, rows, row_mask, others, start_word, prompts, pictures, config.initializer_token, metadata
     )
+
+
+def public_name(model: str) -> str:
+    """A model's hub id, or of a local folder or file the name alone: the path is nobody else's business."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.exists() or path.is_absolute() else model
 
 
 def _load_start(
@@ -144,7 +155,7 @@ def _start_metadata(config: TrainConfig, start: Embedding | None) -> dict[str, s
         return {"initializer_token": str(config.initializer_token)}
     digest = hashlib.sha256(b"".join(vectors.tobytes() for vectors in start.vectors.values()))
     return {
-        "initializer_embedding": str(config.initializer_embedding),
+        "initializer_embedding": Path(str(config.initializer_embedding)).name,
         "initializer_embedding_hash": digest.hexdigest()[:16],
     }
 

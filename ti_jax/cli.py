@@ -205,7 +205,8 @@ def _plan(args: Sequence[str], prog: str) -> int:
     from .machine import enable_compilation_cache
     from .planning import plan
 
-    enable_compilation_cache()
+    if config.topology is None:  # what is compiled without its devices can be kept, but JAX cannot load it again
+        enable_compilation_cache()
     found = plan(config)
     with _output():
         print(*found.lines(), sep="\n")

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import filelock
 import jax
 
 from .errors import InputError
@@ -98,12 +97,12 @@ def explaining_out_of_memory(remedy: str) -> Iterator[None]:
         raise InputError(f"out of memory ({first[:200]}): {remedy}") from error
 
 
-# Programs for Stable Diffusion XL take some hundred megabytes each.
+# Thousands of programs of the embedded model, dozens of Stable Diffusion XL's.
 CACHE_BYTES = 8 * 1000**3
 
 
 def enable_compilation_cache() -> None:
-    """Keep compiled programs in ``~/.cache/ti_jax/xla``, at most `CACHE_BYTES`; those not used for longest go first.
+    """Keep compiled programs in ``~/.cache/ti_jax/xla``, which is cut to `CACHE_BYTES` here, at the start of a program.
 
     Where the caller has chosen a folder (JAX_COMPILATION_CACHE_DIR, or ``jax.config``) nothing is changed, so a second
     call changes nothing either. To be called after `ti_jax.training.processes.join`.
@@ -117,14 +116,14 @@ def enable_compilation_cache() -> None:
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ti_jax" / "xla"
         folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            return
-        _remove_incomplete(folder)
+        remove_oldest(folder, CACHE_BYTES)
     except (OSError, RuntimeError):  # no home, or one that cannot be written: then without
         return
-    _set_default("jax_compilation_cache_dir", str(folder))
-    _set_default("jax_compilation_cache_max_size", CACHE_BYTES)
-    _set_default("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if not os.access(folder, os.W_OK):
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def may_cache(processes: int, platform: str | None) -> bool:
@@ -137,17 +136,17 @@ def may_cache(processes: int, platform: str | None) -> bool:
     return processes == 1 or platform not in ("gpu", "cuda", "rocm")
 
 
-def _set_default(option: str, value: str | float) -> None:
-    if option.upper() not in os.environ:
-        jax.config.update(option, value)
+def remove_oldest(folder: Path, limit: int) -> None:
+    """Remove the files that were not used for longest, until the rest takes at most `limit` bytes.
 
-
-def _remove_incomplete(folder: Path) -> None:
-    """Remove programs without the file that says when they were used last, as a killed process leaves them.
-
-    One of them would end in a warning, and no program would be kept any more: JAX cannot tell which is oldest.
+    JAX can do so itself (jax_compilation_cache_max_size), but reads a file for each program that is there whenever it
+    keeps another one: 0.06 s at 500 programs, as many as a few configs make.
     """
-    with contextlib.suppress(filelock.Timeout), filelock.FileLock(folder / ".lockfile", timeout=0):  # JAX's own lock
-        for program in folder.glob("*-cache"):
-            if not program.with_name(program.name.removesuffix("-cache") + "-atime").exists():
-                program.unlink()
+    files = [(entry, entry.stat()) for entry in os.scandir(folder) if entry.is_file()]
+    total = sum(stat.st_size for _, stat in files)
+    # Where the time of the last use is not kept up (noatime), that of writing counts.
+    for entry, stat in sorted(files, key=lambda file: max(file[1].st_atime, file[1].st_mtime)):
+        if total <= limit:
+            break
+        Path(entry).unlink(missing_ok=True)
+        total -= stat.st_size

@@ -215,7 +215,9 @@ def test_values_at_the_bounds_are_taken(cls, name, value):
 def test_every_field_has_a_rule_or_a_closed_type(cls, rules):
     hints = typing.get_type_hints(cls)
     assert rules.keys() <= hints.keys()
-    for name in hints.keys() - rules.keys() - {"negative_prompt"}:  # which may well be empty
+    for name in (
+        hints.keys() - rules.keys() - {"negative_prompt", "validation_negative_prompt"}
+    ):  # which may well be empty
         base, _ = strip_optional(hints[name])
         assert base is bool or typing.get_origin(base) is typing.Literal, name
 

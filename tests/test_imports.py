@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parent.parent / "ti_jax"
 ORDER = [
     "startup", "errors", "words", "files", "batches", "config_yaml", "config_checks", "config", "flags", "machine",
     "diffusion", "ops", "models", "weights", "networks", "embeddings", "tokens", "prompt_weights", "decoding",
-    "sampling", "text_encoders", "pictures", "pipeline", "data", "evaluation", "training", "work", "planning",
-    "drawing", "verify", "embedding_commands", "cli",
+    "sampling", "text_encoders", "model_description", "pictures", "pipeline", "data", "evaluation", "training",
+    "work", "planning", "drawing", "verify", "embedding_commands", "cli",
 ]  # fmt: skip
 
 

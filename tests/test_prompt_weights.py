@@ -118,7 +118,8 @@ OPTIONS = {"num_inference_steps": 2, "guidance_scale": 3.0}
 )
 def test_equal_to_the_same_weighting_on_pytorch(sd, tiny_sd, prompt):
     words = {"<cleo>": 2}
-    chunks = sd._chunks("text_encoder", [prompt], words)[0]
+    reader = sd.prompt_tokenizers.readers()["text_encoder"]
+    chunks = prompt_weights.chunks(reader.tokenizer, prompt, words, *reader[1:])
     stacked = prompt_weights.stack([chunks], len(chunks), chunks[0])
     condition = sd.networks.encode_text(
         sd.params, {"text_encoder": stacked.ids}, {"text_encoder": ROWS}, {"text_encoder": stacked.weights}

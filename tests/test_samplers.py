@@ -1,5 +1,6 @@
 import json
 import sys
+from pathlib import Path
 
 import diffusers
 import jax
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from ti_jax.config import ASSETS
-from ti_jax.diffusion.samplers import default_sampler, make_sampler
+from ti_jax.diffusion.samplers import choose_sampler, make_sampler
 from ti_jax.diffusion.schedule import PREDICTION_TYPES
 from ti_jax.errors import InputError
 
@@ -162,12 +163,50 @@ def test_samplers_of_equal_length_share_a_program():
     assert our_trajectory._cache_size() == before + 1
 
 
-def test_default_sampler():
-    assert default_sampler(SD15) == "ddim" and default_sampler(MINI_SD) == "ddim"
-    assert default_sampler({"_class_name": "EulerDiscreteScheduler"}) == "euler"
+def test_the_checkpoints_own_sampler():
+    assert choose_sampler(SD15) == ("ddim", SD15, None) and choose_sampler(MINI_SD) == ("ddim", MINI_SD, None)
+    assert choose_sampler({"_class_name": "EulerDiscreteScheduler"})[::2] == ("euler", None)
     assert make_sampler(None, {**MINI_SD, "_class_name": "DPMSolverMultistepScheduler"}, 5).name == "dpm++"
-    with pytest.raises(InputError, match="'FlowMatchEulerDiscreteScheduler' is not implemented"):
-        default_sampler({"_class_name": "FlowMatchEulerDiscreteScheduler"})
+
+
+def case(name):
+    return json.loads((Path(__file__).parent / "cases" / f"scheduler_{name}.json").read_text())
+
+
+@pytest.mark.parametrize("fallback", ["ddim", "euler"])
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("unipc", "UniPCMultistepScheduler is not implemented"),
+        ("lcm", "LCMScheduler is not implemented"),
+        ("sde", "DPMSolverMultistepScheduler with algorithm_type = 'sde-dpmsolver++' is not implemented"),
+    ],
+)
+def test_a_scheduler_that_is_not_implemented_has_another_draw(name, says, fallback):
+    config = case(name)
+    chosen = choose_sampler(config, fallback)
+    assert chosen[:2] == (fallback, config)
+    assert chosen.note == f"scheduler_config.json: {says}; drawing with {fallback} (--scheduler chooses another)"
+    drawn = make_sampler(None, config, 5, fallback)
+    asked = make_sampler(fallback, config, 5)
+    for ours, theirs in zip(jax.tree.leaves(drawn), jax.tree.leaves(asked), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    check(fallback, {**config, "clip_sample": False}, 5)  # as diffusers' pipelines have it
+
+
+def test_zero_snr_and_noise_prediction_draw_from_timesteps_with_signal():
+    config = case("zsnr")
+    chosen = choose_sampler(config)
+    assert chosen.name == "ddim" and "timestep_spacing leading" in chosen.note
+    sampler = make_sampler(None, config, 5)
+    assert sampler.timesteps.tolist() == [800, 600, 400, 200, 0] and np.isfinite(sampler.coefficients["signal"]).all()
+    check("ddim", chosen.config, 5)
+    assert choose_sampler({**config, "prediction_type": "v_prediction"}).note is None
+
+
+def test_a_fallback_whose_options_are_not_implemented_is_not_taken():
+    chosen = choose_sampler({**case("unipc"), "use_exponential_sigmas": True}, "euler")
+    assert chosen.name == "ddim" and "drawing with ddim" in chosen.note
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 import json
+from pathlib import Path
 
+import diffusers
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -61,3 +63,35 @@ def test_unknown_options_are_named():
         NoiseSchedule.from_config({"beta_schedule": "sigmoid"})
     with pytest.raises(InputError, match="prediction_type 'flow'"):
         NoiseSchedule.from_config({"prediction_type": "flow"})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("edm", "EDMDPMSolverMultistepScheduler is EDM"),
+        ("flow", "FlowMatchEulerDiscreteScheduler is flow matching"),
+        ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "flow matching"),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "is EDM"),
+        ({"_class_name": "IPNDMScheduler", "num_train_timesteps": 1000}, "IPNDMScheduler has a noise schedule"),
+        ({"beta_schedule": "laplace"}, "beta_schedule 'laplace'; implemented: "),
+    ],
+)
+def test_another_kind_of_diffusion_is_refused(config, message):
+    if isinstance(config, str):
+        config = json.loads((Path(__file__).parent / "cases" / f"scheduler_{config}.json").read_text())
+    with pytest.raises(InputError, match=message):
+        NoiseSchedule.from_config(config)
+
+
+@pytest.mark.parametrize("name", ["unipc", "lcm", "sde", "zsnr"])
+def test_betas_of_other_schedulers_are_diffusers(name):
+    config = json.loads((Path(__file__).parent / "cases" / f"scheduler_{name}.json").read_text())
+    theirs = getattr(diffusers, config["_class_name"]).from_config(config).alphas_cumprod.numpy()
+    ours = np.asarray(NoiseSchedule.from_config(config).alphas_cumprod)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=2e-7)
+
+
+def test_a_class_of_somebodys_own_is_read_by_its_betas():
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    own = NoiseSchedule.from_config({"_class_name": "MyScheduler", **betas})
+    np.testing.assert_array_equal(own.alphas_cumprod, NoiseSchedule.from_config(betas).alphas_cumprod)

@@ -24,6 +24,7 @@ from ti_jax.config_yaml import load_yaml
 from ti_jax.planning import Planner
 from ti_jax.training.actions import Timetable
 from ti_jax.training.job import load, total_updates
+from ti_jax.training.setup import read_inputs
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -129,7 +130,7 @@ def test_both_rows_learn_and_a_frozen_word_does_not(config, tmp_path):
 
 
 def test_the_autoencoder_lies_on_no_device_while_a_word_is_learned(config):
-    sd, _ = load(resolve(config))
+    sd, _ = load(resolve(config), read_inputs(resolve(config), print))
     kinds = {name: {type(leaf) for leaf in jax.tree.leaves(tree)} for name, tree in sd.params.items()}
     assert kinds.pop("vae") == {np.ndarray}
     assert all(issubclass(kind, jax.Array) for found in kinds.values() for kind in found)

@@ -76,6 +76,8 @@ class TrainConfig:
     prediction_type: PredictionType | None = None
     """What the UNet predicts, for a single checkpoint that does not say it. Left out: what the model says; else epsilon
     (noise), but an SD2.x file must be told."""
+    vae: str | None = input_path()
+    """Folder of another autoencoder in diffusers' layout (config.json and weights), instead of the model's own."""
     mixed_precision: Literal["no", "bf16"] | None = None
     """Precision of the frozen weights and their activations; rows, loss and optimizer are always float32. Left out:
     bf16 on TPU and on GPUs that have it (NVIDIA's from Ampere on), else no (float32, and no TF32); on a CPU with
@@ -171,7 +173,10 @@ class TrainConfig:
 
     # -- looking at it
     validation_prompt: str | None = None
-    """Prompt with the new word (or {} in its place) that is drawn every --validation_steps updates."""
+    """Prompt with the new word (or {} in its place) that is drawn every --validation_steps updates; read as infer.py
+    reads a prompt, with weights such as (word:1.3)."""
+    validation_negative_prompt: str | None = None
+    """What validation and overview pictures should not show."""
     num_validation_images: int = 4
     """Pictures per validation."""
     validation_steps: int = 100
@@ -180,8 +185,11 @@ class TrainConfig:
     """Classifier-free guidance of validation and overview pictures. Left out: 7.5 (embedded model: 3)."""
     validation_inference_steps: int | None = None
     """Sampler steps of validation and overview pictures. Left out: 30 (embedded model: 25)."""
+    scheduler: SamplerName | None = None
+    """The sampler of validation, overview and measured pictures. Left out: the one that comes with the model; where
+    that is not implemented ddim (SDXL: euler)."""
     overview_prompts: tuple[str, ...] | None = None
-    """Prompts, {} for the word, of the overview picture that the run ends with."""
+    """Prompts, {} for the word, of the overview picture that the run ends with; read as infer.py reads a prompt."""
     evaluate: bool = False
     """Measure the word at the end, as `ti-jax evaluate` does: scores.json and a line on the screen."""
     evaluation_clip: str | None = input_path()
@@ -256,6 +264,8 @@ class InferConfig:
     prediction_type: PredictionType | None = None
     """What the UNet predicts, for a single checkpoint that does not say it. Left out: what the model says; else epsilon
     (noise), but an SD2.x file must be told."""
+    vae: str | None = input_path()
+    """Folder of another autoencoder in diffusers' layout (config.json and weights), instead of the model's own."""
     mixed_precision: Literal["no", "bf16"] | None = None
     """Precision of the weights and activations. Left out: bf16 on TPU and on GPUs that have it, else no (float32)."""
 
@@ -270,7 +280,7 @@ class InferConfig:
     guidance_scale: float | None = None
     """Classifier-free guidance: how closely the prompt is followed; 1 is none. Left out: 7.5 (embedded model: 3)."""
     scheduler: SamplerName | None = None
-    """The sampler. Left out: the one that comes with the model."""
+    """The sampler. Left out: the one that comes with the model; where that is not implemented ddim (SDXL: euler)."""
     num_images: int = 1
     """Pictures of each prompt."""
     height: int | None = None
@@ -314,6 +324,8 @@ class EvaluateConfig:
     prediction_type: PredictionType | None = None
     """What the UNet predicts, for a single checkpoint that does not say it. Left out: what the model says; else epsilon
     (noise), but an SD2.x file must be told."""
+    vae: str | None = input_path()
+    """Folder of another autoencoder in diffusers' layout (config.json and weights), instead of the model's own."""
     mixed_precision: Literal["no", "bf16"] | None = None
     """Precision of the weights and activations. Left out: bf16 on TPU and on GPUs that have it, else no (float32)."""
 
@@ -323,7 +335,7 @@ class EvaluateConfig:
     guidance_scale: float | None = None
     """Classifier-free guidance. Left out: 7.5 (embedded model: 3)."""
     scheduler: SamplerName | None = None
-    """The sampler. Left out: the one that comes with the model."""
+    """The sampler. Left out: the one that comes with the model; where that is not implemented ddim (SDXL: euler)."""
     seed: int = 0
     """Seed of the noise that the first picture of each prompt starts from; the next has seed + 1, and so on."""
     batch_size: int = 8
@@ -345,7 +357,7 @@ def resolve_evaluate(config: EvaluateConfig) -> EvaluateConfig:
         num_inference_steps=steps if config.num_inference_steps is None else config.num_inference_steps,
         guidance_scale=scale if config.guidance_scale is None else config.guidance_scale,
     )
-    paths = ("pretrained_model_name_or_path", "train_data_dir", "distractors", "evaluation_clip", "output")
+    paths = ("pretrained_model_name_or_path", "vae", "train_data_dir", "distractors", "evaluation_clip", "output")
     config = _plain_paths(config, *paths)
     check_evaluate(config)
     return config
@@ -374,7 +386,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     start = () if config.initializer_embedding is not None else ("initializer_token",)
     _require(config, "train_data_dir", "placeholder_token", *start)
     paths = ("pretrained_model_name_or_path", "train_data_dir", "initializer_embedding", "templates", "embeddings")
-    config = _plain_switches(_plain_paths(config, *paths, "output_dir", "logging_dir", "evaluation_clip"))
+    config = _plain_switches(_plain_paths(config, *paths, "vae", "output_dir", "logging_dir", "evaluation_clip"))
     check_train(config)
     return config
 
@@ -388,7 +400,7 @@ def resolve_plan(config: PlanConfig) -> PlanConfig:
     defaults = _model_defaults(config.pretrained_model_name_or_path)
     left_out = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     config = dataclasses.replace(config, **left_out)
-    config = _plain_switches(_plain_paths(config, "pretrained_model_name_or_path", "templates"))
+    config = _plain_switches(_plain_paths(config, "pretrained_model_name_or_path", "vae", "templates"))
     check_train(config)
     return config
 
@@ -406,7 +418,7 @@ def resolve_infer(config: InferConfig) -> InferConfig:
         num_inference_steps=steps if config.num_inference_steps is None else config.num_inference_steps,
         guidance_scale=scale if config.guidance_scale is None else config.guidance_scale,
     )
-    config = _plain_paths(config, "pretrained_model_name_or_path", "embedding", "output")
+    config = _plain_paths(config, "pretrained_model_name_or_path", "vae", "embedding", "output")
     check_infer(config)
     return config
 

@@ -41,6 +41,7 @@ TRAIN_RULES: dict[str, Rule] = {
     "pretrained_model_name_or_path": TEXT,
     "revision": TEXT,
     "variant": TEXT,
+    "vae": TEXT,
     "train_data_dir": TEXT,
     "placeholder_token": WORD,
     "initializer_token": TEXT,
@@ -93,6 +94,7 @@ INFER_RULES: dict[str, Rule] = {
     "pretrained_model_name_or_path": TEXT,
     "revision": TEXT,
     "variant": TEXT,
+    "vae": TEXT,
     "num_inference_steps": COUNT,
     "guidance_scale": NOT_NEGATIVE,
     "num_images": COUNT,
@@ -111,6 +113,7 @@ EVALUATE_RULES: dict[str, Rule] = {
     "pretrained_model_name_or_path": TEXT,
     "revision": TEXT,
     "variant": TEXT,
+    "vae": TEXT,
     "num_inference_steps": COUNT,
     "guidance_scale": NOT_NEGATIVE,
     "seed": SEED,
@@ -145,6 +148,12 @@ def check_train(config: TrainConfig) -> None:
     if config.process_id is not None and config.num_processes is not None and config.process_id >= config.num_processes:
         raise InputError(
             f"--process_id {config.process_id}: must be from 0 to {config.num_processes - 1}, one below --num_processes"
+        )
+    scale = config.validation_guidance_scale
+    if config.validation_negative_prompt is not None and scale is not None and scale <= 1:
+        raise InputError(
+            f"--validation_negative_prompt: does nothing with --validation_guidance_scale {scale:g}; give one above 1, "
+            f"or leave the negative prompt out"
         )
     prompts = [("overview_prompts", prompt) for prompt in config.overview_prompts or ()]
     if config.validation_prompt is not None:

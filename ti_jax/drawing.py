@@ -12,8 +12,10 @@ from .embeddings.naming import load_given, with_stored_name
 from .errors import InputError
 from .files import ensure_writable_folder
 from .machine import explaining_out_of_memory
+from .model_description import ModelDescription, open_model_of
 from .pictures import grid, save_png
 from .pipeline import StableDiffusion
+from .tokens import combine
 from .words import contains_word
 
 GRID_COLUMNS = 4
@@ -33,7 +35,6 @@ def draw(config: InferConfig) -> list[Path]:
       InputError: the place cannot be written, or something is wrong with an embedding, the model or a prompt. What can
         be checked without the model is checked before it is loaded.
     """
-    assert config.num_inference_steps is not None and config.guidance_scale is not None, "the config is resolved"
     output = Path(config.output)
     if output.is_dir():
         raise InputError(f"--output {output}: a folder; give the name of a .png file in it")
@@ -43,15 +44,17 @@ def draw(config: InferConfig) -> list[Path]:
         config, note = _with_stored_name(config, embedding)
         if note is not None:
             print(f"note: {file}: {note}", file=sys.stderr)
-        if not any(contains_word(prompt, embedding.token) for prompt in config.prompt):
+        if not any(contains_word(prompt, embedding.token) for prompt in _all_prompts(config)):
             print(f"warning: no prompt has the word {embedding.token} of {file} in it", file=sys.stderr)
         for remark in embedding.remarks:
             print(f"note: {file}: {remark}", file=sys.stderr)
 
     assert config.num_inference_steps is not None and config.guidance_scale is not None, "the config is resolved"
-    sd = StableDiffusion.from_config(config)
-    for file, embedding in zip(config.embedding, embeddings, strict=True):
-        check_fits(embedding, sd.embedding_dims, file)
+    with open_model_of(config) as model:
+        for file, embedding in zip(config.embedding, embeddings, strict=True):
+            check_fits(embedding, model.embedding_dims, file)
+        _check_request(config, model, embeddings)
+        sd = StableDiffusion.load(model)
     prompts = [prompt for prompt in config.prompt for _ in range(config.num_images)]
     images = sd.generate(
         prompts,
@@ -71,7 +74,7 @@ def draw(config: InferConfig) -> list[Path]:
     settings = {
         "negative_prompt": config.negative_prompt,
         "num_inference_steps": config.num_inference_steps,
-        "scheduler": config.scheduler or sd.scheduler_config["_class_name"],
+        "scheduler": sd.scheduler_name(config.scheduler),
         "guidance_scale": config.guidance_scale,
         "model": sd.name,
     }
@@ -92,6 +95,24 @@ def _with_stored_name(config: InferConfig, embedding: Embedding) -> tuple[InferC
     prompts, note = with_stored_name(embedding, [*config.prompt, *negative])
     count = len(config.prompt)
     return replace(config, prompt=tuple(prompts[:count]), negative_prompt=prompts[count] if negative else None), note
+
+
+def _all_prompts(config: InferConfig) -> list[str]:
+    return [*config.prompt, *([config.negative_prompt] if config.negative_prompt is not None else [])]
+
+
+def _check_request(config: InferConfig, model: ModelDescription, embeddings: list[Embedding]) -> None:
+    """Check sampler, sizes and prompts before the weights are read; warn of what is likely a slip."""
+    assert config.num_inference_steps is not None, "the config is resolved"
+    if (note := model.sampler_choice(config.scheduler).note) is not None:
+        print(f"note: {note}", file=sys.stderr)
+    model.make_sampler(config.scheduler, config.num_inference_steps)
+    model.latent_shape(config.height or model.default_resolution, config.width or model.default_resolution)
+    words, _ = combine(embeddings)
+    for _ in model.prompt_tokenizers.groups(_all_prompts(config), None, words, not config.plain_prompts):
+        pass
+    for word in model.unprovided(_all_prompts(config), words):
+        print(f"warning: {word} in a prompt is plain text: no --embedding has this word", file=sys.stderr)
 
 
 def output_paths(output: Path, count: int) -> tuple[list[Path], Path | None]:

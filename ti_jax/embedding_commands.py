@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .config_yaml import nearest
 from .errors import InputError
 from .flags import parse
-from .words import check_token
+from .words import check_token, fill
 
 if TYPE_CHECKING:
     from .embeddings import Embedding
@@ -307,7 +307,7 @@ def _prune(paths: Sequence[Path], config: PruneConfig, usage: str) -> str:
     written = _write(pruning.select(embedding, staying), target, config.format)
     gone = [str(number) for number in range(count) if number not in staying]
     dropped = f"vector{'s' if len(gone) > 1 else ''} {' '.join(gone)} of {count}"
-    prompt = config.prompt.replace("{}", embedding.token)
+    prompt = fill(config.prompt, embedding.token)
     return f"{written}\n{dropped} dropped: for {prompt!r} {loss}"
 
 

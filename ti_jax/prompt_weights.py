@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -188,3 +188,59 @@ def stack(prompts: Sequence[Sequence[Chunk]], count: int, empty: Chunk) -> Chunk
 def plain(prompts: Mapping[str, Sequence[Sequence[Chunk]]]) -> bool:
     """Whether prompts, by text encoder, are of one chunk each and without weights."""
     return all(len(prompt) == 1 and (prompt[0].weights == 1.0).all() for each in prompts.values() for prompt in each)
+
+
+class Reader(NamedTuple):
+    """What prompts are cut for: a text encoder's tokenizer, rows of its token table, and tokens it reads at once."""
+
+    tokenizer: CLIPTokenizer
+    vocab_size: int
+    max_length: int
+
+
+class Group(NamedTuple):
+    """Prompts that can be drawn together.
+
+    Attributes:
+      numbers: which of the prompts. ids: of them by text encoder, int32 [N, L] or `Chunk` of [N, K, L].
+      negative_ids: likewise, of their negative prompts; None if they have none.
+    """
+
+    numbers: list[int]
+    ids: Mapping[str, Any]
+    negative_ids: Mapping[str, Any] | None
+
+
+def groups(
+    readers: Mapping[str, Reader], prompts: Sequence[str], negatives: Sequence[str] | None, words: Words
+) -> Iterator[Group]:
+    """Weighted prompts as ids, by text encoder, in as many groups as there are lengths in chunks.
+
+    So padding after a short prompt never depends on the length of another. Prompts of one chunk without weights are a
+    group of their own, of plain ids: a picture does not depend on which others are drawn in the call.
+
+    Raises:
+      InputError: a word with more vectors than a chunk has room for.
+    """
+    both = [*prompts, *(negatives or [])]
+    cut = {
+        name: [chunks(reader.tokenizer, prompt, words, *reader[1:]) for prompt in both]
+        for name, reader in readers.items()
+    }
+    pairs = [(number,) if negatives is None else (number, len(prompts) + number) for number in range(len(prompts))]
+    # 0 chunks stand for plain ids.
+    lengths = []
+    for pair in pairs:
+        of_pair = {name: [each[number] for number in pair] for name, each in cut.items()}
+        lengths.append(0 if plain(of_pair) else max(len(prompt) for each in of_pair.values() for prompt in each))
+    empty = {name: chunks(reader.tokenizer, "", words, *reader[1:])[0] for name, reader in readers.items()}
+
+    def stacked(chosen: list[int], length: int) -> dict[str, Any]:
+        if length == 0:
+            return {name: np.stack([each[number][0].ids for number in chosen]) for name, each in cut.items()}
+        return {name: stack([each[number] for number in chosen], length, empty[name]) for name, each in cut.items()}
+
+    for length in sorted(set(lengths)):
+        chosen = [number for number, other in enumerate(lengths) if other == length]
+        after = None if negatives is None else stacked([len(prompts) + number for number in chosen], length)
+        yield Group(chosen, stacked(chosen, length), after)

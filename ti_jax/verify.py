@@ -22,6 +22,7 @@ from .embeddings.formats import word_file
 from .embeddings.warn import capital_fault
 from .errors import InputError, one_line
 from .pipeline import StableDiffusion
+from .words import fill
 
 LIMIT = 1e-5
 
@@ -96,7 +97,7 @@ def verify(embedding_path: str | Path, model_path: str | Path | None = None, pro
         check_fits(embedding, sd.embedding_dims, path)
         for tokenizer in sd.tokenizers.values():
             tokens.check_new_word(tokenizer, embedding.token)
-        prompt = (prompt or "{}").replace("{}", embedding.token)
+        prompt = fill(prompt or "{}", embedding.token)
         words, rows = tokens.combine([embedding])
         ids = sd.tokenize([prompt], words)
         for name, row in ids.items():

@@ -77,6 +77,17 @@ def contains_word(prompt: str, word: str) -> bool:
     return bool(find_words(prompt, {word: 1}))
 
 
+def unprovided(prompts: Iterable[str], words: Words) -> list[str]:
+    """What looks like a learned word in the prompts, ``<cat>``, and is none of ``words``; each once."""
+    seen: dict[str, None] = {}
+    for prompt in prompts:
+        rest, end = "", 0
+        for found in find_words(prompt, words):
+            rest, end = f"{rest}{prompt[end : found.start]} ", found.end
+        seen |= dict.fromkeys(re.findall(r"<[^<>\s|][^<>\s]*>", rest + prompt[end:]))
+    return list(seen)
+
+
 def fill(template: str, word: str) -> str:
     """A template with the word in the place of each ``{}``; other braces are text."""
     return template.replace("{}", word)

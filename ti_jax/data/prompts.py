@@ -69,7 +69,7 @@ TEMPLATES = {"object": OBJECT_TEMPLATES, "style": STYLE_TEMPLATES}
 
 
 def load_templates(learnable_property: str, templates_file: str | Path | None = None) -> list[str]:
-    """The templates of a run, ``{}`` where the new word goes (put it in with ``str.replace``; other braces are text).
+    """The templates of a run, ``{}`` where the new word goes (`ti_jax.words.fill` puts it in; other braces are text).
 
     Args:
       learnable_property: "object" or "style", which chooses one of our own lists: as many sentences as diffusers'

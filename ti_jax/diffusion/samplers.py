@@ -165,32 +165,78 @@ class Sampler:
         return (x - signal * output) / noise
 
 
-def default_sampler(config: Mapping[str, Any]) -> str:
-    """The sampler that the checkpoint's ``scheduler_config.json`` names, by the scheduler class."""
-    name = config.get("_class_name", "DDIMScheduler")
-    if name not in _OF_CLASS:
-        raise InputError(
-            f"scheduler_config.json: scheduler {name!r} is not implemented; choose one with --scheduler "
-            f"({', '.join(SAMPLERS)})"
-        )
-    return _OF_CLASS[name]
+class SamplerChoice(NamedTuple):
+    """A sampler for a checkpoint's ``scheduler_config.json``.
+
+    Attributes:
+      name: one of `SAMPLERS`.
+      config: the configuration to build it from: the checkpoint's, or one that differs in the spacing of timesteps.
+      note: why it is not the checkpoint's own scheduler; None if it is.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    note: str | None = None
 
 
-def make_sampler(name: str | None, config: Mapping[str, Any], num_inference_steps: int) -> Sampler:
-    """Sampler ``name`` (None: the checkpoint's own) for a model with this ``scheduler_config.json``.
+def choose_sampler(config: Mapping[str, Any], fallback: str = "ddim") -> SamplerChoice:
+    """The sampler that the checkpoint names, by the scheduler's class, or ``fallback`` where that is not implemented.
+
+    Many checkpoints are saved with a scheduler that their author drew with last (UniPC, DEIS, LCM, SDE variants). It
+    says nothing of how the model was trained, so another one draws with it too.
+    """
+    class_name = config.get("_class_name", "DDIMScheduler")
+    name, reason = _OF_CLASS.get(class_name), f"{class_name} is not implemented"
+    if name is not None:
+        fault = _not_implemented(name, config)
+        if fault is None and not _starts_without_signal(name, config):
+            return SamplerChoice(name, config)
+        reason = f"{class_name} with {fault or 'rescale_betas_zero_snr and prediction_type epsilon'} is not implemented"
+    if _not_implemented(fallback, config) is not None:
+        fallback = "ddim"  # which has the fewest options
+    how = f"drawing with {fallback}"
+    if _starts_without_signal(fallback, config):
+        # A noise prediction says nothing of the picture where there is no signal; "leading" ends before that timestep.
+        config = {**config, "timestep_spacing": "leading"}
+        how += " and timestep_spacing leading"
+    return SamplerChoice(fallback, config, f"scheduler_config.json: {reason}; {how} (--scheduler chooses another)")
+
+
+def _not_implemented(name: str, config: Mapping[str, Any]) -> str | None:
+    """The first option of the config that `name` would have to obey and does not, or None."""
+    for option, off in _MUST_BE_OFF[name].items():
+        if option in config and config[option] not in off:
+            return f"{option} = {config[option]!r}"
+    return None
+
+
+def _starts_without_signal(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether ddim would divide by a signal of zero: it predicts noise, and visits the last timestep."""
+    return (
+        name == "ddim"
+        and bool(config.get("rescale_betas_zero_snr"))
+        and config.get("prediction_type", "epsilon") == "epsilon"
+        and config.get("timestep_spacing", "leading") != "leading"
+    )
+
+
+def make_sampler(
+    name: str | None, config: Mapping[str, Any], num_inference_steps: int, fallback: str = "ddim"
+) -> Sampler:
+    """Sampler ``name`` for a model with this ``scheduler_config.json``; None: what `choose_sampler` says.
 
     Raises:
       InputError: an unknown name, a number of steps that the schedule has no timesteps for, or an option of the config
         that is not implemented.
     """
-    name = name or default_sampler(config)
+    if name is None:
+        name, config, _ = choose_sampler(config, fallback)
     if name not in SAMPLERS:
         raise InputError(f"scheduler {name!r} is not known; choose one of {', '.join(SAMPLERS)}")
-    for option, off in _MUST_BE_OFF[name].items():
-        if option in config and config[option] not in off:
-            raise InputError(
-                f"scheduler_config.json: option {option} = {config[option]!r} is not implemented for {name}"
-            )
+    if (fault := _not_implemented(name, config)) is not None:
+        raise InputError(
+            f"scheduler_config.json: option {fault} is not implemented for {name}; choose another --scheduler"
+        )
     prediction_type = config.get("prediction_type", "epsilon")
     if prediction_type not in PREDICTION_TYPES:
         raise InputError(f"scheduler_config.json: prediction_type {prediction_type!r} is not implemented")

@@ -35,13 +35,42 @@ class NoiseSchedule:
         """From the contents of ``scheduler_config.json``.
 
         Raises:
-          InputError: a beta schedule or prediction type that is not implemented.
+          InputError: another kind of diffusion (EDM, flow matching), or a beta schedule or prediction type that is not
+            implemented.
         """
+        _refuse_other_diffusions(config)
         prediction_type = config.get("prediction_type", "epsilon")
         if prediction_type not in PREDICTION_TYPES:
             known = ", ".join(PREDICTION_TYPES)
             raise InputError(f"scheduler_config.json: prediction_type {prediction_type!r}; implemented: {known}")
         return cls(jnp.asarray(alphas_cumprod(config)), prediction_type)
+
+
+# Schedulers of diffusers whose configuration describes a discrete diffusion by its betas. Another class counts as one
+# if its configuration has betas.
+_DISCRETE = (
+    "DDIM", "DDIMInverse", "DDIMParallel", "DDPM", "DDPMParallel", "DEISMultistep", "DPMSolverMultistep",
+    "DPMSolverMultistepInverse", "DPMSolverSDE", "DPMSolverSinglestep", "EulerAncestralDiscrete", "EulerDiscrete",
+    "HeunDiscrete", "KDPM2AncestralDiscrete", "KDPM2Discrete", "LCM", "LMSDiscrete", "PNDM", "SASolver", "TCD",
+    "UniPCMultistep",
+)  # fmt: skip
+
+
+def _refuse_other_diffusions(config: Mapping[str, Any]) -> None:
+    """Raise InputError for a scheduler whose noise is not that of betas: training would use the wrong noise."""
+    name = str(config.get("_class_name", "DDIMScheduler"))
+    kind = None
+    if "Flow" in name or config.get("use_flow_sigmas"):
+        kind = "is flow matching"
+    elif "EDM" in name or "sigma_data" in config or config.get("timestep_type", "discrete") != "discrete":
+        kind = "is EDM (continuous noise levels)"
+    elif name.removesuffix("Scheduler") not in _DISCRETE and not config.keys() & {"beta_schedule", "trained_betas"}:
+        kind = "has a noise schedule that is not known"
+    if kind is not None:
+        raise InputError(
+            f"scheduler_config.json: {name} {kind}; ti_jax trains and draws with models of a discrete beta schedule "
+            "(Stable Diffusion 1.x, 2.x and XL)"
+        )
 
 
 def alphas_cumprod(config: Mapping[str, Any]) -> np.ndarray:

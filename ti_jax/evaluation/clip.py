@@ -37,6 +37,21 @@ def _run(model: CLIPModel, method: str, params: Any, inputs: Any) -> Any:
         return model.apply({"params": params}, inputs, method=method)
 
 
+def read_clip_config(folder: Path) -> dict[str, Any]:
+    """Contents of the ``config.json`` of a CLIP model with both towers; InputError if the folder is another thing."""
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"{folder}: not the folder of a CLIP model, it has no config.json (hf download "
+            "openai/clip-vit-large-patch14 --local-dir clip makes one)"
+        )
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != "clip" or not all(
+        isinstance(config.get(name), dict) for name in ("text_config", "vision_config")
+    ):
+        raise InputError(f"{folder}: not a CLIP model of two towers (model_type {config.get('model_type')!r})")
+    return config
+
+
 @dataclass(frozen=True)
 class CLIP:
     """A CLIP model with its weights, tokenizer and the mean and spread of its pictures' colours."""
@@ -55,16 +70,7 @@ class CLIP:
           InputError: no such model, an option that is not implemented, or weights that do not fit.
         """
         folder = Path(folder)
-        if not (folder / "config.json").is_file():
-            raise InputError(
-                f"{folder}: not the folder of a CLIP model, it has no config.json (hf download "
-                "openai/clip-vit-large-patch14 --local-dir clip makes one)"
-            )
-        config = read_json(folder / "config.json")
-        if config.get("model_type") != "clip" or not all(
-            isinstance(config.get(name), dict) for name in ("text_config", "vision_config")
-        ):
-            raise InputError(f"{folder}: not a CLIP model of two towers (model_type {config.get('model_type')!r})")
+        config = read_clip_config(folder)
         width = config.get("projection_dim", 512)
         # What a tower's own configuration says of architectures is of the class that it was once saved with.
         text = {**config["text_config"], "architectures": ["CLIPTextModel"]}

@@ -11,15 +11,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..config import EvaluateConfig
+from ..config import EMBEDDED_STEPS, PAPER_STEPS, EvaluateConfig, TrainConfig
 from ..data.images import as_uint8, load_images
 from ..embeddings import Embedding, check_fits
 from ..embeddings.naming import load_given
 from ..errors import InputError
 from ..files import ensure_writable_folder, write_atomically
 from ..machine import explaining_out_of_memory
+from ..model_description import ModelDescription, open_model_of
 from ..pipeline import StableDiffusion
-from .clip import CLIP
+from .clip import CLIP, read_clip_config
 from .judge import FOLDER, Judge
 from .scores import CLIP_IMAGES, Scores, clip_scores, judge_scores
 
@@ -85,20 +86,30 @@ class Evaluator:
         )
 
 
-def load_measure(sd: StableDiffusion, clip: str | None) -> CLIP | Judge:
+def sampler_steps(config: TrainConfig) -> int:
+    """Steps of the sampler when a run measures its word."""
+    return EMBEDDED_STEPS if config.pretrained_model_name_or_path is None else PAPER_STEPS
+
+
+def check_measure(model: ModelDescription, clip: str | None) -> None:
+    """Raise InputError if `load_measure` finds neither a CLIP model nor a judge."""
+    if clip is not None:
+        read_clip_config(Path(clip))
+    elif not (model.path / FOLDER).is_dir():
+        raise InputError(
+            f"{model.name}: no judge comes with this model, so its words are measured with a CLIP model; give the "
+            "folder of one with --evaluation_clip (hf download openai/clip-vit-large-patch14 --local-dir clip)"
+        )
+
+
+def load_measure(model: ModelDescription, clip: str | None) -> CLIP | Judge:
     """The CLIP model in the folder `clip`, or the judge that comes with the model.
 
     Raises:
       InputError: neither is there, or it cannot be read.
     """
-    if clip is not None:
-        return CLIP.from_pretrained(Path(clip))
-    if not (sd.path / FOLDER).is_dir():
-        raise InputError(
-            f"{sd.name}: no judge comes with this model, so its words are measured with a CLIP model; give the folder "
-            "of one with --evaluation_clip (hf download openai/clip-vit-large-patch14 --local-dir clip)"
-        )
-    return Judge.load(sd.path)
+    check_measure(model, clip)
+    return Judge.load(model.path) if clip is None else CLIP.from_pretrained(Path(clip))
 
 
 @explaining_out_of_memory("give a smaller --batch_size, or end other programs that use the device")
@@ -114,14 +125,18 @@ def evaluate(file: str, config: EvaluateConfig) -> Scores:
     (embedding,) = load_given([file])
     for remark in embedding.remarks:
         print(f"note: {file}: {remark}", file=sys.stderr)
-    sd = StableDiffusion.from_config(config)
-    check_fits(embedding, sd.embedding_dims, file)
-    measure = load_measure(sd, config.evaluation_clip)
-    resolution = sd.default_resolution
     folders = [Path(config.train_data_dir)]
     if config.distractors is not None:
         folders += concept_folders(Path(config.distractors), besides=folders[0])
-    pictures, *distractors = (as_uint8(load_images(folder, resolution).pixels) for folder in folders)
+    with open_model_of(config) as model:
+        check_fits(embedding, model.embedding_dims, file)
+        if (note := model.sampler_choice(config.scheduler).note) is not None:
+            print(f"note: {note}", file=sys.stderr)
+        model.make_sampler(config.scheduler, config.num_inference_steps)
+        resolution = model.default_resolution
+        pictures, *distractors = (as_uint8(load_images(folder, resolution).pixels) for folder in folders)
+        measure = load_measure(model, config.evaluation_clip)
+        sd = StableDiffusion.load(model)
     evaluator = Evaluator(
         measure, pictures, tuple(distractors), config.evaluation_images, config.num_inference_steps,
         config.guidance_scale, config.scheduler, config.seed, config.batch_size,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..words import fill
 from .clip import CLIP
 from .judge import Judge, Probe
 
@@ -129,7 +130,7 @@ def judge_scores(
       distractors: pictures of other concepts, an array each.
     """
     probes = [probe for probe in judge.config.probes for _ in range(images_a_probe)]
-    drawn = np.stack([np.asarray(image) for image in draw([probe.prompt.replace("{}", word) for probe in probes])])
+    drawn = np.stack([np.asarray(image) for image in draw([fill(probe.prompt, word) for probe in probes])])
     reference = reference_attributes(judge, pictures)
     shares = attribute_scores(judge.read(drawn), probes, reference)
     rank = rank_among(judge.features(drawn), [judge.features(other) for other in (pictures, *distractors)])
@@ -163,12 +164,12 @@ def clip_scores(
 
     A text is compared without the word: ``a photo of on the beach``.
     """
-    drawn = clip.image_features(draw([prompt.replace("{}", word)] * images))
+    drawn = clip.image_features(draw([fill(prompt, word)] * images))
     concept = clip.image_features(pictures)
     similarity = []
     for edit in edits:
-        mean = clip.image_features(draw([edit.replace("{}", word)] * images)).mean(axis=0)
-        text = clip.text_features([" ".join(edit.replace("{}", " ").split())])[0]
+        mean = clip.image_features(draw([fill(edit, word)] * images)).mean(axis=0)
+        text = clip.text_features([" ".join(fill(edit, " ").split())])[0]
         similarity.append(float(mean @ text / np.linalg.norm(mean)))
     rank = rank_among(drawn, [concept, *(clip.image_features(other) for other in distractors)])
     return Scores(

@@ -24,10 +24,10 @@ from . import processes
 from .checkpoint import Checkpoints, fingerprint
 from .fitting import StepBuilder
 from .measuring import Measuring, make_measuring
-from .optimizer import make_optimizer
+from .optimizer import make_optimizer, warmup_note
 from .parallel import make_mesh, replicate, without_copies
 from .processes import is_leader
-from .setup import Concept, make_dataset, prepare_concept, usual_norms
+from .setup import Concept, Inputs, load_model_and_concept, make_dataset, read_inputs, usual_norms
 from .step import Frozen, TrainState
 
 
@@ -115,9 +115,10 @@ def prepare(config: TrainConfig, devices: Sequence[jax.Device] | None, sharing: 
     """
     clock = Clock()
     folder = ensure_writable_folder(config.output_dir) if is_leader() else Path(config.output_dir)
+    inputs = read_inputs(config, processes.log_leader)
     push = _open_hub(config) if is_leader() else None
     with clock.phase("load"):
-        sd, concept = load(config)
+        sd, concept = load(config, inputs)
     config = dataclasses.replace(config, resolution=concept.pictures.pixels.shape[1])
     measuring = make_measuring(config, sd, concept, folder) if is_leader() else None
     with clock.phase("encode"):
@@ -129,6 +130,8 @@ def prepare(config: TrainConfig, devices: Sequence[jax.Device] | None, sharing: 
     samples_per_step = batch_size * config.gradient_accumulation_steps * mesh.size
     total = total_updates(config, len(concept.pictures.pixels), samples_per_step)
     optimizer, schedule = make_optimizer(config, total, samples_per_step)
+    if (note := warmup_note(config, total)) is not None:
+        processes.log_leader(note)
     frozen = replicate(
         Frozen(
             params=without_copies({name: tree for name, tree in sd.params.items() if name != "vae"}),
@@ -189,16 +192,16 @@ def _resume(job: Job) -> TrainState:
     return state
 
 
-def load(config: TrainConfig) -> tuple[StableDiffusion, Concept]:
+def load(config: TrainConfig, inputs: Inputs) -> tuple[StableDiffusion, Concept]:
     """The frozen model, and what it is to learn.
 
     Raises:
       InputError: something about either is wrong.
     """
-    sd = StableDiffusion.from_config(config)
+    sd, concept = load_model_and_concept(config, inputs, processes.log_leader)
     # The autoencoder encodes the pictures once, and draws now and then: it is on a device only while it runs.
     sd = dataclasses.replace(sd, params={**sd.params, "vae": jax.device_get(sd.params["vae"])})
-    return sd, prepare_concept(config, sd, processes.log_leader)
+    return sd, concept
 
 
 def _open_hub(config: TrainConfig) -> Callable[[Path, Embedding], None] | None:

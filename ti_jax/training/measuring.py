@@ -6,11 +6,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import EMBEDDED_STEPS, PAPER_STEPS, TrainConfig
+from ..config import TrainConfig
 from ..data.images import as_uint8
 from ..embeddings import Embedding
 from ..errors import InputError
-from ..evaluation.evaluate import Evaluator, load_measure, write_scores
+from ..evaluation.evaluate import Evaluator, load_measure, sampler_steps, write_scores
 from ..evaluation.scores import Scores
 from ..files import disk_errors
 from ..pipeline import StableDiffusion
@@ -95,8 +95,9 @@ def make_measuring(config: TrainConfig, sd: StableDiffusion, concept: Concept, f
         load_measure(sd, config.evaluation_clip),
         as_uint8(concept.pictures.pixels),
         images=config.evaluation_images,
-        num_inference_steps=EMBEDDED_STEPS if config.pretrained_model_name_or_path is None else PAPER_STEPS,
+        num_inference_steps=sampler_steps(config),
         guidance_scale=config.validation_guidance_scale,
+        scheduler=config.scheduler,
         seed=config.seed,
     )
     return Measuring(evaluator, concept.others, folder, config.keep_best)

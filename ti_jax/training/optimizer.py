@@ -42,6 +42,20 @@ def learning_rate_schedule(config: TrainConfig, peak: float, total_steps: int) -
     return lambda count: peak * factor(jnp.asarray(count, jnp.float32))
 
 
+def warmup_note(config: TrainConfig, total_steps: int) -> str | None:
+    """A warning if the run ends before its learning rate has risen to --learning_rate; None if it has.
+
+    Not an error: diffusers runs such a command, and its default of 500 is more than many a run has.
+    """
+    if config.lr_scheduler == "constant" or config.lr_warmup_steps < total_steps:
+        return None
+    share = (total_steps - 1) / config.lr_warmup_steps
+    return (
+        f"warning: --lr_warmup_steps {config.lr_warmup_steps}: the run ends after {total_steps} updates, so the "
+        f"learning rate rises to {share:.0%} of --learning_rate only; give fewer"
+    )
+
+
 class MaskRowsState(NamedTuple):
     """State of `mask_rows`: the wrapped transformation's."""
 

@@ -1,10 +1,14 @@
-"""From a config to what the loop needs: the model, the words, the rows, and the data on the devices."""
+"""From a config to what the loop needs: the model, the words, the rows, and the data on the devices.
+
+Checks run in order of cost: what needs no model (`read_inputs`), what needs its configuration and tokenizers
+(`check_concept`, `check_pictures_to_draw`), and only then its weights (`load_model_and_concept`).
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,131 +18,167 @@ import numpy as np
 
 from .. import tokens
 from ..config import TrainConfig
-from ..data.images import Pictures, load_images
+from ..data.images import Pictures, load_images, picture_paths
 from ..data.latents import encode_moments
 from ..data.prompts import load_templates
 from ..embeddings import Embedding, check_fits
 from ..embeddings.naming import load_given
 from ..embeddings.warn import capital_fault
 from ..errors import InputError
+from ..evaluation.evaluate import check_measure, sampler_steps
+from ..model_description import ModelDescription, open_model_of
 from ..pipeline import StableDiffusion
-from ..words import same_word
+from ..weights.hub import is_cached
+from ..words import fill, find_words, same_word
 from .step import Dataset, Rows
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Concept:
-    """What is to be learned, and from what.
+class Inputs:
+    """What a run reads that does not depend on its model.
 
     Attributes:
-      word: the placeholder; its rows come first. words: it and the other learned words, with their numbers of vectors.
-      rows: start values, float32 [n, D] for each text encoder. row_mask: bool [n], true where they train.
+      templates: with ``{}`` where the word goes. others: learned words that stay as they are.
+      start: the word whose vectors the rows start from, or None if they start from a token of the model.
+      pictures: as `load_images` gives them; None if their size is the model's own.
+    """
+
+    templates: list[str]
+    others: tuple[Embedding, ...]
+    start: Embedding | None
+    pictures: Pictures | None
+
+
+@dataclass(frozen=True)
+class CheckedConcept:
+    """What is to be learned, and from what; made without the model's weights.
+
+    Attributes:
+      token: the placeholder; its rows come first. words: it and the other learned words, with their numbers of vectors.
       others: learned words that stay as they are.
       start: the learned word that the rows start from, under a name of its own; None if they start from a token.
-      prompts: the templates with the word in them. pictures: as `load_images` gives them.
+      templates: with ``{}`` where the word goes. prompts: with the word in them. pictures: as `load_images` gives them.
+      overview_prompts, validation_prompt: what is drawn, with the word in it; the latter may be None.
       initializer: the words of the model that the rows start from, unless there is a ``start``.
     """
 
-    word: str
+    token: str
     words: dict[str, int]
-    rows: dict[str, np.ndarray]
-    row_mask: dict[str, np.ndarray]
     others: tuple[Embedding, ...]
     start: Embedding | None
+    templates: list[str]
     prompts: list[str]
+    overview_prompts: list[str]
+    validation_prompt: str | None
     pictures: Pictures
     initializer: str | None
+
+    @property
+    def embeddings(self) -> list[Embedding]:
+        """The learned words that prompts may use besides the one that is learned."""
+        return [*self.others, *([self.start] if self.start is not None else [])]
+
+    @property
+    def first_prompt_before_training(self) -> str:
+        """The first training prompt with what the rows start from in the place of the word."""
+        return fill(self.templates[0], self.start.token if self.start else str(self.initializer))
+
+
+@dataclass(frozen=True)
+class Concept(CheckedConcept):
+    """What is to be learned, with the rows to start from.
+
+    Attributes:
+      rows: start values, float32 [n, D] for each text encoder. row_mask: bool [n], true where they train.
+      metadata: what the learned word's file says of its origin.
+    """
+
+    rows: dict[str, np.ndarray]
+    row_mask: dict[str, np.ndarray]
     metadata: dict[str, str]
 
     def embedding(self, rows: Rows, step: int) -> Embedding:
         """The word as it is at ``step``, to be saved."""
-        count = self.words[self.word]
+        count = self.words[self.token]
         vectors = {name: np.asarray(value)[:count].astype(np.float32) for name, value in rows.items()}
-        return Embedding(self.word, vectors, {**self.metadata, "steps": str(step)})
+        return Embedding(self.token, vectors, {**self.metadata, "steps": str(step)})
 
 
-def prepare_concept(config: TrainConfig, sd: StableDiffusion, say: Callable[[str], None]) -> Concept:
-    """Check the word, the initializer, the templates and the pictures, in the order in which they are cheap.
+def load_model_and_concept(config: TrainConfig, inputs: Inputs, say: Say) -> tuple[StableDiffusion, Concept]:
+    """The model and what it is to learn, checked in order of cost: the weights are read last.
 
     Raises:
-      InputError: whatever is wrong with one of them.
+      InputError: whatever is wrong with the config's words and prompts, the model, or what is to be drawn.
     """
-    assert config.placeholder_token and config.train_data_dir, "the config is resolved"
-    word, count = config.placeholder_token, config.num_vectors
+    with open_model_of(config) as model:
+        checked = check_concept(config, model, inputs, say)
+        check_pictures_to_draw(config, model, checked, say)
+        sd = StableDiffusion.load(model)
+    return sd, with_rows(config, checked, inputs, sd)
+
+
+def prepare_concept(config: TrainConfig, sd: StableDiffusion, say: Say) -> Concept:
+    """The concept for a model that is loaded already.
+
+    Raises:
+      InputError: as `read_inputs` and `check_concept`.
+    """
+    inputs = read_inputs(config, say)
+    return with_rows(config, check_concept(config, sd, inputs, say), inputs, sd)
+
+
+def read_inputs(config: TrainConfig, say: Say) -> Inputs:
+    """Read templates, learned words and pictures.
+
+    Where the pictures' size is the model's own, and the model is still to be downloaded, they are read once here in any
+    size: whether they can be read should not be found out after gigabytes.
+
+    Raises:
+      InputError: one of the files is missing or wrong.
+    """
+    assert config.train_data_dir is not None, "the config is resolved"
+    picture_paths(config.train_data_dir)
+    templates = load_templates(config.learnable_property, config.templates)
     others = tuple(load_given(config.embeddings))
     for path, other in zip(config.embeddings, others, strict=True):
-        check_fits(other, sd.embedding_dims, path)
         for remark in other.remarks:
             say(f"note: {path}: {remark}")
-
-    rows, row_mask = {}, {}
-    words, other_rows = tokens.combine(others)
-    if same_word(word, words):
-        raise InputError(f"placeholder {word!r} is also the word of one of --embeddings; choose another")
-    words = {word: count, **words}
-    fault = capital_fault(word, count)
+    fault = capital_fault(str(config.placeholder_token), config.num_vectors)
     if fault is not None:
         say(f"warning: {fault}")
-    start_word = _load_start(config, sd, words, say)
-    for name, tokenizer in sd.tokenizers.items():
-        tokens.check_new_word(tokenizer, word)
-        if start_word is not None:
-            start = start_word.vectors[name]
-        else:
-            assert config.initializer_token is not None, "the config is resolved"
-            ids = tokens.initializer_ids(tokenizer, config.initializer_token)
-            start = tokens.initial_rows(sd.token_table(name), ids, count)
-        rows[name] = np.concatenate([start, other_rows[name]]) if others else start
-        row_mask[name] = np.arange(len(rows[name])) < count
+    start = _load_start(config, say)
+    if config.resolution is not None:
+        return Inputs(templates, others, start, _load_pictures(config, config.resolution, say))
+    model = config.pretrained_model_name_or_path
+    if model is not None and not Path(model).exists() and not is_cached(model, config.revision):
+        _load_pictures(config, 8, lambda line: None)
+    return Inputs(templates, others, start, None)
 
-    templates = load_templates(config.learnable_property, config.templates)
-    prompts = [template.replace("{}", word) for template in templates]
-    _check_prompts(sd, prompts, words, word)
-    # Also what is drawn later must fit: not after hours of training.
-    sd.tokenize(prompts_to_draw(config, word), words)
-    pictures = load_images(
+
+def _load_pictures(config: TrainConfig, resolution: int, say: Say) -> Pictures:
+    assert config.train_data_dir is not None, "the config is resolved"
+    return load_images(
         config.train_data_dir,
-        config.resolution or sd.default_resolution,
+        resolution,
         center_crop=config.center_crop,
         skip_bad=config.skip_bad_images,
         on_skip=say,
     )
-    metadata = {
-        "base_model": public_name(sd.name),
-        "base_model_hash": sd.identity,
-        "token": word,
-        **_start_metadata(config, start_word),
-        "num_vectors": str(count),
-        "learnable_property": config.learnable_property,
-    }
-    return Concept(
-        word, words, rows, row_mask, others, start_word, prompts, pictures, config.initializer_token, metadata
-    )
 
 
-def public_name(model: str) -> str:
-    """A model's hub id, or of a local folder or file the name alone: the path is nobody else's business."""
-    path = Path(model).expanduser()
-    return path.resolve().name if path.exists() or path.is_absolute() else model
-
-
-def _load_start(
-    config: TrainConfig, sd: StableDiffusion, words: Mapping[str, int], say: Callable[[str], None]
-) -> Embedding | None:
-    """The word of ``--initializer_embedding``, under a name that none of ``words`` has.
+def _load_start(config: TrainConfig, say: Say) -> Embedding | None:
+    """The word of ``--initializer_embedding``.
 
     Raises:
-      InputError: no such file, not a word, another family, or another number of vectors.
+      InputError: no such file, not a word, or another number of vectors.
     """
     if config.initializer_embedding is None:
         return None
-    name = f"{config.placeholder_token}-start"
-    while same_word(name, words):
-        name += "-"
     # The file need not say a name that can be one here; "my cat.pt" has none.
     start = Embedding.load(config.initializer_embedding, token=config.placeholder_token)
     where = f"--initializer_embedding {config.initializer_embedding}"
-    check_fits(start, sd.embedding_dims, where)
     if start.num_vectors != config.num_vectors:
         raise InputError(
             f"{where}: the word has {start.num_vectors} vectors and --num_vectors is {config.num_vectors}; give "
@@ -146,7 +186,143 @@ def _load_start(
         )
     if start.caveat:
         say(f"note: {where}: read as {start.caveat}")
-    return Embedding(name, start.vectors, start.metadata)
+    return start
+
+
+def check_concept(config: TrainConfig, model: ModelDescription, inputs: Inputs, say: Say) -> CheckedConcept:
+    """Check words, initializer, templates, prompts and pictures against a model's configuration and tokenizers.
+
+    Raises:
+      InputError: whatever is wrong with one of them.
+    """
+    assert config.placeholder_token and config.overview_prompts is not None, "the config is resolved"
+    token, count = config.placeholder_token, config.num_vectors
+    for path, other in zip(config.embeddings, inputs.others, strict=True):
+        check_fits(other, model.embedding_dims, path)
+    words, _ = tokens.combine(inputs.others)
+    if same_word(token, words):
+        raise InputError(f"placeholder {token!r} is also the word of one of --embeddings; choose another")
+    words = {token: count, **words}
+    for name, tokenizer in model.tokenizers.items():
+        tokens.check_new_word(tokenizer, token)
+        if inputs.start is None:
+            assert config.initializer_token is not None, f"the config is resolved, {name} starts from a token"
+            tokens.initializer_ids(tokenizer, config.initializer_token)
+    start = inputs.start
+    if start is not None:
+        check_fits(start, model.embedding_dims, f"--initializer_embedding {config.initializer_embedding}")
+        start = Embedding(_name_of_start(token, words), start.vectors, start.metadata)
+
+    prompts = [fill(template, token) for template in inputs.templates]
+    _check_room(config, model, prompts, words)
+    _check_holds(model, prompts, words, token, weighted=False)
+    validation_prompt = config.validation_prompt
+    return CheckedConcept(
+        token=token,
+        words=words,
+        others=inputs.others,
+        start=start,
+        templates=inputs.templates,
+        prompts=prompts,
+        overview_prompts=[fill(prompt, token) for prompt in config.overview_prompts],
+        validation_prompt=None if validation_prompt is None else fill(validation_prompt, token),
+        pictures=inputs.pictures or _load_pictures(config, config.resolution or model.default_resolution, say),
+        initializer=config.initializer_token,
+    )
+
+
+def _name_of_start(token: str, words: Mapping[str, int]) -> str:
+    """A name for the word that the rows start from which none of ``words`` has."""
+    name = f"{token}-start"
+    while same_word(name, words):
+        name += "-"
+    return name
+
+
+def _check_room(config: TrainConfig, model: ModelDescription, prompts: list[str], words: Mapping[str, int]) -> None:
+    """Raise InputError if the word's vectors do not fit into a prompt beside its other tokens."""
+    token, count = str(config.placeholder_token), config.num_vectors
+    for reader in model.prompt_tokenizers.readers().values():
+        room = reader.max_length - 2  # start and end
+        for prompt in prompts:
+            taken = len(tokens.prompt_ids(reader.tokenizer, prompt, words, reader.vocab_size))
+            occurrences = sum(found.word == token and len(found.rows) == count for found in find_words(prompt, words))
+            others = taken - occurrences * count
+            if taken > room and occurrences and others + occurrences <= room:
+                raise InputError(
+                    f"--num_vectors {count}: the prompt {prompt!r} takes {taken} tokens with so many where the text "
+                    f"encoder reads {room}; give at most {(room - others) // occurrences}, or shorter --templates"
+                )
+
+
+def _check_holds(
+    model: ModelDescription, prompts: list[str], words: Mapping[str, int], token: str, weighted: bool
+) -> None:
+    """Every prompt must hold all rows of the word, or nothing is learned from it without a sign of it."""
+    for prompt in model.prompt_tokenizers.without(token, prompts, words, weighted):
+        raise InputError(
+            f"prompt {prompt!r} does not hold the new word {token!r} once it is cut into tokens; set it apart "
+            f"with spaces, or choose a word with its own brackets like <{token.strip('<>')}>"
+        )
+
+
+def check_pictures_to_draw(config: TrainConfig, model: ModelDescription, concept: CheckedConcept, say: Say) -> None:
+    """Build what is drawn and measured later: not after hours of training should it be found that it cannot be.
+
+    Raises:
+      InputError: a sampler or its number of steps, a prompt, a negative prompt, or nothing to measure with.
+    """
+    assert config.validation_inference_steps is not None, "the config is resolved"
+    if (note := model.sampler_choice(config.scheduler).note) is not None:
+        say(f"note: {note}")
+    try:
+        model.make_sampler(config.scheduler, config.validation_inference_steps)
+    except InputError as error:
+        raise InputError(f"--validation_inference_steps {config.validation_inference_steps}: {error}") from error
+    if config.evaluate or config.keep_best is not None:
+        model.make_sampler(config.scheduler, sampler_steps(config))
+        check_measure(model, config.evaluation_clip)
+    words = {**concept.words, **{word.token: word.num_vectors for word in concept.embeddings}}
+    prompts = [*concept.overview_prompts]
+    if concept.validation_prompt is not None:
+        prompts.append(concept.validation_prompt)
+    _check_holds(model, prompts, words, concept.token, weighted=True)
+    prompts += [concept.first_prompt_before_training, config.validation_negative_prompt or ""]
+    for _ in model.prompt_tokenizers.groups(prompts, None, words, weighted=True):
+        pass
+    for word in model.unprovided([*concept.prompts, *prompts], words):
+        say(f"warning: {word} in a prompt is plain text: no file of --embeddings has this word")
+
+
+def with_rows(config: TrainConfig, checked: CheckedConcept, inputs: Inputs, sd: StableDiffusion) -> Concept:
+    """The concept with its start values, which are rows of the model's token table unless they come from a file."""
+    count = checked.words[checked.token]
+    _, other_rows = tokens.combine(inputs.others)
+    rows, row_mask = {}, {}
+    for name, tokenizer in sd.tokenizers.items():
+        if checked.start is not None:
+            start = checked.start.vectors[name]
+        else:
+            ids = tokens.initializer_ids(tokenizer, str(checked.initializer))
+            start = tokens.initial_rows(sd.token_table(name), ids, count)
+        rows[name] = np.concatenate([start, other_rows[name]]) if inputs.others else start
+        row_mask[name] = np.arange(len(rows[name])) < count
+    metadata = {
+        "base_model": public_name(sd.name),
+        "base_model_hash": sd.identity,
+        "token": checked.token,
+        **_start_metadata(config, checked.start),
+        "num_vectors": str(count),
+        "learnable_property": config.learnable_property,
+    }
+    known = {field.name: getattr(checked, field.name) for field in fields(CheckedConcept)}
+    return Concept(**known, rows=rows, row_mask=row_mask, metadata=metadata)
+
+
+def public_name(model: str) -> str:
+    """A model's hub id, or of a local folder or file the name alone: the path is nobody else's business."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.exists() or path.is_absolute() else model
 
 
 def _start_metadata(config: TrainConfig, start: Embedding | None) -> dict[str, str]:
@@ -158,25 +334,6 @@ def _start_metadata(config: TrainConfig, start: Embedding | None) -> dict[str, s
         "initializer_embedding": Path(str(config.initializer_embedding)).name,
         "initializer_embedding_hash": digest.hexdigest()[:16],
     }
-
-
-def prompts_to_draw(config: TrainConfig, word: str) -> list[str]:
-    """The overview prompts, and the validation prompt if there is one, with the word in them."""
-    assert config.overview_prompts is not None, "the config is resolved"
-    drawn = [*config.overview_prompts, *([config.validation_prompt] if config.validation_prompt is not None else [])]
-    return [prompt.replace("{}", word) for prompt in drawn]
-
-
-def _check_prompts(sd: StableDiffusion, prompts: list[str], words: dict[str, int], word: str) -> None:
-    """Every prompt must hold all rows of the word, or nothing is learned from it and nobody is told."""
-    for name, ids in sd.tokenize(prompts, words).items():
-        new_ids = sd.vocab_sizes[name] + np.arange(words[word])
-        for prompt, row in zip(prompts, ids, strict=True):
-            if not np.isin(new_ids, row).all():
-                raise InputError(
-                    f"prompt {prompt!r} does not hold the new word {word!r} once it is cut into tokens; set it apart "
-                    f"with spaces, or choose a word with its own brackets like <{word.strip('<>')}>"
-                )
 
 
 def make_dataset(config: TrainConfig, sd: StableDiffusion, concept: Concept) -> Dataset:
@@ -223,7 +380,7 @@ def row_figures(concept: Concept, rows: Rows, usual_norms: Mapping[str, float]) 
     figures = []
     for name, value in rows.items():
         for row, (now, start) in enumerate(
-            zip(np.asarray(value)[: concept.words[concept.word]], concept.rows[name], strict=False)
+            zip(np.asarray(value)[: concept.words[concept.token]], concept.rows[name], strict=False)
         ):
             norm, start_norm = float(np.linalg.norm(now)), float(np.linalg.norm(start))
             figures.append(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -13,7 +13,7 @@ from ..embeddings import Embedding
 from ..pictures import grid, overview, save_png
 from ..pipeline import StableDiffusion
 from .run_folder import OVERVIEW_FILE
-from .setup import Concept, prompts_to_draw
+from .setup import Concept
 
 OVERVIEW_COLUMNS = 4
 
@@ -27,15 +27,30 @@ def _draw(
     seeds: list[int],
 ) -> list[Image.Image]:
     assert config.validation_inference_steps is not None and config.validation_guidance_scale is not None
+    # As infer.py draws: the same prompt, seed and settings give the same picture there.
     return sd.generate(
         prompts,
-        embeddings=[embedding, *concept.others, *([concept.start] if concept.start is not None else [])],
+        embeddings=[embedding, *concept.embeddings],
+        negative_prompt=config.validation_negative_prompt,
         num_inference_steps=config.validation_inference_steps,
         guidance_scale=config.validation_guidance_scale,
+        scheduler=config.scheduler,
         height=config.resolution,
         width=config.resolution,
         seed=seeds,
+        weighted=True,
     )
+
+
+def _settings(config: TrainConfig, sd: StableDiffusion) -> dict[str, Any]:
+    """What a picture's file says of how it was drawn, besides its prompt and seed."""
+    return {
+        "negative_prompt": config.validation_negative_prompt,
+        "num_inference_steps": config.validation_inference_steps,
+        "scheduler": sd.scheduler_name(config.scheduler),
+        "guidance_scale": config.validation_guidance_scale,
+        "model": sd.name,
+    }
 
 
 def _seeds(config: TrainConfig, count: int) -> list[int]:
@@ -48,7 +63,8 @@ def save_validation(
     """Draw the validation prompt with the word as it is, into ``samples/step-N.png``; with the same seeds
     each time.
     """
-    prompt = prompts_to_draw(config, concept.word)[-1]
+    prompt = concept.validation_prompt
+    assert prompt is not None, "it is drawn only if there is one"
     images = _draw(
         config,
         sd,
@@ -58,9 +74,8 @@ def save_validation(
         _seeds(config, config.num_validation_images),
     )
     picture = grid(images, columns=min(len(images), OVERVIEW_COLUMNS))
-    save_png(
-        folder / "samples" / f"step-{step:06d}.png", picture, {"prompt": prompt, "seed": config.seed, "step": step}
-    )
+    settings = {"prompt": prompt, "seed": config.seed, "step": step, **_settings(config, sd)}
+    save_png(folder / "samples" / f"step-{step:06d}.png", picture, settings)
     return picture
 
 
@@ -72,27 +87,18 @@ def save_overview(
     What is drawn for it is also kept picture by picture, ``samples/overview-NN.png``.
     """
     columns = OVERVIEW_COLUMNS
-    prompts = prompts_to_draw(replace(config, validation_prompt=None), concept.word)
-    plain = concept.prompts[0].replace(concept.word, concept.start.token if concept.start else str(concept.initializer))
-    drawn_prompts = [prompt for prompt in (plain, *prompts) for _ in range(columns)]
+    prompts = concept.overview_prompts
+    before = concept.first_prompt_before_training
+    drawn_prompts = [prompt for prompt in (before, *prompts) for _ in range(columns)]
     # The same seeds in every row: what differs down a column is the prompt alone.
     seeds = _seeds(config, columns) * (1 + len(prompts))
     drawn = _draw(config, sd, concept, drawn_prompts, embedding, seeds)
     shown = [Image.fromarray(pixels) for pixels in as_uint8(concept.pictures.pixels[:columns])]
-    rows = [(f"the pictures of {concept.word}", shown), (f"{concept.prompts[0]}, before training", drawn[:columns])]
+    rows = [(f"the pictures of {concept.token}", shown), (f"{concept.prompts[0]}, before training", drawn[:columns])]
     rows += [(prompt, drawn[columns * (i + 1) : columns * (i + 2)]) for i, prompt in enumerate(prompts)]
     for index, (prompt, image) in enumerate(zip(drawn_prompts, drawn, strict=True)):
-        save_png(
-            folder / "samples" / f"overview-{index:02d}.png",
-            image,
-            {
-                "prompt": prompt,
-                "seed": seeds[index],
-                "num_inference_steps": config.validation_inference_steps,
-                "guidance_scale": config.validation_guidance_scale,
-                "model": sd.name,
-            },
-        )
+        settings = {"prompt": prompt, "seed": seeds[index], **_settings(config, sd)}
+        save_png(folder / "samples" / f"overview-{index:02d}.png", image, settings)
     path = folder / OVERVIEW_FILE
-    save_png(path, overview(rows), {"token": concept.word, "seed": config.seed})
+    save_png(path, overview(rows), {"token": concept.token, "seed": config.seed})
     return path

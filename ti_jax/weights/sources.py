@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from flax.traverse_util import flatten_dict
 
 from ti_jax.errors import InputError
-from ti_jax.weights.config_files import pipeline_components, read_component_config
+from ti_jax.weights.config_files import pipeline_components, read_component_config, read_json
 from ti_jax.weights.identity import Identity
 from ti_jax.weights.load import FAULTS, Tree, load_component, plan, read_tree, refuse_faults
 from ti_jax.weights.single_file import Checkpoint, open_checkpoint
@@ -103,9 +103,47 @@ class _SingleFile(Source):
         return clip_tokenizer(pad_tokens[text_encoder])
 
 
+class _WithVae(Source):
+    """A model with the autoencoder of a folder of its own."""
+
+    def __init__(self, source: Source, folder: Path) -> None:
+        if not (folder / "config.json").is_file():
+            inside = " (its folder vae has)" if (folder / "vae" / "config.json").is_file() else ""
+            raise InputError(
+                f"--vae {folder}: not an autoencoder in diffusers' layout, which is a folder with config.json and "
+                f"weights{inside}; give such a folder"
+            )
+        config = read_json(folder / "config.json")
+        if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
+            raise InputError(f"--vae {folder}: a {config['_class_name']}; only AutoencoderKL is implemented")
+        own, other = (each.get("scaling_factor", 0.18215) for each in (source.configs["vae"], config))
+        if own != other:
+            raise InputError(
+                f"--vae {folder}: its latents are scaled by {other} and the model's by {own}: it is for another family "
+                "of models"
+            )
+        self._source, self._folder = source, folder
+        self.path, self.zeros_for_empty_prompt = source.path, source.zeros_for_empty_prompt
+        self.configs = {**source.configs, "vae": config}
+
+    def load(self, shapes: Mapping[str, Tree], dtype: Any, identity: Identity) -> dict[str, Tree]:
+        """All but the autoencoder from the model."""
+        rest = {name: tree for name, tree in shapes.items() if name != "vae"}
+        vae = load_component(self._folder, "vae", shapes["vae"], dtype, None, identity, subfolder="")
+        return {**self._source.load(rest, dtype, identity), "vae": vae}
+
+    def tokenizer(self, text_encoder: str) -> CLIPTokenizer:
+        """The model's."""
+        return self._source.tokenizer(text_encoder)
+
+
 @contextlib.contextmanager
 def open_source(
-    path: Path, variant: str | None = None, prediction_type: str | None = None, text_only: bool = False
+    path: Path,
+    variant: str | None = None,
+    prediction_type: str | None = None,
+    text_only: bool = False,
+    vae: Path | None = None,
 ) -> Iterator[Source]:
     """Open the diffusers folder or the single-file checkpoint at `path` (see `ti_jax.weights.hub.resolve`).
 
@@ -113,13 +151,15 @@ def open_source(
       variant: of a folder's weight files, e.g. ``fp16``.
       prediction_type: ``epsilon`` or ``v_prediction``, what the UNet predicts, where the model does not say.
       text_only: only the text encoders are wanted; a single file need not say then what its UNet predicts.
+      vae: folder of an autoencoder that takes the place of the model's own.
 
     Raises:
       InputError: it cannot be read, is another kind of model, or says that it predicts something else.
     """
     if path.is_file():
         with open_checkpoint(path, prediction_type, text_only) as checkpoint:
-            yield _SingleFile(path, checkpoint)
+            single_file = _SingleFile(path, checkpoint)
+            yield single_file if vae is None else _WithVae(single_file, vae)
         return
     folder = _Folder(path, variant)
     said = folder.configs["scheduler"].get("prediction_type", "epsilon")
@@ -128,4 +168,4 @@ def open_source(
             f"--prediction_type {prediction_type}: {path} says {said} in its scheduler/scheduler_config.json; leave "
             "the flag out, or correct that file"
         )
-    yield folder
+    yield folder if vae is None else _WithVae(folder, vae)

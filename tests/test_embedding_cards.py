@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from words import a1111_file, assert_same, numbers, refusal, sdxl_word, word
 
 from ti_jax.embeddings import Embedding, image_card
-from ti_jax.embeddings.a1111_format import write_card
+from ti_jax.embeddings.a1111_format import _plain_picture, drawable, fitted, write_card
 from ti_jax.errors import InputError
 
 # -- AUTOMATIC1111's image_embedding.py, from its description, in plain Python where the module uses NumPy
@@ -232,3 +232,29 @@ def test_a_bomb_in_the_pixels_is_not_unpacked(tmp_path):
         tmp_path / "a.png"
     )
     assert "a picture without a word in it" in refusal(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(
+    ("text", "drawn"),
+    [
+        ("<Größe>", "<Gr[U+00F6][U+00DF]e>"),
+        ("<猫>", "<[U+732B]>"),
+        ("کتاب", "[U+06A9][U+062A][U+0627][U+0628]"),
+        ("🐈", "[U+1F408]"),
+    ],
+)
+def test_names_in_scripts_that_the_font_lacks_are_drawn_as_code_points(text, drawn):
+    assert drawable(text) == drawn
+
+
+@pytest.mark.parametrize("token", ["x", "<cat-toy>", "W" * 60, "<" + "猫" * 40 + ">", "m" * 5000])
+def test_names_on_cards_are_not_clipped(tmp_path, token):
+    lines, font = fitted(drawable(token), 480, 64)
+    assert all(font.getlength(line) <= 480 for line in lines) and len(lines) <= 12
+    if len(token) < 5000:
+        assert "".join(lines) == drawable(token)
+    pixels = np.asarray(_plain_picture(word(token=token))).astype(int)
+    edge = np.concatenate([pixels[:, :8].reshape(-1, 3), pixels[:, -8:].reshape(-1, 3), pixels[:8].reshape(-1, 3)])
+    assert (edge == (40, 44, 52)).all() and (pixels.max(axis=2) > 200).any()
+    word(token=token).save(tmp_path / "a.png", format="card")
+    assert Embedding.load(tmp_path / "a.png").token == token

@@ -27,6 +27,7 @@ _ID_OF_KEY = 265  # of "*" in CLIP's vocabulary
 _METADATA = {"step": "steps", "sd_checkpoint": "sd_checkpoint", "sd_checkpoint_name": "base_model"}
 
 CARD_SIDE = 512  # pixels
+SMALLEST = 14  # size of the letters
 
 
 def read_card(content: Content, token: str | None) -> Embedding | None:
@@ -101,11 +102,45 @@ def _data(embedding: Embedding, path: Path) -> dict[str, Any]:
 def _plain_picture(embedding: Embedding) -> Image.Image:
     picture = Image.new("RGB", (CARD_SIDE, CARD_SIDE), (40, 44, 52))
     draw = ImageDraw.Draw(picture)
-    size = max(12, min(64, 2 * CARD_SIDE // max(1, len(embedding.token)) - 2))
     vectors = f"{embedding.num_vectors} vector{'s' if embedding.num_vectors > 1 else ''}"
     about = f"{vectors} for {describe(embedding.dims, embedding.metadata)}"
     middle = CARD_SIDE // 2
-    for text, height, font_size in ((embedding.token, middle - 20, size), (about, middle + 40, 18)):
-        font = ImageFont.load_default(font_size)
-        draw.text((middle, height), text, fill=(235, 235, 235), font=font, anchor="mm")
+    for text, height, largest in ((drawable(embedding.token), middle - 20, 64), (about, middle + 40, 18)):
+        lines, font = fitted(text, CARD_SIDE - 32, largest)
+        spacing = 1.3 * font.size
+        top = height - spacing * (len(lines) - 1) * (1 if text != about else 0)
+        for number, line in enumerate(lines):
+            draw.text((middle, top + number * spacing), line, fill=(235, 235, 235), font=font, anchor="mm")
     return picture
+
+
+def drawable(text: str) -> str:
+    """A text with the code point of each character that Pillow's own font has no picture of, as ``[U+30AB]``."""
+    font = _font(SMALLEST)
+    box = bytes(font.getmask("\U0010ffff"))  # what is drawn for an unknown character
+
+    def known(character: str) -> bool:
+        mask = font.getmask(character)
+        return bool(mask.size[0]) and bytes(mask) != box
+
+    return "".join(c if (c.isascii() and c.isprintable()) or known(c) else f"[U+{ord(c):04X}]" for c in text)
+
+
+def fitted(text: str, width: int, largest: int) -> tuple[list[str], ImageFont.FreeTypeFont]:
+    """The lines and the font in which a text fits: smaller first, then on up to 12 lines, then cut short."""
+    for size in range(largest, SMALLEST - 1, -2):
+        font = _font(size)
+        if font.getlength(text) <= width:
+            return [text], font
+    lines = [""]
+    for character in text:
+        if font.getlength(lines[-1] + character) > width:
+            lines.append("")
+        lines[-1] += character
+    return (lines if len(lines) <= 12 else [*lines[:11], lines[11][:-3] + "..."]), font
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    font = ImageFont.load_default(size)
+    assert isinstance(font, ImageFont.FreeTypeFont), "Pillow comes with FreeType"
+    return font

@@ -1,8 +1,15 @@
-"""Eight CPU devices for every test, and tiny Stable Diffusions in the layout that diffusers writes."""
+"""Eight CPU devices for every test, how tests are compiled, and tiny Stable Diffusions in diffusers' layout.
 
+pytest's own options here: ``--optimise`` compiles every test as users do.
+"""
+
+import ctypes
 import functools
+import gc
 import os
+import resource
 import shutil
+import sys
 import tempfile
 
 import numpy as np
@@ -18,10 +25,75 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # Before JAX starts. A program for one device runs as it does without this.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
-# Tests compile the same step many times; programs of this session are compiled once. Children of a test share it.
-_CACHE = tempfile.TemporaryDirectory(prefix="ti_jax-tests-")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
+# Programs are compiled once: the workers of a session and the processes that tests start share this folder, which they
+# have from the first process. With a JAX_COMPILATION_CACHE_DIR of yours, later sessions find them, too.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(prefix="ti_jax-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+# Most of the suite's time is compiling, and what is computed is right with or without the compiler's optimisations.
+# These modules look at programs, at memory, or compute for so long that optimising them takes less.
+OPTIMISED = {"test_attention", "test_embedded_model", "test_memory", "test_planning"}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--optimise", action="store_true", help="compile every test as users do, not only some modules")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiling(request):
+    """Compile this module's tests with or without optimisations, and let go of its programs, which fill the memory."""
+    optimised = request.config.getoption("optimise") or request.module.__name__ in OPTIMISED
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0" if optimised else "1")  # for the processes that tests start
+        if (jax := sys.modules.get("jax")) is not None:
+            jax.config.update("jax_disable_most_optimizations", not optimised)
+        yield
+    if (jax := sys.modules.get("jax")) is not None:
+        jax.clear_caches()
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # or the pieces between what is left stay with this process
+
+
+# -- what the workers took
+
+MEMORY = 2e9  # bytes; so that the suite runs on a laptop
+_usage = {}
+
+
+def _used():
+    """CPU seconds of this process and of those that it started, and the most bytes that it held."""
+    own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return sum(each.ru_utime + each.ru_stime for each in (own, children)), own.ru_maxrss * unit
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    """A worker of pytest-xdist is through."""
+    if error is None:
+        _usage[node.gateway.id] = node.workeroutput["used"]
+
+
+def pytest_sessionfinish(session, exitstatus):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["used"] = _used()
+        return
+    if not _usage:
+        _usage["this process"] = _used()
+    if exitstatus == 0 and any(memory > MEMORY for _, memory in _usage.values()):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter):
+    for name, (seconds, memory) in sorted(_usage.items()):
+        over = f", more than the {MEMORY / 1e9:.0f} GB that a worker may take" if memory > MEMORY else ""
+        terminalreporter.write_line(f"{name}: {seconds:.0f} s of CPU time, {memory / 1e9:.1f} GB at most{over}")
+
+
+# -- models and pictures
 
 SCHEDULER = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
 

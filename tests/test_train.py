@@ -317,7 +317,8 @@ def command(config, **changes):
 
 
 def single_device_environment():
-    return {**os.environ, "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1"}
+    flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
+    return {**os.environ, "XLA_FLAGS": flags, "JAX_NUM_CPU_DEVICES": "1"}
 
 
 def test_sigterm_saves_a_checkpoint_and_resuming_ends_the_same(config, tmp_path):

@@ -116,12 +116,14 @@ def test_what_is_wrong_in_one_process_ends_all_with_its_reason(config, tmp_path)
     assert not (tmp_path / "out" / "config.yaml").exists()
 
 
+@pytest.mark.slow  # how they agree: test_agreement
 def test_processes_with_other_settings_are_refused(config, tmp_path):
     statuses, (first, second) = Pair(config, tmp_path, "--learning_rate", "0.5").wait()
     assert statuses == [2, 2], first + second
     assert "process 1 of 2: learning_rate not as in the first process" in first
 
 
+@pytest.mark.slow  # how they agree: test_agreement
 def test_a_checkpoint_that_cannot_be_used_is_told_to_all(config, tmp_path):
     wrong = replace(config, resume_from_checkpoint=str(tmp_path / "7"))
     statuses, told = Pair(wrong, tmp_path).wait()

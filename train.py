@@ -1,8 +1,6 @@
 """Learn a new word for a Stable Diffusion: ``python train.py --help``. The same as ``ti-jax train``."""
 
-import sys
-
-from ti_jax.cli import main
+from ti_jax.__main__ import run
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]], prog="train.py"))
+    run("train.py", "train")

@@ -164,7 +164,7 @@ class Bench:
         """By ti_jax."""
         config = self.config(person, seed, changes)
         with TemporaryDirectory() as folder:
-            result = train(replace(config, output_dir=folder), cores=use_cores(resolve(config)))
+            result = train(replace(config, output_dir=folder))
         seconds = result.seconds
         return result.embedding, {
             "seconds": round(seconds["encode"] + seconds["train"], 2),

@@ -1,6 +1,8 @@
 """Scores of a word: what the judge reads, the paper's CLIP scores, and the runs that keep the best state."""
 
 import json
+import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from ti_jax.evaluation import scores
 from ti_jax.evaluation.evaluate import Evaluator, evaluate
 from ti_jax.evaluation.judge import Judge, JudgeConfig, JudgeNetwork, Probe, judge_shapes, split_logits
 
+REPOSITORY = Path(__file__).parent.parent
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (20, 40, 230)}
 CONFIG = JudgeConfig(
     attributes=(("top", tuple(COLOURS)), ("bottom", tuple(COLOURS))),
@@ -236,7 +239,6 @@ def distractor(tmp_path):
 @pytest.mark.slow
 def test_a_resumed_run_remembers_the_best(judged_sd, pictures, tmp_path):
     """Cut after the measurement at 2 steps, resumed to 6: the log has each step once."""
-    import os
     import signal
 
     config = settings(
@@ -320,3 +322,55 @@ def test_a_model_without_a_judge_needs_clip(tiny_sd, pictures, tmp_path):
 
 def test_shapes_take_no_memory():
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(judge_shapes(CONFIG)))
+
+
+KILLED_WHILE_MEASURING = """
+import os, signal, sys
+import ti_jax
+from ti_jax.config_yaml import load_yaml
+from ti_jax.evaluation.evaluate import Evaluator
+
+real = Evaluator.scores
+
+def scores(self, sd, embedding, others=()):
+    found = real(self, sd, embedding, others)
+    if embedding.metadata["steps"] == sys.argv[2]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return found
+
+Evaluator.scores = scores
+ti_jax.train(ti_jax.TrainConfig(**load_yaml(sys.argv[1], ti_jax.TrainConfig)))
+"""
+
+
+@pytest.mark.parametrize("step", ["4", "6"])
+def test_a_kill_while_measuring_loses_nothing(judged_sd, pictures, tmp_path, step):
+    """Scores, best word and files are those of a run that nobody disturbed."""
+    import dataclasses
+    import subprocess
+    import sys
+
+    from ti_jax.config_yaml import dump_yaml
+
+    config = settings(
+        judged_sd, pictures, tmp_path, keep_best="identity", evaluation_steps=2, checkpointing_steps=2, save_steps=2,
+        logging_steps=1, evaluate=True,
+    )  # fmt: skip
+    undisturbed = ti_jax.train(dataclasses.replace(config, output_dir=str(tmp_path / "whole")), jax.devices()[:1])
+    (tmp_path / "run.yaml").write_text(dump_yaml(config))
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", KILLED_WHILE_MEASURING, str(tmp_path / "run.yaml"), step]
+    killed = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert killed.returncode == -9, killed.stderr
+    resumed = ti_jax.train(dataclasses.replace(config, resume_from_checkpoint="latest"), jax.devices()[:1])
+
+    def left(folder):
+        names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        scores = (folder / "scores.jsonl").read_text(), (folder / "scores.json").read_text()
+        best = ti_jax.Embedding.load(folder / "learned_embeds-best.safetensors")
+        return {name for name in names if "checkpoints" not in name}, scores, best.metadata["steps"], best.vectors
+
+    whole, found = left(undisturbed.output_dir), left(resumed.output_dir)
+    assert found[:3] == whole[:3]
+    assert np.array_equal(found[3]["text_encoder"], whole[3]["text_encoder"])
+    assert resumed.embedding.metadata["steps"] == undisturbed.embedding.metadata["steps"]

@@ -7,10 +7,10 @@ PACKAGE = Path(__file__).parent.parent / "ti_jax"
 
 # From the bottom up; a package stands for all its modules.
 ORDER = [
-    "startup", "errors", "words", "files", "batches", "config_yaml", "config_checks", "config", "flags", "machine",
-    "diffusion", "ops", "models", "weights", "networks", "embeddings", "tokens", "prompt_weights", "decoding",
-    "sampling", "text_encoders", "model_description", "pictures", "pipeline", "data", "evaluation", "training",
-    "work", "planning", "drawing", "verify", "embedding_commands", "cli",
+    "startup", "errors", "interrupts", "words", "files", "batches", "config_yaml", "config_checks", "config", "flags",
+    "machine", "diffusion", "ops", "models", "weights", "networks", "embeddings", "tokens", "prompt_weights",
+    "decoding", "sampling", "text_encoders", "model_description", "pictures", "pipeline", "data", "evaluation",
+    "training", "work", "planning", "drawing", "verify", "embedding_commands", "cli",
 ]  # fmt: skip
 
 

@@ -232,8 +232,9 @@ def test_a_full_disk_is_one_line_and_what_was_saved_stays(config, tmp_path):
         assert run.stderr.count("Traceback") == 0 and run.stderr.strip().splitlines()[-1].endswith(
             "the disk is full; free some space or choose another place"
         )
+        # The word is written all the same: it needs no more than a file that is there has.
         kept = ti_jax.Embedding.load(small / "out" / "learned_embeds.safetensors")
-        assert np.array_equal(kept.vectors["text_encoder"], rows(first))
+        assert kept.metadata["steps"] == "6" and not np.array_equal(kept.vectors["text_encoder"], rows(first))
         (small / "filler").unlink()
         on = train(replace(config, output_dir=str(small / "out"), resume_from_checkpoint="latest"))
         assert len(on.losses) == 8
@@ -360,3 +361,38 @@ def test_ten_kills_end_with_the_rows_of_an_undisturbed_run(config, tmp_path):
     assert len(resumed) == 10 and resumed == sorted(set(resumed)), "a kill that hit no progress shows nothing"
     kept = ti_jax.Embedding.load(Path(config.output_dir) / "learned_embeds.safetensors")
     assert np.array_equal(kept.vectors["text_encoder"], rows(whole))
+
+
+def test_the_step_is_compiled_once_a_run(config, caplog):
+    """Chunks of any length, resuming and drawing between them are one program."""
+    config = replace(config, validation_prompt="a {}", validation_steps=5, save_steps=4)
+    with jax.log_compiles(True):
+        train(config)
+    compiled = [record.getMessage() for record in caplog.records if "Finished XLA compilation" in record.getMessage()]
+    assert sum("run_steps" in message for message in compiled) == 1
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(config, monkeypatch, capsys):
+    """As the sampler's check for NaN, and a device without memory, end a drawing."""
+    faults = iter([ti_jax.InputError("picture 1 came out as NaN"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")])
+
+    def fail(*arguments, **settings):
+        raise next(faults)
+
+    whole = train(replace(config, output_dir=config.output_dir + "-whole"))
+    monkeypatch.setattr(ti_jax.StableDiffusion, "generate", fail)
+    result = train(replace(config, validation_prompt="a {}", validation_steps=6, max_train_steps=6, logging_steps=1))
+    told = capsys.readouterr().err
+    assert "warning: the validation picture could not be drawn: picture 1 came out as NaN" in told
+    assert "warning: the overview could not be drawn: RESOURCE_EXHAUSTED" in told
+    assert not result.interrupted and np.array_equal(result.losses, whole.losses[:6])
+    assert ti_jax.Embedding.load(result.output_dir / "learned_embeds.safetensors").metadata["steps"] == "6"
+    assert (result.output_dir / "checkpoints" / "6").is_dir()
+
+
+def test_a_resumed_run_saves_after_an_older_checkpoint(config, capsys):
+    train(replace(config, checkpointing_steps=4))
+    resume = f"{config.output_dir}/checkpoints/4"
+    result = train(replace(config, max_train_steps=6, checkpointing_steps=3, resume_from_checkpoint=resume))
+    assert sorted(path.name for path in (result.output_dir / "checkpoints").iterdir()) == ["4", "6"]
+    assert "checkpoints after step 4 are moved to" in capsys.readouterr().err

@@ -1,7 +1,19 @@
-"""``python -m ti_jax`` is ``ti-jax``."""
+"""``python -m ti_jax`` is ``ti-jax``; ``train.py`` and ``infer.py`` start here, too."""
+
+from __future__ import annotations
 
 import sys
 
-from .cli import main
+from . import interrupts
 
-sys.exit(main())
+
+def run(prog: str = "ti-jax", *command: str) -> None:
+    """The program: ``command`` and the flags of this process."""
+    interrupts.listen(prog)
+    from .cli import main
+
+    interrupts.leave(main([*command, *sys.argv[1:]], prog=prog))
+
+
+if __name__ == "__main__":
+    run()

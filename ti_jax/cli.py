@@ -153,11 +153,10 @@ def _train(args: Sequence[str], prog: str) -> int:
         examples = TRAIN_EXAMPLES.format(prog=_as_typed(prog))
         config = parse(TrainConfig, args, prog=prog, examples=examples, no_counterpart=NO_COUNTERPART)
     config = resolve(config)
-    from .training.cores import use_cores
     from .training.loop import train
 
     # A run that was asked to stop is not done: whoever started it should be told so.
-    return 130 if train(config, cores=use_cores(config)).interrupted else 0
+    return 130 if train(config).interrupted else 0
 
 
 def _infer(args: Sequence[str], prog: str) -> int:

@@ -218,7 +218,8 @@ class TrainConfig:
     checkpoints_total_limit: int | None = None
     """Keep only this many of the newest checkpoints. Left out: all."""
     resume_from_checkpoint: str | None = None
-    """"latest", or the path of a checkpoint folder: go on from there, bit for bit as if never interrupted."""
+    """"latest", or the path of a checkpoint folder: go on from there. On a CPU or a TPU the result is bit for bit
+    that of a run that was never interrupted; on a GPU sums differ in their last digits from run to run."""
     push_to_hub: bool = False
     """Upload the result to the Hugging Face Hub at the end."""
     hub_model_id: str | None = None

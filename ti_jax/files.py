@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from .errors import InputError
+from .interrupts import whole
 
 Content = bytes | Callable[[BinaryIO], None]
 
@@ -64,6 +65,11 @@ def write_together(contents: Mapping[Path, Content]) -> None:
     Raises:
       InputError: as `write_atomically`; the old files are as they were, unless a rename after the first fails.
     """
+    with whole():
+        _write_together(contents)
+
+
+def _write_together(contents: Mapping[Path, Content]) -> None:
     temporaries: list[tuple[Path, Path]] = []
     try:
         for path, content in contents.items():

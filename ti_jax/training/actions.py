@@ -39,6 +39,10 @@ class Action(abc.ABC):
           InputError: the run cannot go on. What may fail without harm to the learned rows only warns.
         """
 
+    def done(self, step: int) -> bool:
+        """Whether ``step`` needs no call any more, asked when a run resumes there: it may have been stopped in one."""
+        return True
+
 
 def make_actions(job: Job) -> Sequence[Action]:
     """The run's actions in the order in which they are called at a step.
@@ -99,6 +103,10 @@ class SaveEmbedding(Action):
         """See `Action`."""
         run_folder.save_embedding(self.job.concept.embedding(state.rows, step), self.job.folder, step)
 
+    def done(self, step: int) -> bool:
+        """See `Action`."""
+        return (self.job.folder / run_folder.copy_name(step)).exists()
+
 
 class Validate(Action):
     """Draws the validation prompt."""
@@ -118,6 +126,10 @@ class Validate(Action):
         if image is not None:
             reporter.picture("validation", image, step)
 
+    def done(self, step: int) -> bool:
+        """See `Action`."""
+        return showing.validation_path(self.job.folder, step).exists()
+
 
 class Measure(Action):
     """Measures the word, and keeps it if it is the best so far."""
@@ -135,9 +147,14 @@ class Measure(Action):
         if scores is not None:
             reporter.say(f"step {step}: {scores}")
 
+    def done(self, step: int) -> bool:
+        """See `Action`."""
+        measuring = self.job.measuring
+        return measuring is not None and measuring.last is not None and measuring.last[0] == step
+
 
 class SaveCheckpoint(Action):
-    """Saves the state to resume from."""
+    """Saves the state to resume from, and the word as it is: on a disk that is nearly full the word counts."""
 
     def __init__(self, job: Job):
         super().__init__(job, every=job.config.checkpointing_steps)
@@ -145,6 +162,7 @@ class SaveCheckpoint(Action):
     def __call__(self, step: int, state: TrainState, reporter: Reporter) -> None:
         """See `Action`."""
         assert self.job.checkpoints is not None, "the first process has them"
+        run_folder.save_embedding(self.job.concept.embedding(state.rows, step), self.job.folder)
         self.job.checkpoints.save(state)
 
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,17 @@ import orbax.checkpoint as ocp
 from ..config import TrainConfig
 from ..errors import InputError, one_line
 from ..files import disk_errors
+from ..interrupts import whole
 from .step import TrainState
 
 Fingerprint = dict[str, Any]
 
 # Entries of a fingerprint that the first checkpoints do not have.
-ADDED_LATER = ("prediction_type", "initializer_embedding")
+ADDED_LATER = ("prediction_type", "initializer_embedding", "gradient_checkpointing", "draws")
+
+# The rule by which `ti_jax.training.step.draw_sample` draws pictures, prompts, noise and timesteps. It goes up whenever
+# the same seed gives another batch: 1 drew each timestep by itself, 2 spreads an update's over the schedule.
+DRAWS = 2
 
 # A word of 64 vectors for SDXL, with its moments, takes 1.6 MB.
 ROOM_FOR_A_CHECKPOINT = 2 * 2**20
@@ -50,6 +56,7 @@ def fingerprint(
     """What the rows at a step depend on, as JSON values. The number of devices and the schedule of saves are not in it.
 
     ``initializer_embedding`` is a hash of the rows that the word starts from, or None if it starts from a token.
+    ``gradient_checkpointing`` is None until the memory has decided it.
     ``total_steps`` counts only where the learning rate depends on it, so that a constant-rate run can be made longer.
     """
     constant = config.lr_scheduler in ("constant", "constant_with_warmup")
@@ -72,8 +79,15 @@ def fingerprint(
         "lr_warmup_steps": None if config.lr_scheduler == "constant" else config.lr_warmup_steps,
         "lr_num_cycles": config.lr_num_cycles if config.lr_scheduler == "cosine_with_restarts" else None,
         "max_train_steps": None if constant else total_steps,
+        "draws": DRAWS,
+        # The same sums in another order: other bits.
+        "gradient_checkpointing": config.gradient_checkpointing,
         "adam": [config.adam_beta1, config.adam_beta2, config.adam_epsilon, config.adam_weight_decay],
     }
+
+
+class _Unreadable(InputError):
+    """A damaged checkpoint, or what is none."""
 
 
 class Checkpoints:
@@ -111,19 +125,27 @@ class Checkpoints:
         contents = ocp.args.Composite(
             state=ocp.args.StandardSave(jax.device_get(state._asdict())), identity=ocp.args.JsonSave(self.identity)
         )
-        with disk_errors(self.folder):
+        with disk_errors(self.folder), whole():
             # Orbax's threads tell of a full disk in tracebacks of their own, so it is better not to begin.
             if shutil.disk_usage(self.folder).free < ROOM_FOR_A_CHECKPOINT:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             try:
-                self._manager.save(step, args=contents)
+                saved = self._manager.save(step, args=contents)
             except ValueError as error:  # what its storage library makes of a fault of the disk
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        if not saved:  # Orbax declines a step before the latest one without a word
+            raise InputError(
+                f"the checkpoint of step {step} was not saved: {self.folder} has later ones "
+                f"({', '.join(map(str, sorted(self._manager.all_steps())))}); move them away"
+            )
 
     def restore(self, wanted: str, like: TrainState) -> TrainState | None:
         """The state at "latest" (None where there is no checkpoint yet) or in the checkpoint folder ``wanted``.
+
+        "latest" is the newest that can be read; a line on stderr names those that cannot. Where the run has not chosen
+        its ``gradient_checkpointing`` yet, `identity` gets the checkpoint's.
 
         Args:
           like: a state with the shapes that the result shall have, in arrays of the host.
@@ -131,46 +153,67 @@ class Checkpoints:
         Raises:
           InputError: no such checkpoint, one that cannot be read, or one of another model, concept or setting.
         """
-        if wanted == "latest":
-            step = self._manager.latest_step()
-            if step is None:
-                return None
-            return self._read(self._manager, step, like)
-        folder = Path(wanted)
-        if not folder.name.isdigit() or not folder.is_dir():
-            found = sorted(self._manager.all_steps())
-            steps = f"this run has {', '.join(map(str, found))} in {self.folder}" if found else "this run has none yet"
-            raise InputError(
-                f"--resume_from_checkpoint {wanted}: not a checkpoint folder (one is named by its step, "
-                f"like {self.folder / '500'}); {steps}"
-            )
-        if folder.absolute().parent == self.folder.absolute():
-            return self._read(self._manager, int(folder.name), like)
-        with ocp.CheckpointManager(folder.absolute().parent, options=_options(None, read_only=True)) as manager:
-            return self._read(manager, int(folder.name), like)
+        if wanted != "latest":
+            return self._read(self._checkpoint_folder(wanted), like)
+        steps = self._steps()
+        for step in reversed(steps):
+            try:
+                return self._read(self.folder / str(step), like)
+            except _Unreadable as error:
+                if step == steps[0]:
+                    raise
+                print(f"warning: {error}", file=sys.stderr)
+        return None
 
-    def _read(self, manager: ocp.CheckpointManager, step: int, like: TrainState) -> TrainState:
-        where = f"checkpoint {Path(manager.directory) / str(step)}"
-        try:
-            found = manager.restore(step, args=ocp.args.Composite(identity=ocp.args.JsonRestore()))["identity"]
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{where} cannot be read ({one_line(error)}); resume from another one") from error
+    def _steps(self) -> list[int]:
+        """The steps of the checkpoints that are there, in order."""
+        return sorted(int(path.name) for path in self.folder.glob("[0-9]*") if path.name.isdigit() and path.is_dir())
+
+    def _checkpoint_folder(self, wanted: str) -> Path:
+        folder = Path(wanted)
+        if folder.name.isdigit() and folder.is_dir():
+            return folder.absolute()
+        found = self._steps()
+        steps = f"this run has {', '.join(map(str, found))} in {self.folder}" if found else "this run has none yet"
+        raise InputError(
+            f"--resume_from_checkpoint {wanted}: not a checkpoint folder (one is named by its step, "
+            f"like {self.folder / '500'}); {steps}"
+        )
+
+    def _read(self, where: Path, like: TrainState) -> TrainState:
+        with ocp.CheckpointManager(where.parent.absolute(), options=_options(None, read_only=True)) as manager:
+            try:
+                saved = manager.restore(int(where.name), args=ocp.args.Composite(identity=ocp.args.JsonRestore()))
+                self._compare(where, dict(saved["identity"]))
+                shapes = ocp.args.StandardRestore(jax.device_get(like._asdict()))
+                state = manager.restore(int(where.name), args=ocp.args.Composite(state=shapes))["state"]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                if isinstance(error, InputError):
+                    raise
+                raise _Unreadable(
+                    f"checkpoint {where} cannot be read ({one_line(error)}); resume from another one"
+                ) from error
+        return TrainState(**state)
+
+    def _compare(self, where: Path, found: Fingerprint) -> None:
+        """Hold a checkpoint's fingerprint to the run's.
+
+        Raises:
+          InputError: names what differs.
+        """
         wanted = json.loads(json.dumps(self.identity))
         # What was not a choice yet when an older checkpoint was written cannot differ.
-        found = {name: wanted[name] for name in ADDED_LATER} | found
+        found = {name: wanted.get(name) for name in ADDED_LATER} | found
+        if wanted.get("gradient_checkpointing") is None:
+            wanted["gradient_checkpointing"] = found["gradient_checkpointing"]
         different = [name for name in wanted if found.get(name) != wanted[name]]
         if different:
             details = ", ".join(_difference(name, found.get(name), wanted[name]) for name in different)
             raise InputError(
-                f"{where} belongs to another run ({details}); use the settings that it was made with, or another "
-                f"--output_dir"
+                f"checkpoint {where} belongs to another run ({details}); use the settings that it was made with, or "
+                f"another --output_dir"
             )
-        wanted_state = ocp.args.StandardRestore(jax.device_get(like._asdict()))
-        try:
-            state = manager.restore(step, args=ocp.args.Composite(state=wanted_state))["state"]
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{where} cannot be read ({one_line(error)}); resume from another one") from error
-        return TrainState(**state)
+        self.identity["gradient_checkpointing"] = wanted["gradient_checkpointing"]
 
     def close(self) -> None:
         """Let go of the folder."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 
 import jax
 
@@ -38,7 +39,12 @@ def use_cores(config: TrainConfig) -> int | None:
         jax.config.update("jax_num_cpu_devices", cores)
         _made = cores
     except RuntimeError:  # JAX has its devices already: perhaps from the last call
-        pass
+        if cores > 1 and jax.default_backend() == "cpu" and jax.device_count() == 1:
+            print(
+                f"note: JAX has been used before and has one CPU device, so that the {cores} cores are used less well; "
+                f"train first, or set JAX_NUM_CPU_DEVICES={cores}",
+                file=sys.stderr,
+            )
     return math.gcd(config.train_batch_size, _made)
 
 

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from ..config import TrainConfig
+from ..config import Checkpointing, TrainConfig
 from ..embeddings import Embedding
 from ..files import ensure_writable_folder
 from ..ops.platform import Platform
 from ..pipeline import StableDiffusion
-from . import processes
+from . import processes, run_folder
 from .checkpoint import Checkpoints, fingerprint
 from .fitting import StepBuilder
 from .measuring import Measuring, make_measuring
@@ -102,19 +102,27 @@ class Job:
         )
 
 
-def prepare(config: TrainConfig, devices: Sequence[jax.Device] | None, sharing: int) -> Job:
-    """Load, check and build all that the run needs, the cheapest checks first. Nothing in the folder is touched.
+def prepare(
+    config: TrainConfig, devices: Sequence[jax.Device] | None, sharing: int, holding: contextlib.ExitStack
+) -> Job:
+    """Load, check and build all that the run needs, the cheapest checks first. Nothing in the folder changes.
 
     Of several processes each does this for itself, so that it may fail in one of them; see `agree`.
 
     Args:
       config: resolved. devices: to train on; None: all. sharing: so many of them share ``train_batch_size``.
+      holding: gets what is to be held until the run has ended: the folder.
 
     Raises:
       InputError: something in the config, the pictures or the model is wrong.
     """
     clock = Clock()
-    folder = ensure_writable_folder(config.output_dir) if is_leader() else Path(config.output_dir)
+    run_folder.check_apart(config)
+    folder = Path(config.output_dir)
+    if is_leader():
+        ensure_writable_folder(folder)
+        holding.enter_context(run_folder.locked(folder))
+        run_folder.check_free(folder)
     inputs = read_inputs(config, processes.log_leader)
     push = _open_hub(config) if is_leader() else None
     with clock.phase("load"):
@@ -156,7 +164,10 @@ def prepare(config: TrainConfig, devices: Sequence[jax.Device] | None, sharing: 
         accumulation=config.gradient_accumulation_steps,
         longest_chunk=min(config.logging_steps, total),
     )
-    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoints_total_limit) if is_leader() else None
+    checkpoints = None
+    if is_leader():
+        checkpoints = Checkpoints(folder / "checkpoints", config.checkpoints_total_limit)
+        holding.enter_context(contextlib.closing(checkpoints))
     return Job(
         config, folder, sd, concept, frozen, start, builder, schedule, total, usual_norms(sd), checkpoints, measuring,
         push, clock,
@@ -175,11 +186,13 @@ def agree(job: Job) -> Job:
         job.checkpoints.identity = identity
     if job.config.resume_from_checkpoint is None:
         return job
-    return dataclasses.replace(job, start=processes.on_leader(lambda: _resume(job)))
+    start, gradient_checkpointing = processes.on_leader(lambda: _resume(job))
+    config = dataclasses.replace(job.config, gradient_checkpointing=gradient_checkpointing)
+    return dataclasses.replace(job, start=start, config=config)
 
 
-def _resume(job: Job) -> TrainState:
-    """The state to go on from, in arrays of the host."""
+def _resume(job: Job) -> tuple[TrainState, Checkpointing | None]:
+    """The state to go on from, in arrays of the host, and the rematerialisation that it was made with."""
     assert job.config.resume_from_checkpoint is not None and job.checkpoints is not None, "the first process has them"
     restored = job.checkpoints.restore(job.config.resume_from_checkpoint, job.start)
     if restored is None:
@@ -188,8 +201,9 @@ def _resume(job: Job) -> TrainState:
         processes.log_leader(f"resuming at step {int(restored.step)} of {job.total}")
     state = jax.device_get(job.start if restored is None else restored)
     if job.measuring is not None:
-        job.measuring.resume(int(state.step))
-    return state
+        step = int(state.step)
+        job.measuring.resume(job.concept.embedding(state.rows, step), step)
+    return state, job.checkpoints.identity["gradient_checkpointing"]
 
 
 def load(config: TrainConfig, inputs: Inputs) -> tuple[StableDiffusion, Concept]:

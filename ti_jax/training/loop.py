@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import signal
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from .. import interrupts
 from ..config import TrainConfig, resolve
 from ..config_yaml import dump_yaml
 from ..embeddings import Embedding
@@ -22,6 +22,7 @@ from ..files import write_atomically
 from ..machine import enable_compilation_cache, free_memory
 from . import processes, run_folder, showing
 from .actions import Action, Timetable, make_actions, or_warn
+from .cores import use_cores
 from .fitting import CompiledStep, checked, compile_fitting
 from .job import Job, agree, prepare
 from .parallel import replicate
@@ -38,7 +39,7 @@ class TrainResult:
     Attributes:
       embedding: the learned word. losses: float32, one for each update made by this process (a resumed run's own).
       output_dir: the run's folder. seconds: of each phase: "load", "encode", "compile", "train", "measure", "pictures".
-      interrupted: the run was asked to stop (SIGTERM, Ctrl-C) and has saved a checkpoint before its last step.
+      interrupted: the run was asked to stop (Ctrl-C, SIGTERM, SIGHUP) before it was done, and has saved a checkpoint.
     """
 
     embedding: Embedding
@@ -48,56 +49,31 @@ class TrainResult:
     interrupted: bool = False
 
 
-class _Stop:
-    """Turns the first SIGTERM or Ctrl-C into a request that the loop honours at the end of the chunk."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[_Stop]:
-        def ask(number: int, frame: object) -> None:
-            if self.requested:
-                raise KeyboardInterrupt
-            self.requested = True
-
-        try:
-            before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # not in the main thread, where Python allows no handlers: whoever runs us stops us
-            yield self
-            return
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None, cores: int | None = None) -> TrainResult:
+def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> TrainResult:
     """Learn a new word as the config says, and write it to ``config.output_dir``.
 
-    Of several processes (see `processes`) each calls this with the same config; the first one writes.
+    Compiled programs are kept on disk (`enable_compilation_cache`). Of several processes (see `processes`) each calls
+    this with the same config; the first one writes.
 
     Args:
-      devices: each of them takes ``config.train_batch_size`` samples of a batch; None: all that JAX has.
-      cores: from `ti_jax.training.cores.use_cores`: on a CPU its first `cores` devices together take that many
-        samples, and `devices` is not looked at; on a GPU or a TPU, and where it is None, nothing changes.
+      devices: each of them takes ``config.train_batch_size`` samples of a batch. None: all that JAX has; on a CPU its
+        cores share these samples (`ti_jax.training.cores`).
 
     Raises:
-      InputError: something in the config, the pictures or the model is wrong, a disk is full, or the loss became
-        non-finite (the last good rows are saved first); here or in another process.
+      InputError: something in the config, the pictures or the model is wrong, another run has the folder, a disk is
+        full, or the loss became non-finite (the last good rows are saved first); here or in another process.
       OutOfStep: likewise, where the other processes cannot be told, or one of them has ended.
     """
     config = resolve(config)
+    cores = use_cores(config) if devices is None else None
     processes.join(config)
     enable_compilation_cache()
-    sharing = 1 if cores is None or jax.default_backend() != "cpu" else cores
-    if sharing > 1:
-        devices = jax.devices()[:sharing]
-    with processes.in_step():
-        job = agree(all_or_raise(lambda: prepare(config, devices, sharing)))
-        step = compile_step(job)
-        return run(job, step)
+    sharing = 1
+    if cores is not None and jax.default_backend() == "cpu":
+        devices, sharing = jax.devices()[:cores], cores
+    with processes.in_step(), contextlib.ExitStack() as holding:
+        job = agree(all_or_raise(lambda: prepare(config, devices, sharing, holding)))
+        return run(job, compile_step(job))
 
 
 def compile_step(job: Job) -> CompiledStep:
@@ -119,14 +95,13 @@ def run(job: Job, step: CompiledStep) -> TrainResult:
     # With what was chosen: another machine, or a fuller one, would choose something else.
     config = dataclasses.replace(job.config, gradient_checkpointing=step.gradient_checkpointing)
     # Only now, when nothing about the input can be wrong any more: a mistyped command displaces no results.
-    on_leader(lambda: _open_folder(config, job.folder))
+    on_leader(lambda: _open_folder(config, job))
     processes.log_leader(_summary(job, step))
-    with contextlib.ExitStack() as closing:
-        if job.checkpoints is not None:
-            closing.enter_context(contextlib.closing(job.checkpoints))
-        state, losses, interrupted = _loop(job, step)
-    embedding = on_leader(lambda: _finish(job, state, interrupted))
-    return TrainResult(embedding, np.asarray(losses, np.float32), job.folder, job.clock.seconds, interrupted)
+    # Several processes have to do an action together, or not at all: there it is finished first.
+    with interrupts.deferred(abandon=jax.process_count() == 1):
+        state, losses, stopped = _loop(job, step)
+        embedding, finished = on_leader(lambda: _finish(job, state, stopped))
+    return TrainResult(embedding, np.asarray(losses, np.float32), job.folder, job.clock.seconds, not finished)
 
 
 def _loop(job: Job, step: CompiledStep) -> tuple[TrainState, list[float], bool]:
@@ -134,31 +109,41 @@ def _loop(job: Job, step: CompiledStep) -> tuple[TrainState, list[float], bool]:
     state, now = replicate(job.start, job.mesh), int(job.start.step)
     actions = make_actions(job)
     timetable = Timetable(actions, job.builder.longest_chunk, job.total)
-    losses: list[float] = []
+    pace, losses, unlogged = Pace(job.builder.longest_chunk), [], []
     reporter = all_or_raise(lambda: Reporter(job.config, job.folder, now, job.total) if is_leader() else None)
 
-    def read(start: int, end: int, chunk: jax.Array) -> None:
-        """Wait for a chunk's losses and log them."""
+    def read(start: int, end: int, chunk: jax.Array, dispatched: float) -> None:
+        """Wait for a chunk's losses; log them where the timetable says so."""
         values = np.asarray(chunk)[: end - start].tolist()
         if not np.isfinite(values).all():
             on_leader(partial(_give_up, job, state))
+        pace.measured(end - start, dispatched)
         losses.extend(values)
+        unlogged.extend(values)
         if reporter is not None:
-            reporter.chunk(end, values, float(job.schedule(end - 1)), job.samples_per_step * len(values))
+            reporter.progress(len(values))
+            if end == timetable.next(end - 1) or end == now:
+                rate = float(job.schedule(end - 1))
+                reporter.chunk(end, list(unlogged), rate, job.samples_per_step * len(unlogged))
+                unlogged.clear()
 
     pending = None  # a chunk whose losses are not read yet, so that the device has the next one to work on already
     stopping, requests = False, StopRequests()
-    with contextlib.ExitStack() as closing, _Stop().listening() as stop:
+    with contextlib.ExitStack() as closing:
         if reporter is not None:
             closing.enter_context(contextlib.closing(reporter))
+        if now:
+            on_leader(partial(_act, [each for each in timetable.due(now) if not each.done(now)], now, state, reporter))
         while now < job.total and not stopping:
-            end = timetable.next(now)
-            requests.tell(stop.requested)
+            end = min(timetable.next(now), now + pace.steps)
+            requests.tell(interrupts.requested())
             with job.clock.phase("train"):
-                state, chunk = step.program(job.frozen, state, jnp.int32(end - now))
+                dispatched, count = time.perf_counter(), replicate(np.int32(end - now), job.mesh)
+                with jax.transfer_guard("disallow"):  # everything is on the devices already
+                    state, chunk = step.program(job.frozen, state, count)
                 if pending is not None:
                     read(*pending)
-            pending, now = (now, end, chunk), end
+            pending, now = (now, end, chunk, dispatched), end
             due = timetable.due(now)
             if due or now == job.total:
                 with job.clock.phase("train"):
@@ -166,7 +151,7 @@ def _loop(job: Job, step: CompiledStep) -> tuple[TrainState, list[float], bool]:
                 pending = None
             if due:
                 on_leader(partial(_act, due, now, state, reporter))
-            stopping = requests.heard(stop.requested)
+            stopping = requests.heard(interrupts.requested())
         if pending is not None:
             read(*pending)
         on_leader(partial(_save, job, state))
@@ -175,9 +160,38 @@ def _loop(job: Job, step: CompiledStep) -> tuple[TrainState, list[float], bool]:
     return state, losses, now < job.total
 
 
-def _open_folder(config: TrainConfig, folder: Path) -> None:
-    run_folder.prepare(folder, resume=config.resume_from_checkpoint is not None)
-    write_atomically(folder / "config.yaml", dump_yaml(config).encode())
+class Pace:
+    """How many updates a dispatch has, so that it takes about a second: no request to stop waits for longer.
+
+    How the updates are cut into dispatches changes no number. Several processes take the slowest one's pace.
+    """
+
+    SECONDS = 1.0
+
+    def __init__(self, longest: int):
+        self.steps, self._longest = 1, longest
+        self._settled = False
+        self._last_read = 0.0
+
+    def measured(self, steps: int, dispatched: float) -> None:
+        """A chunk of ``steps`` was read just now; it began when it was ``dispatched``, or after the one before."""
+        now = time.perf_counter()
+        seconds = now - max(dispatched, self._last_read)
+        self._last_read = now
+        if self._settled:
+            return
+        wanted = min(max(1, int(steps * self.SECONDS / seconds)), 2 * self.steps, self._longest)
+        agreed = int(processes.smallest(wanted) or 1)
+        # Agreeing takes the processes a round trip, so that they do it no more often than they must.
+        self._settled = jax.process_count() > 1 and (agreed <= self.steps or agreed == self._longest)
+        self.steps = agreed
+
+
+def _open_folder(config: TrainConfig, job: Job) -> None:
+    assert job.checkpoints is not None, "the first process has them"
+    job.checkpoints.identity["gradient_checkpointing"] = config.gradient_checkpointing
+    run_folder.prepare(job.folder, None if config.resume_from_checkpoint is None else int(job.start.step))
+    write_atomically(job.folder / "config.yaml", dump_yaml(config).encode())
 
 
 def _summary(job: Job, step: CompiledStep) -> str:
@@ -194,9 +208,11 @@ def _summary(job: Job, step: CompiledStep) -> str:
 
 
 def _act(due: Sequence[Action], step: int, state: TrainState, reporter: Reporter | None) -> None:
+    """The actions of a step. What a request to stop leaves undone is done when the run resumes there."""
     assert reporter is not None, "the first process has one"
-    for action in due:
-        action(step, state, reporter)
+    with contextlib.suppress(interrupts.Interrupted):
+        for action in due:
+            action(step, state, reporter)
     reporter.pause()
 
 
@@ -218,18 +234,26 @@ def _give_up(job: Job, state: TrainState) -> None:
     )
 
 
-def _finish(job: Job, state: TrainState, interrupted: bool) -> Embedding:
-    """Tell what was learned; unless the run is to go on later, measure it, draw with it and push it, too."""
+def _finish(job: Job, state: TrainState, stopped: bool) -> tuple[Embedding, bool]:
+    """Tell what was learned; unless the run is to go on later, measure it, draw with it and push it, too.
+
+    Returns:
+      The word that the run ends with, and whether it is done.
+    """
     last = int(state.step)
     embedding = job.concept.embedding(state.rows, last)
     say_how_far(row_figures(job.concept, state.rows, job.usual_norms), last)
-    if not interrupted:
-        embedding = _measure(job, embedding, last)
-        with job.clock.phase("pictures"):
-            draw = partial(showing.save_overview, job.config, job.sd, job.concept, embedding, job.folder)
-            or_warn("the overview", draw)
-        if job.push is not None:
-            job.push(job.folder, embedding)
+    try:
+        if not stopped:
+            embedding = _measure(job, embedding, last)
+            with job.clock.phase("pictures"):
+                draw = partial(showing.save_overview, job.config, job.sd, job.concept, embedding, job.folder)
+                or_warn("the overview", draw)
+            if job.push is not None:
+                interrupts.interruptible(partial(job.push, job.folder, embedding))
+    except interrupts.Interrupted:
+        stopped = True
+        processes.log_leader("asked to stop: all steps are made; --resume_from_checkpoint latest does what is left")
     phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in job.clock.seconds.items())
     if len(embedding.vectors) > 1:
         processes.log_leader(
@@ -237,7 +261,7 @@ def _finish(job: Job, state: TrainState, interrupted: bool) -> Embedding:
             "learned_embeds and learned_embeds_2 are for diffusers"
         )
     processes.log_leader(f"{job.folder / run_folder.EMBEDDING_FILE}: {embedding.token} after {last} steps ({phases})")
-    return embedding
+    return embedding, not stopped
 
 
 def _measure(job: Job, embedding: Embedding, step: int) -> Embedding:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,11 @@ from ..embeddings import Embedding
 from ..errors import InputError
 from ..evaluation.evaluate import Evaluator, load_measure, sampler_steps, write_scores
 from ..evaluation.scores import Scores
-from ..files import disk_errors
+from ..files import disk_errors, write_atomically
+from ..interrupts import interruptible
 from ..pipeline import StableDiffusion
+from .reporting import read_lines
+from .run_folder import copy_name
 from .setup import Concept
 
 LOG_FILE = "scores.jsonl"
@@ -41,13 +45,14 @@ class Measuring:
         """Measure, log, and keep the word if it is the best so far."""
         if self.last is not None and self.last[0] == step:
             return self.last[1]
-        scores = self.evaluator.scores(sd, embedding, self.others)
+        scores = interruptible(lambda: self.evaluator.scores(sd, embedding, self.others))
         self.last = (step, scores)
-        with disk_errors(self.folder), (self.folder / LOG_FILE).open("a", encoding="utf-8") as log:
-            log.write(json.dumps({"step": step, **scores.as_dict()}) + "\n")
+        # The word first: a kill between the two leaves no line of a best state that is not kept.
         if self._is_best(scores):
             self.best = self.last
             embedding.save(self.folder / BEST_FILE, format="diffusers")
+        with disk_errors(self.folder), (self.folder / LOG_FILE).open("a", encoding="utf-8") as log:
+            log.write(json.dumps({"step": step, **scores.as_dict()}) + "\n")
         return scores
 
     def _is_best(self, scores: Scores) -> bool:
@@ -59,19 +64,40 @@ class Measuring:
         # Of equals the first: fewer steps keep a word nearer to the language.
         return self.best is None or value > getattr(self.best[1], self.by)
 
-    def resume(self, step: int) -> None:
-        """Take up what an earlier part of the run measured, up to `step`; later lines are of steps to be made again."""
+    def resume(self, state: Embedding, step: int) -> None:
+        """Reload the scores up to ``step``; later ones are dropped, for those steps are made again.
+
+        Args:
+          state: the word at ``step``.
+        """
         path = self.folder / LOG_FILE
         if not path.exists():
             return
-        with disk_errors(path):
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            kept = [line for line in lines if line["step"] <= step]
-            path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        kept = [line for line in read_lines(path) if line["step"] <= step]
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         for line in kept:
-            scores = Scores(**{name: value for name, value in line.items() if name != "step"})
-            if self._is_best(scores):
-                self.best = (line["step"], scores)
+            self.last = (line["step"], Scores(**{name: value for name, value in line.items() if name != "step"}))
+            if self._is_best(self.last[1]):
+                self.best = self.last
+        if self.best is not None:
+            self._keep_best(self.best[0], state, step)
+
+    def _keep_best(self, best: int, state: Embedding, step: int) -> None:
+        """Make `BEST_FILE` hold the state at ``best``: steps that are made again may have put a later one there."""
+        file, copy = self.folder / BEST_FILE, self.folder / copy_name(best)
+        if file.exists() and Embedding.load(file).metadata.get("steps") == str(best):
+            return
+        if best == step:
+            state.save(file, format="diffusers")
+        elif copy.exists():
+            Embedding.load(copy).save(file, format="diffusers")
+        else:
+            print(
+                f"warning: {file} is no longer the word of step {best}, the best up to step {step}: the best of the "
+                f"steps after it will be kept",
+                file=sys.stderr,
+            )
+            self.best = None
 
     def finish(self, sd: StableDiffusion, embedding: Embedding, step: int) -> tuple[Embedding, Scores]:
         """Measure the last state, and return the word that the run ends with, and its scores."""

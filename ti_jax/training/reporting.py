@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -41,21 +42,14 @@ class Reporter:
     def _cut_back(self, first_step: int) -> None:
         if not self._metrics_path.exists():
             return
-        lines = self._metrics_path.read_text(encoding="utf-8").splitlines()
-        kept = []
-        for line in lines:
-            try:
-                if json.loads(line)["step"] <= first_step:
-                    kept.append(line + "\n")
-            except json.JSONDecodeError:
-                continue  # the line that a killed run was writing
+        kept = [json.dumps(line) + "\n" for line in read_lines(self._metrics_path) if line["step"] <= first_step]
         write_atomically(self._metrics_path, "".join(kept).encode())
 
     def chunk(self, step: int, losses: list[float], learning_rate: float, samples: int) -> None:
-        """Log the updates of one dispatch.
+        """Log the updates since the last call.
 
         Args:
-          step: updates made by its end; losses: one an update; samples: pictures drawn in it, over all devices.
+          step: updates made by their end; losses: one an update; samples: pictures drawn in them, over all devices.
         """
         now = time.perf_counter()
         seconds, self._last_time = now - self._last_time, now
@@ -65,10 +59,13 @@ class Reporter:
             "steps_per_second": len(losses) / seconds,
             "samples_per_second": samples / seconds,
         }
-        self._bar.update(len(losses))
         self._bar.set_postfix(loss=f"{figures['loss']:.4f}", refresh=False)
         self._write({"step": step, **figures, "losses": losses})
         self._scalars(figures, step)
+
+    def progress(self, count: int) -> None:
+        """Move the bar on by ``count`` updates."""
+        self._bar.update(count)
 
     def rows(self, step: int, figures: dict[str, float]) -> None:
         """Log how far the rows have moved and how long they are."""
@@ -103,6 +100,16 @@ class Reporter:
         self._metrics.close()
         if self._board is not None:
             self._board.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a ``.jsonl`` file, without the line that a killed run was writing."""
+    records = []
+    with disk_errors(path):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+    return records
 
 
 def say_how_far(figures: list[dict], step: int) -> None:

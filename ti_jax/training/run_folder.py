@@ -1,46 +1,169 @@
-"""The files of a run: where they lie, and what becomes of an earlier run's."""
+"""The folder of a run: one run at a time, its files' names, and what becomes of an earlier run's."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ..config import TrainConfig
 from ..embeddings import Embedding
+from ..errors import InputError
 from ..files import disk_errors
+from ..interrupts import whole
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; two runs in one folder are not noticed there
+    fcntl = None  # type: ignore[assignment]
 
 EMBEDDING_FILE = "learned_embeds.safetensors"
 ONE_FILE = "learned_embeds_sdxl.safetensors"  # of an SDXL word, for AUTOMATIC1111 and ComfyUI
 OVERVIEW_FILE = "overview.png"
-_RESULTS = (
-    "learned_embeds*",
-    "checkpoints",
-    "samples",
-    "logs",
-    "metrics.jsonl",
-    "scores.json*",
-    "config.yaml",
-    OVERVIEW_FILE,
-    "README.md",
+LOCK_FILE = ".ti_jax-lock"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for one run. The system lets go of it when the process ends, however it ends.
+
+    Raises:
+      InputError: another run has it.
+    """
+    if fcntl is None:
+        yield
+        return
+    path = folder / LOCK_FILE
+    with disk_errors(path):
+        file = path.open("a+")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            number = file.read().strip()
+            raise InputError(
+                f"--output_dir {folder}: another run is writing there{f' (process {number})' if number else ''}; wait "
+                f"for its end, stop it, or give another --output_dir"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        with disk_errors(path):
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+        yield
+
+
+def check_apart(config: TrainConfig) -> None:
+    """Refuse to learn from what a run writes.
+
+    Raises:
+      InputError: the pictures are in ``--output_dir`` itself, or in its ``samples``.
+    """
+    assert config.train_data_dir is not None, "the config is resolved"
+    pictures, output = (Path(path).resolve() for path in (config.train_data_dir, config.output_dir))
+    if pictures in (output, output / "samples"):
+        raise InputError(
+            f"--train_data_dir {config.train_data_dir}: the run writes pictures there, and would learn from them when "
+            f"it is started again; give another --output_dir"
+        )
+
+
+def _always(path: Path) -> bool:
+    return True
+
+
+def _says(*patterns: str) -> Callable[[Path], bool]:
+    """Whether a text file has all the patterns."""
+
+    def check(path: Path) -> bool:
+        text = path.read_text(encoding="utf-8", errors="replace")
+        return all(re.search(pattern, text, re.M) for pattern in patterns)
+
+    return check
+
+
+def _is_a_log(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(8)
+    return start in (b'{"step":', b"")
+
+
+def _is_our_png(path: Path) -> bool:
+    """A picture that says how it was drawn has a text chunk; an overview's names the word."""
+    with path.open("rb") as file:
+        start = file.read(4096)
+    return start.startswith(b"\x89PNG") and b"parameters" in start
+
+
+# What runs write, and how to tell somebody else's file of that name.
+_RESULTS: tuple[tuple[str, Callable[[Path], bool]], ...] = (
+    ("learned_embeds*.safetensors", _always),
+    ("checkpoints/[0-9]*", lambda path: path.is_dir() and path.name.isdigit()),
+    ("samples/step-*.png", _always),
+    ("samples/overview-*.png", _always),
+    ("logs/events.out.tfevents.*", _always),
+    ("metrics.jsonl", _is_a_log),
+    ("scores.jsonl", _is_a_log),
+    ("scores.json", _says('"token"')),
+    ("config.yaml", _says("^placeholder_token:", "^output_dir:")),
+    (OVERVIEW_FILE, _is_our_png),
+    ("README.md", _says("^- textual_inversion$", "learned_embeds")),
 )
+# Of these the run would write over what is not its own.
+_WRITTEN = ("metrics.jsonl", "scores.jsonl", "scores.json", "config.yaml", OVERVIEW_FILE)
 
 
-def prepare(folder: Path, resume: bool) -> None:
-    """Make room for a run: one that does not resume moves an earlier one's results aside.
+def results(folder: Path) -> list[Path]:
+    """Files, and folders of checkpoints, that an earlier run has left."""
+    return [path for pattern, ours in _RESULTS for path in sorted(folder.glob(pattern)) if ours(path)]
+
+
+def check_free(folder: Path) -> None:
+    """Refuse to write over a file that no run has written.
+
+    Raises:
+      InputError: names it.
+    """
+    with disk_errors(folder):
+        ours = set(results(folder))
+        for name in _WRITTEN:
+            if (folder / name).exists() and folder / name not in ours:
+                raise InputError(
+                    f"--output_dir {folder}: the {name} there is not from a run, and would be written over; move it, "
+                    f"or give another --output_dir"
+                )
+
+
+def prepare(folder: Path, resume_at: int | None) -> None:
+    """Make room for a run: what an earlier one has left is moved to ``previous-N``.
+
+    Args:
+      resume_at: the step that the run goes on from: then only checkpoints of later steps are moved. None: all.
 
     Raises:
       InputError: the folder cannot be written.
     """
-    earlier = [path for pattern in _RESULTS for path in sorted(folder.glob(pattern))]
-    if earlier and not resume:
-        number = 1
-        while (aside := folder / f"previous-{number}").exists():
-            number += 1
-        with disk_errors(aside):
-            aside.mkdir()
+    with disk_errors(folder), whole():
+        if resume_at is None:
+            earlier = results(folder)
+        else:
+            steps = (folder / "checkpoints").glob("[0-9]*")
+            earlier = [path for path in steps if path.name.isdigit() and int(path.name) > resume_at]
+        if earlier:
+            number = 1
+            while (aside := folder / f"previous-{number}").exists():
+                number += 1
             for path in earlier:
-                path.rename(aside / path.name)
-        print(f"the results of an earlier run are moved to {aside}", file=sys.stderr)
-    with disk_errors(folder):
+                target = aside / path.relative_to(folder)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                path.rename(target)
+            of = "the results of an earlier run" if resume_at is None else f"checkpoints after step {resume_at}"
+            print(f"{of} are moved to {aside}", file=sys.stderr)
         (folder / "samples").mkdir(exist_ok=True)
 
 
@@ -50,7 +173,11 @@ def save_embedding(embedding: Embedding, folder: Path, step: int | None = None) 
     The two files of an SDXL word are for diffusers; the one with ``clip_l`` and ``clip_g`` that AUTOMATIC1111 and
     ComfyUI read is written beside the last of them.
     """
-    name = EMBEDDING_FILE if step is None else f"learned_embeds-steps-{step}.safetensors"
-    embedding.save(folder / name, format="diffusers")
+    embedding.save(folder / (EMBEDDING_FILE if step is None else copy_name(step)), format="diffusers")
     if step is None and len(embedding.vectors) > 1:
         embedding.save(folder / ONE_FILE, format="comfyui")
+
+
+def copy_name(step: int) -> str:
+    """The file of the copy at a step."""
+    return f"learned_embeds-steps-{step}.safetensors"

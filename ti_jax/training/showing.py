@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from PIL import Image
 from ..config import TrainConfig
 from ..data.images import as_uint8
 from ..embeddings import Embedding
+from ..interrupts import interruptible
 from ..pictures import grid, overview, save_png
 from ..pipeline import StableDiffusion
 from .run_folder import OVERVIEW_FILE
@@ -28,7 +30,8 @@ def _draw(
 ) -> list[Image.Image]:
     assert config.validation_inference_steps is not None and config.validation_guidance_scale is not None
     # As infer.py draws: the same prompt, seed and settings give the same picture there.
-    return sd.generate(
+    draw = partial(
+        sd.generate,
         prompts,
         embeddings=[embedding, *concept.embeddings],
         negative_prompt=config.validation_negative_prompt,
@@ -40,6 +43,7 @@ def _draw(
         seed=seeds,
         weighted=True,
     )
+    return interruptible(draw)
 
 
 def _settings(config: TrainConfig, sd: StableDiffusion) -> dict[str, Any]:
@@ -55,6 +59,11 @@ def _settings(config: TrainConfig, sd: StableDiffusion) -> dict[str, Any]:
 
 def _seeds(config: TrainConfig, count: int) -> list[int]:
     return [(config.seed + number) % 2**32 for number in range(count)]
+
+
+def validation_path(folder: Path, step: int) -> Path:
+    """Where the validation pictures of a step are."""
+    return folder / "samples" / f"step-{step:06d}.png"
 
 
 def save_validation(
@@ -75,7 +84,7 @@ def save_validation(
     )
     picture = grid(images, columns=min(len(images), OVERVIEW_COLUMNS))
     settings = {"prompt": prompt, "seed": config.seed, "step": step, **_settings(config, sd)}
-    save_png(folder / "samples" / f"step-{step:06d}.png", picture, settings)
+    save_png(validation_path(folder, step), picture, settings)
     return picture
 
 

@@ -1,0 +1,122 @@
+"""Checkpoints without a run: which are read, what they are compared with, and what is saved after an older one."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from ti_jax.errors import InputError
+from ti_jax.training import run_folder
+from ti_jax.training.checkpoint import DRAWS, Checkpoints, fingerprint
+from ti_jax.training.step import TrainState
+
+IDENTITY = {"seed": 1, "draws": DRAWS, "gradient_checkpointing": "policy"}
+
+
+def state(step, value=None):
+    rows = {"text_encoder": np.full((1, 4), step if value is None else value, np.float32)}
+    return TrainState(rows, {"mu": np.zeros((1, 4), np.float32)}, np.int32(step), np.bool_(True))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """With checkpoints at 5, 10 and 15."""
+    checkpoints = opened(tmp_path)
+    for step in (5, 10, 15):
+        checkpoints.save(state(step))
+    checkpoints.close()
+    return tmp_path / "checkpoints"
+
+
+def opened(folder, **identity):
+    checkpoints = Checkpoints(folder / "checkpoints", None)
+    checkpoints.identity = IDENTITY | identity
+    return checkpoints
+
+
+def value(restored):
+    return int(restored.step), float(restored.rows["text_encoder"][0, 0])
+
+
+def damage(checkpoint):
+    for path in checkpoint.rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+
+
+def test_a_run_from_an_older_checkpoint_saves_its_own(folder):
+    checkpoints = opened(folder.parent)
+    assert value(checkpoints.restore(str(folder / "5"), state(0))) == (5, 5)
+    run_folder.prepare(folder.parent, 5)
+    for step in (7, 10):
+        checkpoints.save(state(step, value=-step))
+    checkpoints.close()
+    assert value(opened(folder.parent).restore("latest", state(0))) == (10, -10)
+    assert sorted(path.name for path in folder.iterdir()) == ["10", "5", "7"]
+
+
+def test_what_orbax_declines_to_save_is_an_error(folder):
+    checkpoints = opened(folder.parent)
+    with pytest.raises(InputError, match=r"step 7 was not saved: .* has later ones"):
+        checkpoints.save(state(7))
+    checkpoints.close()
+
+
+def test_a_damaged_newest_one_is_passed_over_and_replaced(folder, capsys):
+    damage(folder / "15")
+    checkpoints = opened(folder.parent)
+    assert value(checkpoints.restore("latest", state(0))) == (10, 10)
+    told = capsys.readouterr().err
+    assert told.startswith(f"warning: checkpoint {folder / '15'} cannot be read") and told.count("\n") == 1
+    run_folder.prepare(folder.parent, 10)
+    checkpoints.save(state(15, value=1))
+    checkpoints.close()
+    assert value(opened(folder.parent).restore("latest", state(0))) == (15, 1)
+
+
+def test_where_none_can_be_read_one_line(folder):
+    for step in (5, 10, 15):
+        damage(folder / str(step))
+    with pytest.raises(InputError, match=r"5 cannot be read .*resume from another one") as error:
+        opened(folder.parent).restore("latest", state(0))
+    assert "\n" not in str(error.value)
+    assert opened(folder.parent / "none").restore("latest", state(0)) is None
+
+
+def test_latest_does_not_pass_over_a_checkpoint_of_another_run(folder):
+    with pytest.raises(InputError, match=r"15 belongs to another run \(seed 1 there, 2 here\)"):
+        opened(folder.parent, seed=2).restore("latest", state(0))
+
+
+def test_rematerialisation_that_is_not_chosen_is_the_checkpoints(folder):
+    checkpoints = opened(folder.parent, gradient_checkpointing=None)
+    checkpoints.restore("latest", state(0))
+    assert checkpoints.identity["gradient_checkpointing"] == "policy"
+    with pytest.raises(InputError, match="gradient_checkpointing policy there, full here"):
+        opened(folder.parent, gradient_checkpointing="full").restore("latest", state(0))
+
+
+def test_an_older_rule_of_drawing_is_refused_and_none_is_taken_for_ours(tmp_path):
+    for name, identity in (("old", {"draws": 1}), ("first", {})):
+        checkpoints = Checkpoints(tmp_path / name / "checkpoints", None)
+        checkpoints.identity = {"seed": 1, **identity}
+        checkpoints.save(state(5))
+        checkpoints.close()
+    with pytest.raises(InputError, match=f"draws 1 there, {DRAWS} here"):
+        opened(tmp_path / "old").restore("latest", state(0))
+    checkpoints = opened(tmp_path / "first", gradient_checkpointing=None)
+    assert value(checkpoints.restore("latest", state(0))) == (5, 5)
+    assert checkpoints.identity["gradient_checkpointing"] is None
+
+
+def test_the_fingerprint_has_what_the_rows_depend_on(short_run):
+    def of(config):
+        return fingerprint(
+            config, model_identity="m", prediction_type="epsilon", dtype=np.float32, pixels=np.zeros(3),
+            prompts=["a"], words={"<x>": 1}, initializer_embedding=None, global_batch=1, total_steps=10,
+        )  # fmt: skip
+
+    mine = of(short_run)
+    assert mine["draws"] == DRAWS
+    other = of(dataclasses.replace(short_run, gradient_checkpointing="full"))
+    assert {name for name in mine if mine[name] != other[name]} == {"gradient_checkpointing"}

@@ -1,0 +1,138 @@
+"""The folder of a run: one run at a time, and only files that a run has written are moved aside."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import ti_jax
+from ti_jax.config import resolve
+from ti_jax.config_yaml import dump_yaml
+from ti_jax.errors import InputError
+from ti_jax.pictures import save_png
+from ti_jax.training import run_folder
+
+HOLD = """
+import sys
+from pathlib import Path
+from ti_jax.training.run_folder import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def hold(folder):
+    run = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert run.stdout.readline() == b"held\n"
+    return run
+
+
+def test_a_second_run_in_the_folder_is_refused_until_the_first_is_gone(tmp_path):
+    first = hold(tmp_path)
+    with (
+        pytest.raises(InputError, match=rf"another run is writing there \(process {first.pid}\)"),
+        run_folder.locked(tmp_path),
+    ):
+        pass
+    first.kill()  # no chance to clean up
+    first.communicate()
+    with run_folder.locked(tmp_path):
+        second = subprocess.run([sys.executable, "-c", HOLD, str(tmp_path)], input=b"", capture_output=True)
+        assert second.returncode != 0 and f"process {os.getpid()}" in second.stderr.decode()
+    with run_folder.locked(tmp_path):
+        pass
+
+
+def test_a_fault_of_the_run_is_not_one_of_the_lock(tmp_path):
+    with pytest.raises(FileNotFoundError), run_folder.locked(tmp_path):
+        (tmp_path / "none").read_bytes()
+
+
+def test_train_in_a_folder_of_another_run_moves_nothing(short_run, capsys):
+    """The whole command; it is refused before the model is loaded."""
+    folder = Path(short_run.output_dir)
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 3}\n')
+    first = hold(folder)
+    try:
+        with pytest.raises(InputError, match="another run is writing there"):
+            ti_jax.train(short_run)
+    finally:
+        first.communicate(b"")
+    assert sorted(path.name for path in folder.iterdir()) == [run_folder.LOCK_FILE, "metrics.jsonl"]
+
+
+@pytest.fixture
+def folder(tmp_path, short_run):
+    """What a run leaves."""
+    folder, config = tmp_path / "out", short_run
+    for name in ("learned_embeds.safetensors", "learned_embeds-steps-5.safetensors", "logs/events.out.tfevents.1.a.2"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 3, "loss": 0.1}) + "\n")
+    (folder / "scores.jsonl").write_text(json.dumps({"step": 3}) + "\n")
+    (folder / "scores.json").write_text(json.dumps({"token": "<x>"}))
+    (folder / "config.yaml").write_text(dump_yaml(resolve(config)))
+    for step in (5, 10):
+        (folder / "checkpoints" / str(step)).mkdir(parents=True)
+    (folder / "samples").mkdir()
+    for name in ("overview.png", "samples/step-000005.png", "samples/overview-00.png"):
+        save_png(folder / name, Image.new("RGB", (2, 2)), {"prompt": "x"})
+    return folder
+
+
+def files(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() or not any(path.iterdir())}
+
+
+def test_what_a_run_has_left_is_moved_aside(folder):
+    before = files(folder)
+    run_folder.check_free(folder)
+    run_folder.prepare(folder, None)
+    assert files(folder / "previous-1") == before
+    assert {path.name for path in folder.iterdir() if not path.is_dir() or any(path.rglob("*.*"))} == {"previous-1"}
+
+
+def test_what_others_have_left_stays(folder):
+    others = ("README.md", "checkpoints/model.ckpt", "logs/build.txt", "samples/mine.png", "notes.txt")
+    for name in others:
+        (folder / name).write_text("# my project")
+    run_folder.prepare(folder, None)
+    assert {name for name in others if (folder / name).read_text() == "# my project"} == set(others)
+    assert not (folder / "checkpoints" / "5").exists()
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "overview.png", "scores.json", "scores.jsonl"])
+def test_a_file_of_others_that_would_be_written_over_is_refused(tmp_path, name):
+    (tmp_path / name).write_text("model: mine\n")
+    with pytest.raises(InputError, match=f"the {name} there is not from a run"):
+        run_folder.check_free(tmp_path)
+
+
+def test_resuming_moves_later_checkpoints_only(folder):
+    before = files(folder)
+    run_folder.prepare(folder, 5)
+    assert files(folder / "previous-1") == {"checkpoints/10"}
+    assert before - files(folder) == {"checkpoints/10"}
+    run_folder.prepare(folder, 5)
+    assert not (folder / "previous-2").exists()
+
+
+@pytest.mark.parametrize("inside", ["", "samples"])
+def test_a_run_does_not_learn_from_what_it_writes(short_run, inside):
+    folder = Path(short_run.train_data_dir)
+    data = folder / inside
+    config = replace(short_run, output_dir=str(folder), train_data_dir=str(data))
+    with pytest.raises(InputError, match="the run writes pictures there"):
+        run_folder.check_apart(resolve(config))
+    run_folder.check_apart(resolve(replace(config, output_dir=str(folder / "output"), train_data_dir=str(folder))))
+    link = Path(short_run.output_dir)
+    link.symlink_to(folder)
+    with pytest.raises(InputError, match="the run writes pictures there"):
+        ti_jax.train(replace(config, output_dir=str(link)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from .embeddings.formats import word_file
 from .embeddings.warn import capital_fault
 from .errors import InputError, one_line
 from .pipeline import StableDiffusion
-from .words import fill
+from .words import fill, is_word
 
 LIMIT = 1e-5
 
@@ -91,6 +91,8 @@ def verify(embedding_path: str | Path, model_path: str | Path | None = None, pro
         )
     path = word_file(Path(embedding_path))
     embedding = Embedding.load(path)
+    if embedding.stored_name is not None and is_word(embedding.stored_name):
+        embedding = replace(embedding, token=embedding.stored_name)  # the one that diffusers goes by
     # On a TPU or GPU the default would be half-precision products.
     with jax.default_matmul_precision("highest"):
         sd = StableDiffusion.from_pretrained(None if model_path is None else str(model_path), dtype=jnp.float32)

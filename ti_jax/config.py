@@ -102,7 +102,8 @@ class TrainConfig:
     templates: str | None = input_path()
     """Text file that replaces the prompt templates: one a line, {} stands for the new word."""
     embeddings: tuple[str, ...] = input_path(())
-    """Files of other learned words that the templates may use. Their rows stay as they are."""
+    """Files of other learned words that the templates may use. Their rows stay as they are. FILE=word
+    reads a file under a word of your own."""
     resolution: int | None = None
     """Side in pixels of the square that the pictures are cropped to; divisible by 8. Left out: the model's own."""
     center_crop: bool = False
@@ -252,7 +253,8 @@ class InferConfig:
     """What to draw; each in quotes, one or several. A learned word stands where the thing is named, e.g.
     "a portrait of <cleo> wearing a red jacket"."""
     embedding: tuple[str, ...] = input_path(())
-    """Files of the learned words that the prompts use, in any known format."""
+    """Files of the learned words that the prompts use, in any known format. FILE=word reads one under a word of
+    your own."""
 
     # -- the model
     pretrained_model_name_or_path: str | None = None

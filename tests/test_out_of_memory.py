@@ -1,5 +1,6 @@
 """Too little memory at run time: one line with the remedy, and what was saved before stays."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 
 import ti_jax
+from ti_jax import cli
+from ti_jax.config import ASSETS
 from ti_jax.errors import InputError
 from ti_jax.machine import explaining_out_of_memory, is_out_of_memory
 from ti_jax.training import loop
@@ -63,3 +66,21 @@ def test_what_was_saved_before_stays(short_run, monkeypatch):
     assert (Path(config.output_dir) / "learned_embeds-steps-6.safetensors").exists()
     again = ti_jax.train(replace(config, resume_from_checkpoint="latest"))
     assert len(again.losses) == 6
+
+
+@pytest.mark.parametrize(
+    ("command", "remedies"),
+    [
+        (["infer", "--prompt", "a person"], ("--batch_size", "--vae_tiling always")),
+        (["evaluate", "word.safetensors", "--train_data_dir", str(ASSETS / "concepts" / "cleo")], ("--batch_size",)),
+    ],
+)
+def test_drawing_and_measuring_say_what_to_do(tmp_path, monkeypatch, capfd, command, remedies):
+    monkeypatch.chdir(tmp_path)
+    width = json.loads((ASSETS / "mini-sd" / "text_encoder" / "config.json").read_text())["hidden_size"]
+    ti_jax.Embedding("<new>", {"text_encoder": np.ones((1, width), np.float32)}).save(tmp_path / "word.safetensors")
+    monkeypatch.setattr(ti_jax.StableDiffusion, "generate", lambda *_, **__: ask_for_too_much())
+    assert cli.main(command) == 2
+    *_, last = capfd.readouterr().err.splitlines()
+    assert last.startswith("ti-jax: error: out of memory (RESOURCE_EXHAUSTED: "), last
+    assert all(remedy in last for remedy in remedies), last

@@ -151,3 +151,65 @@ def test_no_others_to_be_found_is_one_line(config, tmp_path):
     )  # fmt: skip
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "--coordinator_address HOST:PORT" in done.stderr
+
+
+@pytest.mark.slow
+def test_torchrun_starts_one_run(config, tmp_path):
+    """As of diffusers' script, not two in one folder."""
+    (tmp_path / "run.yaml").write_text(dump_yaml(config))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
+         str(REPOSITORY / "train.py"), "--config", str(tmp_path / "run.yaml")],
+        env=four_devices(), capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("8 x cpu in 2 processes") == 1
+    whole = ti_jax.train(replace(config, output_dir=str(tmp_path / "whole"))).embedding.vectors["text_encoder"]
+    assert np.abs(rows(config.output_dir) - whole).max() <= 1e-6 * np.abs(whole).max()
+
+
+FAULTY = """
+import os, sys, time
+import jax, ti_jax
+from ti_jax.training import processes
+number = int(sys.argv[1])
+processes.join(ti_jax.TrainConfig(coordinator_address=sys.argv[2], num_processes=2, process_id=number))
+def fail():
+    if number == int(sys.argv[4]):
+        raise KeyError("the moon")
+start = time.monotonic()
+try:
+    with processes.in_step():
+        getattr(processes, sys.argv[3])(fail)
+except Exception as error:
+    print(type(error).__name__, error, time.monotonic() - start < 20, flush=True)
+"""
+
+
+@pytest.mark.parametrize(("agree", "faulty"), [("all_or_raise", 1), ("on_leader", 0)])
+def test_any_fault_of_one_process_is_reported_to_the_others(agree, faulty):
+    """At once, not when its heartbeat is missed; and it is the faulty process that shows where it was."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", FAULTY, str(number), address, agree, str(faulty)],
+            env=four_devices() | {"PYTHONPATH": str(REPOSITORY)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    try:
+        said = [run.communicate(timeout=120)[0].splitlines()[-1] for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+    assert said[faulty] == "KeyError 'the moon' True"
+    assert (
+        said[1 - faulty]
+        == {
+            "all_or_raise": "Agreed process 1 of 2: KeyError: 'the moon' True",
+            "on_leader": "Agreed KeyError: 'the moon' True",
+        }[agree]
+    )

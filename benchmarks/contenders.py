@@ -134,7 +134,7 @@ def _pipeline(size: str) -> Any:
     )
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    from ti_jax.weights.published import SD15, SDXL
+    from ti_jax.weights.reference_configs import SD15, SDXL
     from ti_jax.weights.tokenizers import clip_tokenizer
 
     configs = {name: dict(config) for name, config in (SDXL if size == "sdxl" else SD15).items()}

@@ -60,12 +60,12 @@ from torch_loops import StockLoop  # noqa: E402
 from ti_jax import Embedding, StableDiffusion, TrainConfig, train  # noqa: E402
 from ti_jax.batches import in_batches  # noqa: E402
 from ti_jax.config import resolve  # noqa: E402
-from ti_jax.data.images import as_uint8, load_images  # noqa: E402
-from ti_jax.data.prompts import load_templates  # noqa: E402
-from ti_jax.evaluation.judge import Judge, Probe  # noqa: E402
+from ti_jax.data.folder import as_uint8, load_images  # noqa: E402
+from ti_jax.evaluation.avatar_judge import Judge, Probe  # noqa: E402
 from ti_jax.evaluation.scores import attribute_scores, mean_of  # noqa: E402
 from ti_jax.machine import enable_compilation_cache  # noqa: E402
-from ti_jax.training.cores import use_cores  # noqa: E402
+from ti_jax.text.templates import load_templates  # noqa: E402
+from ti_jax.training.cpu_devices import use_cores  # noqa: E402
 
 PEOPLE = Path(__file__).parent / "people"
 CONCEPTS = ROOT / "ti_jax" / "assets" / "concepts"

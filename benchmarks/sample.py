@@ -185,8 +185,8 @@ def starting_latents(model: Path, resolution: int | None, batch_size: int) -> tu
     """The noise that ours starts from, float32 [B, h, w, c], and the side of the pictures in pixels."""
     import jax
 
-    from ti_jax.networks import make_networks
-    from ti_jax.sampling import image_keys, image_noise, image_seeds
+    from ti_jax.models.networks import make_networks
+    from ti_jax.pipeline.sampling import image_keys, image_noise, image_seeds
     from ti_jax.weights.sources import open_source
 
     # This process only makes noise, and a GPU is left to the contenders.

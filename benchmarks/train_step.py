@@ -97,11 +97,12 @@ class Ours:
         import jax
 
         from ti_jax.config import resolve
+        from ti_jax.data.dataset import make_dataset
         from ti_jax.pipeline import StableDiffusion
-        from ti_jax.training.cores import use_cores
+        from ti_jax.training.cpu_devices import use_cores
+        from ti_jax.training.job import prepare_concept
         from ti_jax.training.optimizer import make_optimizer
         from ti_jax.training.parallel import make_mesh, replicate, without_copies
-        from ti_jax.training.setup import make_dataset, prepare_concept
         from ti_jax.training.step import Frozen, TrainState
 
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -128,7 +129,7 @@ class Ours:
         """Cold and, unless alone, from the cache; then one step, to be warm."""
         import jax
 
-        from ti_jax.training.fitting import StepBuilder
+        from ti_jax.training.compile import StepBuilder
 
         builder = StepBuilder(
             self.sd.networks, self.optimizer, self.mesh, batch_size=self.setting.batch_size // self.mesh.size,
@@ -182,9 +183,9 @@ class Torch:
         import torch
         from torch_loops import StockLoop, StrongLoop
 
-        from ti_jax.data.images import load_images
-        from ti_jax.data.prompts import load_templates
-        from ti_jax.training.setup import time_ids
+        from ti_jax.data.dataset import time_ids
+        from ti_jax.data.folder import load_images
+        from ti_jax.text.templates import load_templates
 
         self.setting, self.torch = setting, torch
         model_index = json.loads((setting.model / "unet" / "config.json").read_text())
@@ -265,7 +266,7 @@ def least_work(setting: Setting) -> float:
     import jax.numpy as jnp
 
     from ti_jax.config import PlanConfig, resolve_plan
-    from ti_jax.planning import Planner
+    from ti_jax.training.plan import Planner
 
     config = PlanConfig(pretrained_model_name_or_path=str(setting.model), resolution=setting.resolution)
     return Planner(resolve_plan(config), jnp.float32).least_flops(setting.batch_size)
@@ -275,7 +276,7 @@ def published_peak(setting: Setting) -> float | None:
     """FLOP/s of this machine's device in bfloat16, as its maker says; None of others, and in float32."""
     import jax
 
-    from ti_jax.planning import CHIPS
+    from ti_jax.training.plan import CHIPS
 
     chip = CHIPS.get(jax.local_devices()[0].device_kind)
     return chip.peak if chip and setting.dtype == "bfloat16" else None

@@ -38,7 +38,7 @@ OPTIMISED = {
     "test_attention",
     "test_embedded_model",
     "test_memory",
-    "test_planning",
+    "test_plan",
     "test_step::test_eight_devices_end_with_the_rows_of_one",
 }
 

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from ti_jax.models.shapes import param_shapes
 from ti_jax.models.unet import UNet2DConditionModel, UNetConfig
 from ti_jax.models.vae import AutoencoderKL, VAEConfig
-from ti_jax.weights.load import load_component, param_shapes
+from ti_jax.weights.load import load_component
 
 CONTEXT_LENGTH = 5
 BATCH = 2

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from ti_jax import cli
+from ti_jax.cli import main
+from ti_jax.cli.flags import NO_COUNTERPART, field_docs, parse
 from ti_jax.config import InferConfig, PlanConfig, TrainConfig
-from ti_jax.config_yaml import strip_optional
+from ti_jax.config.yaml import strip_optional
 from ti_jax.errors import InputError
-from ti_jax.flags import NO_COUNTERPART, field_docs, parse
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = {"train": TrainConfig, "infer": InferConfig, "plan": PlanConfig, "verify FILE": cli.VerifyConfig}
+COMMANDS = {"train": TrainConfig, "infer": InferConfig, "plan": PlanConfig, "verify FILE": main.VerifyConfig}
 
 
 def run(*command: str) -> subprocess.CompletedProcess:
@@ -199,7 +199,7 @@ def test_the_flags_of_diffusers_script_are_all_known():
 def test_help_tells_every_flag_with_its_doc_and_default(capsys, monkeypatch, command, cls):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:
-        cli.main([command.split()[0], "--help"])
+        main.main([command.split()[0], "--help"])
     assert stop.value.code == 0
     out, err = capsys.readouterr()
     assert err == ""
@@ -227,21 +227,21 @@ def test_every_field_has_a_doc(cls):
 def test_examples_in_the_help_are_right(capsys, script):
     command = script.removesuffix(".py")
     with pytest.raises(SystemExit):
-        cli.main([command, "--help"], prog=script)
+        main.main([command, "--help"], prog=script)
     _, examples = capsys.readouterr().out.split("examples:\n")
     lines = [line.strip() for line in examples.replace("\\\n", " ").splitlines() if f"python {script}" in line]
     assert lines
     for line in lines:
         args = shlex.split(line)[2:]
         config = flags(COMMANDS[command], *[arg.replace("configs/", f"{ROOT}/configs/") for arg in args])
-        (cli.resolve if command == "train" else cli.resolve_infer)(config)
+        (main.resolve if command == "train" else main.resolve_infer)(config)
 
 
 def test_help_lists_the_commands_and_version(capsys):
-    assert cli.main(["--help"]) == 0
+    assert main.main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(f"\n  {name} " in out for name in cli.COMMANDS)
-    assert cli.main(["--version"]) == 0
+    assert all(f"\n  {name} " in out for name in main.COMMANDS)
+    assert main.main(["--version"]) == 0
     assert re.fullmatch(r"ti-jax \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
 
 
@@ -306,7 +306,7 @@ def test_help_into_a_closed_pipe_is_quiet():
 def test_bad_command_lines_end_in_one_line_and_status_2(capsys, command, message):
     script, *args = command.removeprefix("-m ").split(" ")
     command, prog = ([], "ti-jax") if script == "ti_jax" else ([script.removesuffix(".py")], script)
-    assert cli.main([*command, *args], prog) == 2
+    assert main.main([*command, *args], prog) == 2
     check_refusal(*capsys.readouterr(), message)
 
 
@@ -338,7 +338,7 @@ def test_help_and_refusals_do_not_wait_for_jax():
     code = "\n".join(
         [
             "import sys",
-            "from ti_jax.cli import main",
+            "from ti_jax.cli.main import main",
             "assert main(['train', '--seed', 'x']) == 2",
             "assert main(['infer', '--prompt', 'a', '--seed', '-1']) == 2",
             "assert main(['--help']) == 0",
@@ -357,9 +357,9 @@ def test_interruption_is_one_line_and_a_fault_of_ours_keeps_its_traceback(capsys
     def faulty(args, prog):
         raise ZeroDivisionError
 
-    monkeypatch.setitem(cli.COMMANDS, "train", (interrupted, ""))
-    assert cli.main(["train"], prog="train.py") == 130
+    monkeypatch.setitem(main.COMMANDS, "train", (interrupted, ""))
+    assert main.main(["train"], prog="train.py") == 130
     assert capsys.readouterr().err == "train.py: interrupted\n"
-    monkeypatch.setitem(cli.COMMANDS, "train", (faulty, ""))
+    monkeypatch.setitem(main.COMMANDS, "train", (faulty, ""))
     with pytest.raises(ZeroDivisionError):
-        cli.main(["train"])
+        main.main(["train"])

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from ti_jax.errors import InputError
 from ti_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
+from ti_jax.models.shapes import param_shapes
 from ti_jax.weights.config_files import read_component_config
-from ti_jax.weights.load import load_component, param_shapes
+from ti_jax.weights.load import load_component
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ import transformers
 from ti_jax.errors import InputError
 from ti_jax.models.clip_layers import CLIPMLP, CLIPAttention, CLIPEncoderLayer
 from ti_jax.models.clip_text import CLIPTextConfig, CLIPTextModel, eos_positions
-from ti_jax.weights.load import load_component, param_shapes
+from ti_jax.models.shapes import param_shapes
+from ti_jax.weights.load import load_component
 
 VOCAB, BOS, EOS = 60, 58, 59
 LENGTH = 9

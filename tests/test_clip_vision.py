@@ -103,7 +103,7 @@ def test_full_size_tower_has_transformers_shapes():
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14
     )
     from ti_jax.models.clip_vision import CLIPVisionTransformer
-    from ti_jax.weights.load import param_shapes
+    from ti_jax.models.shapes import param_shapes
 
     shapes = param_shapes(CLIPVisionTransformer(config), jax.ShapeDtypeStruct((1, 224, 224, 3), np.float32))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 303_179_776  # openai/clip-vit-large-patch14

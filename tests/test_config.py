@@ -9,19 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from ti_jax import config_checks
 from ti_jax.config import (
     ASSETS,
     DEMO_CONFIG,
     STABLE_DIFFUSION_DEFAULTS,
     InferConfig,
     TrainConfig,
+    checks,
     dump_yaml,
     load_yaml,
     resolve,
     resolve_infer,
 )
-from ti_jax.config_yaml import strip_optional
+from ti_jax.config.yaml import strip_optional
 from ti_jax.errors import InputError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -147,38 +147,38 @@ def test_infer_defaults_follow_the_model():
 # -- values that cannot be
 
 BAD_VALUES = {
-    config_checks.COUNT: [0, -1],
-    config_checks.WHOLE: [-1],
-    config_checks.SEED: [-1, 2**32],
-    config_checks.SIDE: [0, -8, 4, 60, 513],
-    config_checks.POSITIVE: [0.0, -1e-4, math.nan, math.inf],
-    config_checks.NOT_NEGATIVE: [-0.1, math.nan, math.inf],
-    config_checks.CHANCE: [-0.1, 1.1, math.nan],
-    config_checks.DECAY: [-0.1, 1.0, math.nan],
-    config_checks.TEXT: ["", " "],
-    config_checks.TEXTS: [("",), ("a", " ")],
-    config_checks.SOME_TEXTS: [("{}", " ")],
-    config_checks.WORD: ["", " ", "my cat", " cat", "cat\n"],
-    config_checks.ADDRESS: ["", "host", "host:", ":80", "host:80:", "a b:80"],
-    config_checks.PNG: ["", "out.jpg", "out", "folder/"],
+    checks.COUNT: [0, -1],
+    checks.WHOLE: [-1],
+    checks.SEED: [-1, 2**32],
+    checks.SIDE: [0, -8, 4, 60, 513],
+    checks.POSITIVE: [0.0, -1e-4, math.nan, math.inf],
+    checks.NOT_NEGATIVE: [-0.1, math.nan, math.inf],
+    checks.CHANCE: [-0.1, 1.1, math.nan],
+    checks.DECAY: [-0.1, 1.0, math.nan],
+    checks.TEXT: ["", " "],
+    checks.TEXTS: [("",), ("a", " ")],
+    checks.SOME_TEXTS: [("{}", " ")],
+    checks.WORD: ["", " ", "my cat", " cat", "cat\n"],
+    checks.ADDRESS: ["", "host", "host:", ":80", "host:80:", "a b:80"],
+    checks.PNG: ["", "out.jpg", "out", "folder/"],
 }
 GOOD_VALUES = {
-    config_checks.COUNT: [1],
-    config_checks.WHOLE: [0],
-    config_checks.SEED: [0, 2**32 - 1],
-    config_checks.SIDE: [8, 520],
-    config_checks.POSITIVE: [1e-12, 3.0],
-    config_checks.NOT_NEGATIVE: [0.0, 12.0],
-    config_checks.CHANCE: [0.0, 1.0],
-    config_checks.DECAY: [0.0, 0.9999],
-    config_checks.TEXT: ["a {}"],
-    config_checks.TEXTS: [(), ("a", "b")],
-    config_checks.SOME_TEXTS: [("a {}",)],
-    config_checks.WORD: ["<cat-toy>", "sks"],
-    config_checks.ADDRESS: ["10.0.0.1:1234", "[::1]:80"],
-    config_checks.PNG: ["out.png", "a/b.PNG"],
+    checks.COUNT: [1],
+    checks.WHOLE: [0],
+    checks.SEED: [0, 2**32 - 1],
+    checks.SIDE: [8, 520],
+    checks.POSITIVE: [1e-12, 3.0],
+    checks.NOT_NEGATIVE: [0.0, 12.0],
+    checks.CHANCE: [0.0, 1.0],
+    checks.DECAY: [0.0, 0.9999],
+    checks.TEXT: ["a {}"],
+    checks.TEXTS: [(), ("a", "b")],
+    checks.SOME_TEXTS: [("a {}",)],
+    checks.WORD: ["<cat-toy>", "sks"],
+    checks.ADDRESS: ["10.0.0.1:1234", "[::1]:80"],
+    checks.PNG: ["out.png", "a/b.PNG"],
 }
-RULES = [(TrainConfig, config_checks.TRAIN_RULES), (InferConfig, config_checks.INFER_RULES)]
+RULES = [(TrainConfig, checks.TRAIN_RULES), (InferConfig, checks.INFER_RULES)]
 
 
 def resolved(cls, **values):

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 import ti_jax
 from ti_jax.config import TrainConfig
-from ti_jax.config_yaml import load_yaml
+from ti_jax.config.yaml import load_yaml
 
 REPOSITORY = Path(__file__).parent.parent
 NO_UTF8 = b"caf\xe9".decode("utf-8", "surrogateescape")  # Latin-1's bytes, as Python reads a path that has them
@@ -113,7 +113,7 @@ def test_an_output_folder_that_checkpoints_cannot_be_saved_in(odd_folder):
 
 def test_no_console_at_all():
     """As a service without stdout and stderr, or pythonw."""
-    code = "import sys; sys.stdout = sys.stderr = None; from ti_jax.cli import main; sys.exit(main(['--version']))"
+    code = "import sys; sys.stdout = sys.stderr = None; from ti_jax.cli.main import main; sys.exit(main(['--version']))"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
     code = code.replace("--version", "nonsense")
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 2

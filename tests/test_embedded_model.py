@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from ti_jax.evaluation.judge import Judge
+from ti_jax.evaluation.avatar_judge import Judge
 from ti_jax.pipeline import StableDiffusion
-from ti_jax.sampling import image_keys, image_noise, image_seeds
+from ti_jax.pipeline.sampling import image_keys, image_noise, image_seeds
 
 # PyTorch's own, inside the reference.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from words import a1111_file, assert_same, refusal, word
 
-from ti_jax import cli
+from ti_jax.cli import main
 from ti_jax.embeddings import Embedding
 from ti_jax.embeddings.naming import load_given, split_word, with_stored_name
 from ti_jax.embeddings.warn import word_warnings
@@ -186,13 +186,13 @@ def test_inspect_goes_on_after_a_file_that_it_cannot_read(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.pt").write_bytes(b"hello")
     torch.save(a1111_file(torch.ones(1, 768)), "my style.pt")
-    assert cli.main(["embedding", "inspect", "broken.pt", "my style.pt"]) == 0
+    assert main.main(["embedding", "inspect", "broken.pt", "my style.pt"]) == 0
     out = capsys.readouterr().out
     assert "not read: broken.pt: " in out
     assert "  word     my-style\n" in out and "  stored   mein-stil: the name in the file" in out
     assert "  note     its name 'my style' has spaces: write my-style in prompts" in out
-    assert cli.main(["embedding", "inspect", "broken.pt"]) == 2
-    assert cli.main(["embedding", "inspect", "broken.pt", "none.pt"]) == 2
+    assert main.main(["embedding", "inspect", "broken.pt"]) == 2
+    assert main.main(["embedding", "inspect", "broken.pt", "none.pt"]) == 2
 
 
 def test_warnings_for_other_programs(tmp_path, monkeypatch, capsys):
@@ -206,7 +206,7 @@ def test_warnings_for_other_programs(tmp_path, monkeypatch, capsys):
         assert f"{known} is a token of CLIP's already" in word_warnings(Embedding(known, vectors(1)))[0]
     monkeypatch.chdir(tmp_path)
     word(2, token="<Cat>").save("a.safetensors")
-    assert cli.main(["embedding", "convert", "a.safetensors", "b.pt", "--token", "Cat"]) == 0
+    assert main.main(["embedding", "convert", "a.safetensors", "b.pt", "--token", "Cat"]) == 0
     assert capsys.readouterr().err.count("warning: ") == 2
-    assert cli.main(["embedding", "convert", "a.safetensors", "b.pt", "--token", "<cat>"]) == 0
+    assert main.main(["embedding", "convert", "a.safetensors", "b.pt", "--token", "<cat>"]) == 0
     assert capsys.readouterr().err == ""

@@ -10,12 +10,13 @@ import safetensors.torch
 import torch
 
 import ti_jax
-from ti_jax import cli, tokens
+from ti_jax.cli import main
 from ti_jax.config import resolve
-from ti_jax.config_yaml import load_yaml
+from ti_jax.config.yaml import load_yaml
 from ti_jax.pipeline import StableDiffusion
+from ti_jax.text import tokens
 from ti_jax.training.hub import model_card
-from ti_jax.training.setup import prepare_concept
+from ti_jax.training.job import prepare_concept
 
 
 def small(n=3, token="<old>", seed=0, dim=32):
@@ -100,7 +101,7 @@ def test_words_that_a_run_cannot_start_from(config, tmp_path, monkeypatch, capsy
              "train_data_dir": config.train_data_dir, "placeholder_token": "<new>", "output_dir": "never",
              "initializer_embedding": config.initializer_embedding, "overview_prompts": "a {}"}  # fmt: skip
     words = [word for name, value in given.items() for word in (f"--{name}", value)]
-    assert cli.main(["train", *words, *flags]) == 2
+    assert main.main(["train", *words, *flags]) == 2
     out, err = capsys.readouterr()
     assert out == "" and said in err and err.startswith("ti-jax: error: ") and err.count("\n") == 1, err
     assert not (tmp_path / "never" / "config.yaml").exists()

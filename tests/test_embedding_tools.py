@@ -12,12 +12,12 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 from words import a1111_file, assert_same, numbers, sdxl_word, word
 
-from ti_jax import cli
+from ti_jax.cli import main
 from ti_jax.embeddings import Embedding, prune
 from ti_jax.embeddings.inspect import Vocabulary, nearest_words
 from ti_jax.embeddings.merge import merge, slerp
 from ti_jax.errors import InputError
-from ti_jax.text_encoders import TextEncoders
+from ti_jax.text.text_encoders import TextEncoders
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def tool(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def run(line, *more):
-        status = cli.main(["embedding", *line.split(), *more])
+        status = main.main(["embedding", *line.split(), *more])
         out, err = capsys.readouterr()
         assert "Traceback" not in err
         if status == 2:
@@ -199,7 +199,7 @@ def test_a_file_may_be_converted_onto_itself(tool):
 def test_help_has_every_flag_and_examples(tool, capsys, command):
     assert f"\n  {command} FILE" in tool("--help")[1]
     with pytest.raises(SystemExit) as stop:
-        cli.main(["embedding", command, "--help"])
+        main.main(["embedding", command, "--help"])
     out, err = capsys.readouterr()
     assert stop.value.code == 0 and err == ""
     assert out.startswith(f"usage: ti-jax embedding {command} FILE") and "\n  ti-jax embedding " + command in out

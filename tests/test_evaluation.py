@@ -14,8 +14,8 @@ import ti_jax
 from ti_jax.config import EvaluateConfig, TrainConfig, resolve_evaluate
 from ti_jax.errors import InputError
 from ti_jax.evaluation import scores
+from ti_jax.evaluation.avatar_judge import Judge, JudgeConfig, JudgeNetwork, Probe, judge_shapes, split_logits
 from ti_jax.evaluation.evaluate import Evaluator, evaluate
-from ti_jax.evaluation.judge import Judge, JudgeConfig, JudgeNetwork, Probe, judge_shapes, split_logits
 
 REPOSITORY = Path(__file__).parent.parent
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (20, 40, 230)}
@@ -278,7 +278,7 @@ def test_settings_that_cannot_be(changes, message):
 
 def test_the_command_line_says_what_is_missing(tiny_sd, tmp_path, capsys):
     """A real file, a real command line, one line."""
-    from ti_jax.cli import main
+    from ti_jax.cli.main import main
 
     word = ti_jax.Embedding("<x>", {"text_encoder": np.zeros((1, 32), np.float32)})
     word.save(tmp_path / "x.safetensors", format="diffusers")
@@ -296,7 +296,7 @@ def test_the_command_line_says_what_is_missing(tiny_sd, tmp_path, capsys):
 
 def test_the_embedded_model_brings_its_judge(concept, tmp_path, capsys):
     """``ti-jax evaluate`` on a person, measured with the plain word's row: the judge names who is in the pictures."""
-    from ti_jax.cli import main
+    from ti_jax.cli.main import main
 
     sd = ti_jax.StableDiffusion.from_pretrained()
     (person,) = sd.tokenizers["text_encoder"]("person", add_special_tokens=False).input_ids
@@ -327,7 +327,7 @@ def test_shapes_take_no_memory():
 KILLED_WHILE_MEASURING = """
 import os, signal, sys
 import ti_jax
-from ti_jax.config_yaml import load_yaml
+from ti_jax.config.yaml import load_yaml
 from ti_jax.evaluation.evaluate import Evaluator
 
 real = Evaluator.scores
@@ -350,7 +350,7 @@ def test_a_kill_while_measuring_loses_nothing(judged_sd, pictures, tmp_path, ste
     import subprocess
     import sys
 
-    from ti_jax.config_yaml import dump_yaml
+    from ti_jax.config.yaml import dump_yaml
 
     config = settings(
         judged_sd, pictures, tmp_path, keep_best="identity", evaluation_steps=2, checkpointing_steps=2, save_steps=2,

@@ -9,9 +9,9 @@ import transformers
 from flax.traverse_util import flatten_dict
 
 from ti_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
+from ti_jax.models.shapes import param_shapes
 from ti_jax.models.unet import UNet2DConditionModel, UNetConfig
 from ti_jax.models.vae import AutoencoderKL, VAEConfig
-from ti_jax.weights.load import param_shapes
 from ti_jax.weights.names import shape_in_tree, tree_path
 
 # The config.json files as they are published (stable-diffusion-v1-5, stable-diffusion-2-1, sdxl-base-1.0).

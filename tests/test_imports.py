@@ -7,10 +7,8 @@ PACKAGE = Path(__file__).parent.parent / "ti_jax"
 
 # From the bottom up; a package stands for all its modules.
 ORDER = [
-    "startup", "errors", "interrupts", "words", "files", "batches", "config_yaml", "config_checks", "config", "flags",
-    "machine", "diffusion", "ops", "models", "weights", "networks", "embeddings", "tokens", "prompt_weights",
-    "decoding", "sampling", "text_encoders", "model_description", "pictures", "pipeline", "data", "evaluation",
-    "training", "work", "planning", "drawing", "verify", "embedding_commands", "cli",
+    "startup", "interrupts", "errors", "words", "files", "batches", "machine", "images", "config", "ops", "diffusion",
+    "models", "weights", "embeddings", "text", "pipeline", "data", "evaluation", "training", "cli",
 ]  # fmt: skip
 
 
@@ -27,15 +25,12 @@ def imported(path):
         if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
         for node in ast.walk(block)
     }
-    depth = len(path.relative_to(PACKAGE).parts)
     for node in ast.walk(tree):
-        if not isinstance(node, ast.ImportFrom) or node in types_only:
-            continue
-        words = (node.module or "").split(".")
-        if node.level == depth:
-            yield from words if words != [""] else [alias.name for alias in node.names]
-        elif node.level == 0 and words[0] == "ti_jax" and len(words) > 1:
-            yield words[1]
+        if isinstance(node, ast.ImportFrom) and node not in types_only:
+            assert node.level == 0, f"{path}: imports within the package are absolute"
+            package, *words = (node.module or "").split(".")
+            if package == "ti_jax":
+                yield from words[:1] or [alias.name for alias in node.names]
 
 
 def test_imports_run_one_way():

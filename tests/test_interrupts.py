@@ -16,7 +16,7 @@ import pytest
 
 import ti_jax
 from ti_jax import interrupts
-from ti_jax.config_yaml import dump_yaml
+from ti_jax.config.yaml import dump_yaml
 
 REPOSITORY = Path(__file__).parent.parent
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]

@@ -10,8 +10,8 @@ import pytest
 from ti_jax import machine
 from ti_jax.config import PlanConfig, resolve_plan
 from ti_jax.machine import free_memory
-from ti_jax.planning import Planner, plan
-from ti_jax.training.fitting import WAYS, compile_fitting
+from ti_jax.training.compile import WAYS, compile_fitting
+from ti_jax.training.plan import Planner, plan
 
 BATCH = 2
 
@@ -62,7 +62,7 @@ def test_the_first_that_fits_is_chosen(config, sizes, limit, chosen):
 def test_the_largest_batch_is_that_of_full_where_nothing_is_told(config, sizes, monkeypatch):
     monkeypatch.setattr(Planner, "_memory_for_the_step", lambda *_: sizes["none"])
     monkeypatch.setattr(Planner, "largest", lambda self, first: (self.config.gradient_checkpointing, first.peak_memory))
-    monkeypatch.setattr("ti_jax.planning._devices", lambda _: jax.devices()[:1])
+    monkeypatch.setattr("ti_jax.training.plan._devices", lambda _: jax.devices()[:1])
     assert plan(replace(config, largest_batch=True)).largest_batch == ("full", sizes["full"])
 
 

@@ -9,10 +9,10 @@ import yaml
 from words import assert_same, sdxl_word, word
 
 from ti_jax.config import TrainConfig, resolve
+from ti_jax.data.concept import public_name
 from ti_jax.embeddings import Embedding
 from ti_jax.training import run_folder
 from ti_jax.training.hub import model_card
-from ti_jax.training.setup import public_name
 
 METADATA = {"base_model": "org/model", "steps": "500", "initializer_token": "toy"}
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import ti_jax
-from ti_jax import cli
+from ti_jax.cli import main
 from ti_jax.config import ASSETS
 from ti_jax.errors import InputError
 from ti_jax.machine import explaining_out_of_memory, is_out_of_memory
@@ -80,7 +80,7 @@ def test_drawing_and_measuring_say_what_to_do(tmp_path, monkeypatch, capfd, comm
     width = json.loads((ASSETS / "mini-sd" / "text_encoder" / "config.json").read_text())["hidden_size"]
     ti_jax.Embedding("<new>", {"text_encoder": np.ones((1, width), np.float32)}).save(tmp_path / "word.safetensors")
     monkeypatch.setattr(ti_jax.StableDiffusion, "generate", lambda *_, **__: ask_for_too_much())
-    assert cli.main(command) == 2
+    assert main.main(command) == 2
     *_, last = capfd.readouterr().err.splitlines()
     assert last.startswith("ti-jax: error: out of memory (RESOURCE_EXHAUSTED: "), last
     assert all(remedy in last for remedy in remedies), last

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ti_jax.data.images import check_output_apart, load_images, unread_pictures
+from ti_jax.data.folder import check_output_apart, load_images, unread_pictures
 from ti_jax.errors import InputError
 
 
@@ -43,7 +43,7 @@ def without_heif():
     def lines(folder):
         code = (
             "import sys; sys.modules['pillow_heif'] = None\n"
-            "from ti_jax.data.images import load_images\n"
+            "from ti_jax.data.folder import load_images\n"
             "from ti_jax.errors import InputError\n"
             "try: load_images(sys.argv[1], 16)\n"
             "except InputError as error: print(error, file=sys.stderr)"
@@ -186,7 +186,7 @@ def test_names_in_any_script_and_names_that_are_not_text(tmp_path):
     for name in names:
         picture(tmp_path / name, 15, 200)
         (tmp_path / name).with_suffix(".heix").write_bytes(JPEG_XL)
-    code = "import sys; from ti_jax.data.images import load_images; load_images(sys.argv[1], 64)"
+    code = "import sys; from ti_jax.data.folder import load_images; load_images(sys.argv[1], 64)"
     for encoding in ("utf-8", "cp1252", "ascii"):
         env = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
         done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, env=env)

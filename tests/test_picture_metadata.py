@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
-from ti_jax.data.images import load_images
+from ti_jax.data.folder import load_images
 from ti_jax.data.reading import read_picture
 from ti_jax.errors import InputError
 

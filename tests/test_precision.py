@@ -8,20 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ti_jax import sampling, text_encoders
 from ti_jax.diffusion.samplers import make_sampler
-from ti_jax.evaluation import clip, judge
+from ti_jax.evaluation import avatar_judge, clip
 from ti_jax.models.clip_text import CLIPTextConfig
 from ti_jax.models.clip_vision import CLIPModel, CLIPVisionConfig
+from ti_jax.models.shapes import param_shapes
 from ti_jax.ops.attention import flash_attention
 from ti_jax.ops.matmul import exact_products
 from ti_jax.ops.platform import Platform, compiling_for
-from ti_jax.pipeline import StableDiffusion
-from ti_jax.planning import PlanConfig, Planner, resolve_plan
+from ti_jax.pipeline import StableDiffusion, sampling
+from ti_jax.text import text_encoders
 from ti_jax.training.optimizer import make_optimizer
 from ti_jax.training.parallel import AXIS, make_run_steps
+from ti_jax.training.plan import PlanConfig, Planner, resolve_plan
 from ti_jax.training.step import TrainState, make_train_step
-from ti_jax.weights.load import param_shapes
 
 PLATFORMS = {"tpu": Platform("tpu"), "cuda": Platform("cuda", 9)}
 
@@ -68,9 +68,9 @@ def test_drawing(tiny_sd, dtype, precision, platform):
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_what_scores_and_verifies(tiny_sd, platform):
     """The judge, CLIP and the text encoders of the tools have float32 alone."""
-    toy = judge.Judge.load(StableDiffusion.from_pretrained().path)
+    toy = avatar_judge.Judge.load(StableDiffusion.from_pretrained().path)
     side = toy.config.side
-    read = partial(judge._read.__wrapped__, toy.config)
+    read = partial(avatar_judge._read.__wrapped__, toy.config)
     assert precisions(read, toy.params, jnp.zeros((1, side, side, 3)), platform=platform) == {"HIGHEST"}
 
     encoders = text_encoders.TextEncoders.from_pretrained(str(tiny_sd))

@@ -10,13 +10,14 @@ import pytest
 from PIL import Image
 
 import ti_jax
-from ti_jax import cli
+from ti_jax.cli import main
 from ti_jax.config import InferConfig, resolve
+from ti_jax.data.concept import read_inputs
 from ti_jax.diffusion.schedule import NoiseSchedule
 from ti_jax.embeddings import Embedding
 from ti_jax.errors import InputError
+from ti_jax.training.job import load_model_and_concept
 from ti_jax.training.optimizer import warmup_note
-from ti_jax.training.setup import load_model_and_concept, read_inputs
 
 CASES = Path(__file__).parent / "cases"
 
@@ -74,7 +75,7 @@ def test_a_model_of_any_scheduler_trains_and_draws(name, short_run, with_schedul
     if name != "zsnr":  # whose ddim would start without signal
         np.testing.assert_array_equal(own, sd.generate(["a drawing"], num_inference_steps=2, scheduler="ddim")[0])
     out = str(tmp_path / "o.png")
-    assert cli.main(
+    assert main.main(
         ["infer", "--pretrained_model_name_or_path", model, "--prompt", "a drawing", "--num_inference_steps", "2",
          "--guidance_scale", "7.5", "--output", out]
     ) == 0  # fmt: skip
@@ -138,7 +139,7 @@ def test_what_needs_no_model_is_checked_before_it_is_downloaded(wrong, short_run
     def download(*args, **keywords):
         raise AssertionError("the model was asked for before the check")
 
-    monkeypatch.setattr("ti_jax.model_description.resolve", download)
+    monkeypatch.setattr("ti_jax.pipeline.model_description.resolve", download)
     config = replace(resolve(short_run), pretrained_model_name_or_path="somebody/not-cached")
     if wrong == "picture":
         folder = shutil.copytree(pictures, tmp_path / "broken")
@@ -186,7 +187,7 @@ def test_pictures_of_a_run_are_those_of_infer(short_run, capsys, tmp_path):
             "--negative_prompt", "a (person:1.2)", "--num_inference_steps", "2", "--guidance_scale", "3",
             "--scheduler", "dpm++", "--output", str(path),
         ]  # fmt: skip
-        assert cli.main(args) == 0
+        assert main.main(args) == 0
         return [np.asarray(Image.open(tmp_path / f"drawn-{number}.png")) for number in range(4)]
 
     grid = np.asarray(Image.open(out / "samples" / "step-000001.png"))
@@ -216,7 +217,7 @@ def test_a_word_that_no_file_provides_is_reported(tiny_sd, short_run, capsys, tm
         pretrained_model_name_or_path=str(tiny_sd), num_inference_steps=1, guidance_scale=2.0,
         output=str(tmp_path / "o.png"),
     )  # fmt: skip
-    from ti_jax.drawing import draw
+    from ti_jax.cli.infer import draw
 
     draw(config)
     err = capsys.readouterr().err
@@ -232,7 +233,7 @@ def test_a_word_that_no_file_provides_is_reported(tiny_sd, short_run, capsys, tm
 def test_a_word_in_the_negative_prompt_is_used(tiny_sd, capsys, tmp_path):
     file = tmp_path / "w.safetensors"
     Embedding("rick", {"text_encoder": np.zeros((1, 32), np.float32)}).save(file)
-    from ti_jax.drawing import draw
+    from ti_jax.cli.infer import draw
 
     def told(prompt, negative):
         draw(

@@ -5,12 +5,12 @@ import pytest
 import torch
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ti_jax import prompt_weights
 from ti_jax.config import ASSETS
 from ti_jax.embeddings import Embedding
 from ti_jax.errors import InputError
 from ti_jax.pipeline import StableDiffusion
-from ti_jax.prompt_weights import Piece, parse
+from ti_jax.text import prompt_weights
+from ti_jax.text.prompt_weights import Piece, parse
 
 WORDS = {"<cleo>": 2, "my(cat)": 1}
 LENGTH = 16
@@ -161,8 +161,8 @@ def test_a_long_negative_prompt_lengthens_the_prompt(sd):
 
 
 def test_infer_reads_weights_unless_told_not_to(tiny_sd, tmp_path):
+    from ti_jax.cli.infer import draw
     from ti_jax.config import InferConfig, resolve_infer
-    from ti_jax.drawing import draw
 
     def drawn(prompt, **changes):
         config = InferConfig(

@@ -126,8 +126,8 @@ def test_export_is_the_inverse_of_the_loader(recipe, tmp_path):
 
     from ti_jax import StableDiffusion
     from ti_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
+    from ti_jax.models.shapes import param_shapes
     from ti_jax.models.unet import UNet2DConditionModel, UNetConfig
-    from ti_jax.weights.load import param_shapes
 
     tokenizer = recipe.tokenizer.make_tokenizer(tmp_path / "tokenizer")
     inputs = (jax.ShapeDtypeStruct((1, 8, 8, 4), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32))

@@ -12,9 +12,9 @@ from PIL import Image
 
 import ti_jax
 from ti_jax.config import resolve
-from ti_jax.config_yaml import dump_yaml
+from ti_jax.config.yaml import dump_yaml
 from ti_jax.errors import InputError
-from ti_jax.pictures import save_png
+from ti_jax.images import save_png
 from ti_jax.training import run_folder
 
 HOLD = """

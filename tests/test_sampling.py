@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from ti_jax import sampling
 from ti_jax.diffusion.samplers import make_sampler
 from ti_jax.embeddings import Embedding
 from ti_jax.errors import InputError
-from ti_jax.networks import Networks
-from ti_jax.pipeline import StableDiffusion
-from ti_jax.sampling import image_keys, image_noise, image_seeds, sample_latents
+from ti_jax.models.networks import Networks
+from ti_jax.pipeline import StableDiffusion, sampling
+from ti_jax.pipeline.sampling import image_keys, image_noise, image_seeds, sample_latents
 
 # PyTorch's own, inside the reference.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")

@@ -20,11 +20,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import ti_jax
-from ti_jax import drawing
+from ti_jax.cli import infer
 from ti_jax.config import InferConfig, resolve_infer
 from ti_jax.diffusion.samplers import make_sampler
 from ti_jax.errors import InputError
-from ti_jax.text_encoders import TextEncoders
+from ti_jax.text.text_encoders import TextEncoders
 from ti_jax.weights.families import SD1, SD2
 from ti_jax.weights.ldm_configs import layers_unused
 from ti_jax.weights.sources import open_source
@@ -265,7 +265,7 @@ def test_train_and_draw(model, pictures, tmp_path):
         pretrained_model_name_or_path=str(file), num_inference_steps=2, height=32, width=32,
         output=str(tmp_path / "out.png"),
     )  # fmt: skip
-    (path,) = drawing.draw(resolve_infer(draw))
+    (path,) = infer.draw(resolve_infer(draw))
     with Image.open(path) as picture:
         assert picture.size == (32, 32) and np.asarray(picture).std() > 1
 

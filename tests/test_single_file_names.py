@@ -13,9 +13,9 @@ from flax.traverse_util import flatten_dict
 from test_full_size import TEXT_ENCODERS, UNETS, VAES
 
 from ti_jax.models.clip_text import CLIPTextConfig
+from ti_jax.models.networks import make_networks, network_shapes
 from ti_jax.models.unet import UNetConfig
 from ti_jax.models.vae import VAEConfig
-from ti_jax.networks import make_networks, network_shapes
 from ti_jax.weights.families import SD1, SD2, SDXL, identify
 from ti_jax.weights.ldm_names import is_buffer
 from ti_jax.weights.load import plan

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict
 from safetensors.torch import save_file
 
 from ti_jax.errors import InputError
-from ti_jax.networks import make_networks, network_shapes
+from ti_jax.models.networks import make_networks, network_shapes
 from ti_jax.weights.identity import Identity
 from ti_jax.weights.sources import open_source
 

@@ -55,7 +55,7 @@ def test_without_libtpu_nothing_is_done(libtpu):
 
 def test_commands_do_it_before_jax_starts(libtpu):
     program = (
-        "import os, sys; from ti_jax.cli import main\n"
+        "import os, sys; from ti_jax.cli.main import main\n"
         "main(['embedding', 'inspect', 'nothing.safetensors'])\n"
         "print(os.environ.get('JAX_PLATFORMS'))"
     )

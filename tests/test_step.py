@@ -15,11 +15,12 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from ti_jax.config import TrainConfig
-from ti_jax.networks import Networks
+from ti_jax.data.dataset import make_dataset
+from ti_jax.models.networks import Networks
 from ti_jax.pipeline import StableDiffusion
 from ti_jax.training import parallel
+from ti_jax.training.job import prepare_concept
 from ti_jax.training.optimizer import make_optimizer
-from ti_jax.training.setup import make_dataset, prepare_concept
 from ti_jax.training.step import Frozen, TrainState, diffusion_loss, draw_batch, make_train_step
 
 STEPS = 20

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from transformers import CLIPTokenizer
 
-from ti_jax import tokens
 from ti_jax.config import ASSETS
 from ti_jax.errors import InputError
+from ti_jax.text import tokens
 
 VOCAB = 788  # rows of the table; ids from here on are new rows
 LENGTH = 32

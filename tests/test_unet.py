@@ -29,7 +29,7 @@ from ti_jax.models.layers import Downsample2D, GroupNorm, ResnetBlock2D, Timeste
 from ti_jax.models.transformer import Attention, BasicTransformerBlock, FeedForward, Transformer2DModel
 from ti_jax.models.unet import UNet2DConditionModel, UNetConfig
 from ti_jax.ops.rematerialisation import checkpointed
-from ti_jax.training.fitting import WAYS
+from ti_jax.training.compile import WAYS
 from ti_jax.training.parallel import CPU_OPTIONS
 
 # Down to 2 x 2; and sizes where halving rounds up, so that the way up must match the way down.

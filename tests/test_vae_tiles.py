@@ -7,9 +7,9 @@ import pytest
 import torch
 from diffusers_models import VAE, assert_close, channels_first, channels_last, loaded_vae, torch_vae
 
+from ti_jax.models.networks import make_networks, network_shapes
 from ti_jax.models.vae_tiles import decode_in_tiles
-from ti_jax.networks import make_networks, network_shapes
-from ti_jax.weights.published import SD15
+from ti_jax.weights.reference_configs import SD15
 
 FACTOR = 2
 SMALL = VAE | dict(

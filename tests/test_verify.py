@@ -11,11 +11,11 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 
+from ti_jax.cli.verify import LIMIT, VerifyReport, verify
 from ti_jax.config import ASSETS
 from ti_jax.embeddings import Embedding
 from ti_jax.errors import InputError
 from ti_jax.pipeline import StableDiffusion
-from ti_jax.verify import LIMIT, VerifyReport, verify
 
 MINI_SD = ASSETS / "mini-sd"
 WIDTH = 192

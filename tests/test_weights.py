@@ -20,11 +20,12 @@ from flax.traverse_util import flatten_dict
 from safetensors.torch import load_file, save_file
 
 from ti_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
+from ti_jax.models.shapes import param_shapes
 from ti_jax.models.unet import UNet2DConditionModel, UNetConfig
 from ti_jax.models.vae import AutoencoderKL, VAEConfig
 from ti_jax.weights.config_files import read_component_config
 from ti_jax.weights.identity import Identity
-from ti_jax.weights.load import load_component, param_shapes
+from ti_jax.weights.load import load_component
 
 COMPONENTS = ("text_encoder", "unet", "vae")
 

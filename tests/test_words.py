@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from transformers import CLIPTokenizer
 
-from ti_jax import prompt_weights, tokens
 from ti_jax.config import ASSETS
+from ti_jax.text import prompt_weights, tokens
 from ti_jax.words import contains_word, find_words, fold, same_word
 
 VOCAB = 788

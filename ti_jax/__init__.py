@@ -10,11 +10,11 @@ __version__ = "0.1.0"
 __all__ = ["Embedding", "InputError", "StableDiffusion", "TrainConfig", "TrainResult", "train"]
 
 if TYPE_CHECKING:
-    from .config import TrainConfig
-    from .embeddings import Embedding
-    from .errors import InputError
-    from .pipeline import StableDiffusion
-    from .training.loop import TrainResult, train
+    from ti_jax.config import TrainConfig
+    from ti_jax.embeddings import Embedding
+    from ti_jax.errors import InputError
+    from ti_jax.pipeline import StableDiffusion
+    from ti_jax.training.loop import TrainResult, train
 
 _HOME = {
     "Embedding": ".embeddings",

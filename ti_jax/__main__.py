@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from . import interrupts
+from ti_jax import interrupts
 
 
 def run(prog: str = "ti-jax", *command: str) -> None:
     """The program: ``command`` and the flags of this process."""
     interrupts.listen(prog)
-    from .cli import main
+    from ti_jax.cli.main import main
 
     interrupts.leave(main([*command, *sys.argv[1:]], prog=prog))
 

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from .errors import InputError
-from .interrupts import whole
+from ti_jax.errors import InputError
+from ti_jax.interrupts import whole
 
 Content = bytes | Callable[[BinaryIO], None]
 

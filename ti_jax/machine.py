@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from .errors import InputError
+from ti_jax.errors import InputError
 
 # Share of a device's memory that is left alone: allocators lose some between blocks, and libraries take some.
 SPARE = 0.05
@@ -105,7 +105,7 @@ def enable_compilation_cache() -> None:
     """Keep compiled programs in ``~/.cache/ti_jax/xla``, which is cut to `CACHE_BYTES` here, at the start of a program.
 
     Where the caller has chosen a folder (JAX_COMPILATION_CACHE_DIR, or ``jax.config``) nothing is changed, so a second
-    call changes nothing either. To be called after `ti_jax.training.processes.join`.
+    call changes nothing either. To be called after `ti_jax.training.multihost.join`.
     """
     chosen: str | None = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if chosen is not None:

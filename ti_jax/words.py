@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from .errors import InputError, is_utf8
+from ti_jax.errors import InputError, is_utf8
 
 Words = Mapping[str, int]
 """Placeholder words with their numbers of vectors, in the order of the rows."""

@@ -18,7 +18,7 @@ import optax
 import trainer
 import world
 
-from ti_jax.evaluation.judge import Judge, JudgeConfig, JudgeNetwork, Probe, split_logits
+from ti_jax.evaluation.avatar_judge import Judge, JudgeConfig, JudgeNetwork, Probe, split_logits
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ import vae  # noqa: E402
 import yaml  # noqa: E402
 from flax import serialization  # noqa: E402
 
-from ti_jax.evaluation.judge import FOLDER as JUDGE_FOLDER  # noqa: E402
-from ti_jax.evaluation.judge import Judge  # noqa: E402
+from ti_jax.evaluation.avatar_judge import FOLDER as JUDGE_FOLDER  # noqa: E402
+from ti_jax.evaluation.avatar_judge import Judge  # noqa: E402
 from ti_jax.files import write_atomically  # noqa: E402
 from ti_jax.weights.load import load_component  # noqa: E402
 

@@ -12,7 +12,7 @@ import world
 from judge import accuracy
 from PIL import Image
 
-from ti_jax.evaluation.judge import Judge
+from ti_jax.evaluation.avatar_judge import Judge
 from ti_jax.pipeline import StableDiffusion
 
 STEPS, GUIDANCE = 25, 3.0

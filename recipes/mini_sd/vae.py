@@ -23,11 +23,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ti_jax.batches import in_batches
-from ti_jax.data.images import as_uint8
-from ti_jax.evaluation.judge import Judge, JudgeNetwork
+from ti_jax.data.folder import as_uint8
+from ti_jax.evaluation.avatar_judge import Judge, JudgeNetwork
+from ti_jax.models.shapes import param_shapes
 from ti_jax.models.vae import AutoencoderKL, VAEConfig
 from ti_jax.training.parallel import AXIS, make_mesh
-from ti_jax.weights.load import param_shapes
 
 CONFIG = {
     "_class_name": "AutoencoderKL",

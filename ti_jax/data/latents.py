@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..batches import in_batches
-from ..pipeline import StableDiffusion
+from ti_jax.batches import in_batches
+from ti_jax.pipeline import StableDiffusion
 
 # Pictures at a time. The VAE's activations at full resolution are the memory's peak here: in bfloat16 at 1024 pixels
 # compiled for a TPU v5e, 8.9 GB for four pictures and 1.3 GB for one. Done once a run: its time hardly matters.

@@ -13,9 +13,9 @@ from typing import IO
 
 from PIL import Image, UnidentifiedImageError
 
-from ..errors import InputError, one_line
-from .colours import to_rgb
-from .formats import format_by_content, is_read, readable_suffixes, remedy
+from ti_jax.data.colours import to_rgb
+from ti_jax.data.formats import format_by_content, is_read, readable_suffixes, remedy
+from ti_jax.errors import InputError, one_line
 
 # What Pillow's decoders raise on broken files, besides OSError: they do not agree on one exception.
 _BROKEN = (

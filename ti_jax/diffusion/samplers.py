@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..errors import InputError
-from .schedule import PREDICTION_TYPES, alphas_cumprod
+from ti_jax.diffusion.schedule import PREDICTION_TYPES, alphas_cumprod
+from ti_jax.errors import InputError
 
 SAMPLERS = ("ddim", "euler", "euler_a", "dpm++")
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..errors import InputError
+from ti_jax.errors import InputError
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 

@@ -1,5 +1,5 @@
 """Learned words: in memory, and in the file formats of the programs that use them."""
 
-from .embedding import Embedding, check_fits
+from ti_jax.embeddings.embedding import Embedding, check_fits
 
 __all__ = ["Embedding", "check_fits"]

@@ -12,13 +12,13 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..errors import InputError
-from .containers import PICKLE_SUFFIXES, PICTURES, Content, pickle_bytes
-from .embedding import Embedding
-from .families import describe
-from .image_card import card_png
-from .naming import named
-from .vectors import encoder_of, vectors_of
+from ti_jax.embeddings.containers import PICKLE_SUFFIXES, PICTURES, Content, pickle_bytes
+from ti_jax.embeddings.embedding import Embedding
+from ti_jax.embeddings.families import describe
+from ti_jax.embeddings.image_card import card_png
+from ti_jax.embeddings.naming import named
+from ti_jax.embeddings.vectors import encoder_of, vectors_of
+from ti_jax.errors import InputError
 
 _KEY = "*"
 _ID_OF_KEY = 265  # of "*" in CLIP's vocabulary

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError
-from .containers import BUNDLE, Content
-from .embedding import CAVEAT, Embedding
-from .families import FAMILIES
-from .naming import named
-from .vectors import encoder_of, vectors_of
+from ti_jax.embeddings.containers import BUNDLE, Content
+from ti_jax.embeddings.embedding import CAVEAT, Embedding
+from ti_jax.embeddings.families import FAMILIES
+from ti_jax.embeddings.naming import named
+from ti_jax.embeddings.vectors import encoder_of, vectors_of
+from ti_jax.errors import InputError
 
 COG_KEYS = {"text_encoder": "text_encoders_0", "text_encoder_2": "text_encoders_1"}
 _CLIP_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}

@@ -10,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from ..errors import InputError
-from .containers import Content, safetensors_bytes
-from .embedding import CAVEAT, Embedding
-from .naming import named
-from .vectors import T5_WORD, encoder_of, vectors_of
+from ti_jax.embeddings.containers import Content, safetensors_bytes
+from ti_jax.embeddings.embedding import CAVEAT, Embedding
+from ti_jax.embeddings.naming import named
+from ti_jax.embeddings.vectors import T5_WORD, encoder_of, vectors_of
+from ti_jax.errors import InputError
 
 SINGLE_KEYS = ("emb_params", "emp_params")
 KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}

@@ -19,9 +19,9 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
-from ..errors import InputError, listed, one_line, utf8
-from ..weights.files import DTYPES, refuse_git_lfs_pointer, safe_classes
-from .image_card import is_picture, read_card
+from ti_jax.embeddings.image_card import is_picture, read_card
+from ti_jax.errors import InputError, listed, one_line, utf8
+from ti_jax.weights.files import DTYPES, refuse_git_lfs_pointer, safe_classes
 
 OURS = "ti_jax."  # how the names of header entries begin that are about a file of ours and not about its word
 

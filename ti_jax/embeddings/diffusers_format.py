@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import InputError
-from .containers import OURS, PICKLE_SUFFIXES, Content, pickle_bytes, read_content, safetensors_bytes
-from .embedding import Embedding
-from .families import FAMILIES, TEXT_ENCODERS
-from .naming import named
-from .vectors import encoder_of, vectors_of
+from ti_jax.embeddings.containers import OURS, PICKLE_SUFFIXES, Content, pickle_bytes, read_content, safetensors_bytes
+from ti_jax.embeddings.embedding import Embedding
+from ti_jax.embeddings.families import FAMILIES
+from ti_jax.embeddings.naming import named
+from ti_jax.embeddings.vectors import encoder_of, vectors_of
+from ti_jax.errors import InputError
+from ti_jax.models.components import TEXT_ENCODERS
 
 FILE_NAMES = ("learned_embeds.safetensors", "learned_embeds.bin")
 _BASE = "learned_embeds"

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import InputError
-from ..files import write_together
-from ..words import check_token
-from .families import TEXT_ENCODERS, describe, family_of
+from ti_jax.embeddings.families import describe, family_of
+from ti_jax.errors import InputError
+from ti_jax.files import write_together
+from ti_jax.models.components import TEXT_ENCODERS
+from ti_jax.words import check_token
 
 # What a file's reader has to say of the word that it made of it, in the metadata.
 CAVEAT = "caveat"
@@ -100,7 +101,7 @@ class Embedding:
         Raises:
           InputError: no such file, broken, of no known format, or not a word.
         """
-        from .formats import read
+        from ti_jax.embeddings.formats import read
 
         return read(Path(path), token)
 
@@ -117,7 +118,7 @@ class Embedding:
           InputError: an unknown format, a suffix that the format does not have, a word that it cannot hold, or a disk
             that is full or cannot be written.
         """
-        from .formats import render
+        from ti_jax.embeddings.formats import render
 
         write_together(render(self, Path(path), format))
 

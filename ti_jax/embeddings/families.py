@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+from ti_jax.models.components import TEXT_ENCODERS
 
 # Lengths of a token embedding, by text encoder, of the published model families. Where a word fits several, as a single
 # [n, 768] does, the first is meant unless its metadata says otherwise.

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError
-from . import a1111_format, bundle_formats, comfyui_format, diffusers_format, xti_format
-from .containers import Content, read_content
-from .embedding import Embedding
+from ti_jax.embeddings import a1111_format, bundle_formats, comfyui_format, diffusers_format, xti_format
+from ti_jax.embeddings.containers import Content, read_content
+from ti_jax.embeddings.embedding import Embedding
+from ti_jax.errors import InputError
 
 
 @dataclass(frozen=True)

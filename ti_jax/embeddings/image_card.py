@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ..errors import InputError, one_line
+from ti_jax.errors import InputError, one_line
 
 TEXT_CHUNK = "sd-ti-embedding"
 TENSOR = "TORCHTENSOR"

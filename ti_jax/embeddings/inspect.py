@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .containers import PICTURES
-from .embedding import CAVEAT, Embedding
-from .families import describe
-from .formats import read_as_found, word_file
+from ti_jax.embeddings.containers import PICTURES
+from ti_jax.embeddings.embedding import CAVEAT, Embedding
+from ti_jax.embeddings.families import describe
+from ti_jax.embeddings.formats import read_as_found, word_file
 
 
 @dataclass(frozen=True)

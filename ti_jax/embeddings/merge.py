@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ..errors import InputError
-from .embedding import CAVEAT, Embedding
-from .families import describe
+from ti_jax.embeddings.embedding import CAVEAT, Embedding
+from ti_jax.embeddings.families import describe
+from ti_jax.errors import InputError
 
 METHODS = ("sum", "concat", "slerp")
 

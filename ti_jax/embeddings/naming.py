@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..words import check_token, find_words, fold
-from .containers import Content, word_metadata
-from .embedding import Embedding
+from ti_jax.embeddings.containers import Content, word_metadata
+from ti_jax.embeddings.embedding import Embedding
+from ti_jax.words import check_token, find_words, fold
 
 
 def named(

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import InputError
-from .embedding import Embedding
+from ti_jax.embeddings.embedding import Embedding
+from ti_jax.errors import InputError
 
 # Numbers of the vectors that stay, several selections of them -> what each text encoder makes of a prompt with them:
 # its output at the end-of-text token, float32 [B, D] by text encoder.

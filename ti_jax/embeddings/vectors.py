@@ -5,8 +5,9 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
-from ..errors import InputError
-from .families import FAMILIES, TEXT_ENCODERS
+from ti_jax.embeddings.families import FAMILIES
+from ti_jax.errors import InputError
+from ti_jax.models.components import TEXT_ENCODERS
 
 T5_WIDTH = 4096  # of T5-XXL
 T5_WORD = "a word for the T5 text encoder of SD3 or Flux, which no Stable Diffusion 1, 2 or XL has"

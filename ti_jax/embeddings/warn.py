@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..weights.tokenizers import clip_tokenizer
-from ..words import fold
-from .embedding import Embedding
+from ti_jax.embeddings.embedding import Embedding
+from ti_jax.weights.tokenizers import clip_tokenizer
+from ti_jax.words import fold
 
 
 def capital_fault(token: str, num_vectors: int) -> str | None:

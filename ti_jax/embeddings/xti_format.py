@@ -11,11 +11,11 @@ import dataclasses
 
 import numpy as np
 
-from ..errors import InputError
-from .containers import Content
-from .embedding import CAVEAT, Embedding
-from .naming import named
-from .vectors import encoder_of, vectors_of
+from ti_jax.embeddings.containers import Content
+from ti_jax.embeddings.embedding import CAVEAT, Embedding
+from ti_jax.embeddings.naming import named
+from ti_jax.embeddings.vectors import encoder_of, vectors_of
+from ti_jax.errors import InputError
 
 LAYERS = (
     "IN01", "IN02", "IN04", "IN05", "IN07", "IN08", "MID",

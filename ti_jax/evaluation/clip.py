@@ -13,14 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from ..batches import in_batches
-from ..errors import InputError
-from ..models.clip_text import CLIPTextConfig
-from ..models.clip_vision import CLIPModel, CLIPVisionConfig
-from ..ops.matmul import exact_products
-from ..weights.config_files import read_json
-from ..weights.load import load_component, param_shapes
-from ..weights.tokenizers import load_tokenizer
+from ti_jax.batches import in_batches
+from ti_jax.errors import InputError
+from ti_jax.models.clip_text import CLIPTextConfig
+from ti_jax.models.clip_vision import CLIPModel, CLIPVisionConfig
+from ti_jax.models.shapes import param_shapes
+from ti_jax.ops.matmul import exact_products
+from ti_jax.weights.config_files import read_json
+from ti_jax.weights.load import load_component
+from ti_jax.weights.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

@@ -11,18 +11,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..config import EMBEDDED_STEPS, PAPER_STEPS, EvaluateConfig, TrainConfig
-from ..data.images import as_uint8, load_images
-from ..embeddings import Embedding, check_fits
-from ..embeddings.naming import load_given
-from ..errors import InputError
-from ..files import ensure_writable_folder, write_atomically
-from ..machine import explaining_out_of_memory
-from ..model_description import ModelDescription, open_model_of
-from ..pipeline import StableDiffusion
-from .clip import CLIP, read_clip_config
-from .judge import FOLDER, Judge
-from .scores import CLIP_IMAGES, Scores, clip_scores, judge_scores
+from ti_jax.config import EMBEDDED_STEPS, PAPER_STEPS, EvaluateConfig, TrainConfig
+from ti_jax.data.folder import as_uint8, load_images
+from ti_jax.embeddings import Embedding, check_fits
+from ti_jax.embeddings.naming import load_given
+from ti_jax.errors import InputError
+from ti_jax.evaluation.avatar_judge import FOLDER, Judge
+from ti_jax.evaluation.clip import CLIP, read_clip_config
+from ti_jax.evaluation.scores import CLIP_IMAGES, Scores, clip_scores, judge_scores
+from ti_jax.files import ensure_writable_folder, write_atomically
+from ti_jax.machine import explaining_out_of_memory
+from ti_jax.pipeline import StableDiffusion
+from ti_jax.pipeline.model_description import ModelDescription, open_model_of
 
 JUDGE_IMAGES = 4
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..words import fill
-from .clip import CLIP
-from .judge import Judge, Probe
+from ti_jax.evaluation.avatar_judge import Judge, Probe
+from ti_jax.evaluation.clip import CLIP
+from ti_jax.words import fill
 
 Draw = Callable[[Sequence[str]], list[Image.Image]]
 """Draws one picture for each prompt; the pictures are by seeds of their own."""

@@ -10,12 +10,12 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from ..errors import InputError
-from . import run_folder, showing
-from .job import Job
-from .reporting import Reporter
-from .setup import row_figures
-from .step import TrainState
+from ti_jax.errors import InputError
+from ti_jax.training import run_folder, validation
+from ti_jax.training.job import Job
+from ti_jax.training.report import Reporter
+from ti_jax.training.rows import row_figures
+from ti_jax.training.step import TrainState
 
 # What goes wrong where pictures are drawn or measured: a NaN, no memory on the device, a full disk.
 DRAWING_FAULTS = (InputError, jax.errors.JaxRuntimeError, MemoryError)
@@ -121,14 +121,14 @@ class Validate(Action):
         with job.clock.phase("pictures"):
             image = or_warn(
                 "the validation picture",
-                lambda: showing.save_validation(job.config, job.sd, job.concept, embedding, job.folder, step),
+                lambda: validation.save_validation(job.config, job.sd, job.concept, embedding, job.folder, step),
             )
         if image is not None:
             reporter.picture("validation", image, step)
 
     def done(self, step: int) -> bool:
         """See `Action`."""
-        return showing.validation_path(self.job.folder, step).exists()
+        return validation.validation_path(self.job.folder, step).exists()
 
 
 class Measure(Action):

@@ -21,11 +21,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ..config import TrainConfig
-from ..errors import InputError, one_line
-from ..files import disk_errors
-from ..interrupts import whole
-from .step import TrainState
+from ti_jax.config import TrainConfig
+from ti_jax.errors import InputError, one_line
+from ti_jax.files import disk_errors
+from ti_jax.interrupts import whole
+from ti_jax.training.step import TrainState
 
 Fingerprint = dict[str, Any]
 

@@ -6,13 +6,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from ..config import TrainConfig
-from ..embeddings import Embedding
-from ..errors import InputError, one_line, utf8
-from ..files import write_atomically
-from ..words import fill
-from .run_folder import ONE_FILE
-from .showing import OVERVIEW_COLUMNS
+from ti_jax.config import TrainConfig
+from ti_jax.embeddings import Embedding
+from ti_jax.errors import InputError, one_line, utf8
+from ti_jax.files import write_atomically
+from ti_jax.training.run_folder import ONE_FILE
+from ti_jax.training.validation import OVERVIEW_COLUMNS
+from ti_jax.words import fill
 
 # Not config.yaml, which has the paths of this machine.
 _UPLOADED = ["learned_embeds*.safetensors", "overview.png", "samples/*.png", "README.md"]

@@ -15,20 +15,24 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from ..config import Checkpointing, TrainConfig
-from ..embeddings import Embedding
-from ..files import ensure_writable_folder
-from ..ops.platform import Platform
-from ..pipeline import StableDiffusion
-from . import processes, run_folder
-from .checkpoint import Checkpoints, fingerprint
-from .fitting import StepBuilder
-from .measuring import Measuring, make_measuring
-from .optimizer import make_optimizer, warmup_note
-from .parallel import make_mesh, replicate, without_copies
-from .processes import is_leader
-from .setup import Concept, Inputs, load_model_and_concept, make_dataset, read_inputs, usual_norms
-from .step import Frozen, TrainState
+from ti_jax.config import Checkpointing, TrainConfig
+from ti_jax.data.concept import Concept, Inputs, Say, check_concept, read_inputs, with_rows
+from ti_jax.data.dataset import make_dataset
+from ti_jax.embeddings import Embedding
+from ti_jax.files import ensure_writable_folder
+from ti_jax.ops.platform import Platform
+from ti_jax.pipeline import StableDiffusion
+from ti_jax.pipeline.model_description import open_model_of
+from ti_jax.training import multihost, run_folder
+from ti_jax.training.checkpoint import Checkpoints, fingerprint
+from ti_jax.training.compile import StepBuilder
+from ti_jax.training.measure import Measuring, make_measuring
+from ti_jax.training.multihost import is_leader
+from ti_jax.training.optimizer import make_optimizer, warmup_note
+from ti_jax.training.parallel import make_mesh, replicate, without_copies
+from ti_jax.training.rows import usual_norms
+from ti_jax.training.step import Frozen, TrainState
+from ti_jax.training.validation import check_pictures_to_draw
 
 
 class Clock:
@@ -123,7 +127,7 @@ def prepare(
         ensure_writable_folder(folder)
         holding.enter_context(run_folder.locked(folder))
         run_folder.check_free(folder)
-    inputs = read_inputs(config, processes.log_leader)
+    inputs = read_inputs(config, multihost.log_leader)
     push = _open_hub(config) if is_leader() else None
     with clock.phase("load"):
         sd, concept = load(config, inputs)
@@ -139,7 +143,7 @@ def prepare(
     total = total_updates(config, len(concept.pictures.pixels), samples_per_step)
     optimizer, schedule = make_optimizer(config, total, samples_per_step)
     if (note := warmup_note(config, total)) is not None:
-        processes.log_leader(note)
+        multihost.log_leader(note)
     frozen = replicate(
         Frozen(
             params=without_copies({name: tree for name, tree in sd.params.items() if name != "vae"}),
@@ -181,12 +185,12 @@ def agree(job: Job) -> Job:
       InputError: another process has other settings or files, or the checkpoint cannot be used.
     """
     identity = job.fingerprint
-    processes.check_same(identity)
+    multihost.check_same(identity)
     if job.checkpoints is not None:
         job.checkpoints.identity = identity
     if job.config.resume_from_checkpoint is None:
         return job
-    start, gradient_checkpointing = processes.on_leader(lambda: _resume(job))
+    start, gradient_checkpointing = multihost.on_leader(lambda: _resume(job))
     config = dataclasses.replace(job.config, gradient_checkpointing=gradient_checkpointing)
     return dataclasses.replace(job, start=start, config=config)
 
@@ -196,9 +200,9 @@ def _resume(job: Job) -> tuple[TrainState, Checkpointing | None]:
     assert job.config.resume_from_checkpoint is not None and job.checkpoints is not None, "the first process has them"
     restored = job.checkpoints.restore(job.config.resume_from_checkpoint, job.start)
     if restored is None:
-        processes.log_leader(f"no checkpoint in {job.checkpoints.folder} yet: starting from the beginning")
+        multihost.log_leader(f"no checkpoint in {job.checkpoints.folder} yet: starting from the beginning")
     else:
-        processes.log_leader(f"resuming at step {int(restored.step)} of {job.total}")
+        multihost.log_leader(f"resuming at step {int(restored.step)} of {job.total}")
     state = jax.device_get(job.start if restored is None else restored)
     if job.measuring is not None:
         step = int(state.step)
@@ -212,7 +216,7 @@ def load(config: TrainConfig, inputs: Inputs) -> tuple[StableDiffusion, Concept]
     Raises:
       InputError: something about either is wrong.
     """
-    sd, concept = load_model_and_concept(config, inputs, processes.log_leader)
+    sd, concept = load_model_and_concept(config, inputs, multihost.log_leader)
     # The autoencoder encodes the pictures once, and draws now and then: it is on a device only while it runs.
     sd = dataclasses.replace(sd, params={**sd.params, "vae": jax.device_get(sd.params["vae"])})
     return sd, concept
@@ -221,7 +225,7 @@ def load(config: TrainConfig, inputs: Inputs) -> tuple[StableDiffusion, Concept]
 def _open_hub(config: TrainConfig) -> Callable[[Path, Embedding], None] | None:
     if not config.push_to_hub:
         return None
-    from . import hub
+    from ti_jax.training import hub
 
     return hub.open_repository(config)
 
@@ -232,3 +236,26 @@ def total_updates(config: TrainConfig, num_pictures: int, global_batch: int) -> 
         return config.max_train_steps
     assert config.num_train_epochs is not None, "the config is resolved"
     return config.num_train_epochs * math.ceil(num_pictures * config.repeats / global_batch)
+
+
+def load_model_and_concept(config: TrainConfig, inputs: Inputs, say: Say) -> tuple[StableDiffusion, Concept]:
+    """The model and what it is to learn, checked in order of cost: the weights are read last.
+
+    Raises:
+      InputError: whatever is wrong with the config's words and prompts, the model, or what is to be drawn.
+    """
+    with open_model_of(config) as model:
+        checked = check_concept(config, model, inputs, say)
+        check_pictures_to_draw(config, model, checked, say)
+        sd = StableDiffusion.load(model)
+    return sd, with_rows(config, checked, inputs, sd)
+
+
+def prepare_concept(config: TrainConfig, sd: StableDiffusion, say: Say) -> Concept:
+    """The concept for a model that is loaded already.
+
+    Raises:
+      InputError: as `read_inputs` and `check_concept`.
+    """
+    inputs = read_inputs(config, say)
+    return with_rows(config, check_concept(config, sd, inputs, say), inputs, sd)

@@ -21,8 +21,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import TrainConfig
-from ..errors import InputError
+from ti_jax.config import TrainConfig
+from ti_jax.errors import InputError
 
 # On a Google Cloud VM the metadata server answers in milliseconds. Elsewhere its name may not even be resolved in time.
 METADATA_SECONDS = 5.0

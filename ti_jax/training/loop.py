@@ -13,23 +13,23 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from .. import interrupts
-from ..config import TrainConfig, resolve
-from ..config_yaml import dump_yaml
-from ..embeddings import Embedding
-from ..errors import InputError
-from ..files import write_atomically
-from ..machine import enable_compilation_cache, free_memory
-from . import processes, run_folder, showing
-from .actions import Action, Timetable, make_actions, or_warn
-from .cores import use_cores
-from .fitting import CompiledStep, checked, compile_fitting
-from .job import Job, agree, prepare
-from .parallel import replicate
-from .processes import StopRequests, all_or_raise, is_leader, on_leader
-from .reporting import Reporter, say_how_far
-from .setup import row_figures
-from .step import TrainState
+from ti_jax import interrupts
+from ti_jax.config import TrainConfig, resolve
+from ti_jax.config.yaml import dump_yaml
+from ti_jax.embeddings import Embedding
+from ti_jax.errors import InputError
+from ti_jax.files import write_atomically
+from ti_jax.machine import enable_compilation_cache, free_memory
+from ti_jax.training import multihost, run_folder, validation
+from ti_jax.training.actions import Action, Timetable, make_actions, or_warn
+from ti_jax.training.compile import CompiledStep, checked, compile_fitting
+from ti_jax.training.cpu_devices import use_cores
+from ti_jax.training.job import Job, agree, prepare
+from ti_jax.training.multihost import StopRequests, all_or_raise, is_leader, on_leader
+from ti_jax.training.parallel import replicate
+from ti_jax.training.report import Reporter, say_how_far
+from ti_jax.training.rows import row_figures
+from ti_jax.training.step import TrainState
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> T
 
     Args:
       devices: each of them takes ``config.train_batch_size`` samples of a batch. None: all that JAX has; on a CPU its
-        cores share these samples (`ti_jax.training.cores`).
+        cores share these samples (`ti_jax.training.cpu_devices`).
 
     Raises:
       InputError: something in the config, the pictures or the model is wrong, another run has the folder, a disk is
@@ -66,12 +66,12 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> T
     """
     config = resolve(config)
     cores = use_cores(config) if devices is None else None
-    processes.join(config)
+    multihost.join(config)
     enable_compilation_cache()
     sharing = 1
     if cores is not None and jax.default_backend() == "cpu":
         devices, sharing = jax.devices()[:cores], cores
-    with processes.in_step(), contextlib.ExitStack() as holding:
+    with multihost.in_step(), contextlib.ExitStack() as holding:
         job = agree(all_or_raise(lambda: prepare(config, devices, sharing, holding)))
         return run(job, compile_step(job))
 
@@ -82,7 +82,7 @@ def compile_step(job: Job) -> CompiledStep:
     Raises:
       InputError: it cannot.
     """
-    memory = processes.smallest(free_memory(job.mesh.local_devices))
+    memory = multihost.smallest(free_memory(job.mesh.local_devices))
     if memory is not None:
         memory += sum(leaf.nbytes for leaf in jax.tree.leaves((job.frozen, job.start)))
     lower = partial(job.builder.lower, job.frozen, job.start)
@@ -96,7 +96,7 @@ def run(job: Job, step: CompiledStep) -> TrainResult:
     config = dataclasses.replace(job.config, gradient_checkpointing=step.gradient_checkpointing)
     # Only now, when nothing about the input can be wrong any more: a mistyped command displaces no results.
     on_leader(lambda: _open_folder(config, job))
-    processes.log_leader(_summary(job, step))
+    multihost.log_leader(_summary(job, step))
     # Several processes have to do an action together, or not at all: there it is finished first.
     with interrupts.deferred(abandon=jax.process_count() == 1):
         state, losses, stopped = _loop(job, step)
@@ -181,7 +181,7 @@ class Pace:
         if self._settled:
             return
         wanted = min(max(1, int(steps * self.SECONDS / seconds)), 2 * self.steps, self._longest)
-        agreed = int(processes.smallest(wanted) or 1)
+        agreed = int(multihost.smallest(wanted) or 1)
         # Agreeing takes the processes a round trip, so that they do it no more often than they must.
         self._settled = jax.process_count() > 1 and (agreed <= self.steps or agreed == self._longest)
         self.steps = agreed
@@ -247,20 +247,20 @@ def _finish(job: Job, state: TrainState, stopped: bool) -> tuple[Embedding, bool
         if not stopped:
             embedding = _measure(job, embedding, last)
             with job.clock.phase("pictures"):
-                draw = partial(showing.save_overview, job.config, job.sd, job.concept, embedding, job.folder)
+                draw = partial(validation.save_overview, job.config, job.sd, job.concept, embedding, job.folder)
                 or_warn("the overview", draw)
             if job.push is not None:
                 interrupts.interruptible(partial(job.push, job.folder, embedding))
     except interrupts.Interrupted:
         stopped = True
-        processes.log_leader("asked to stop: all steps are made; --resume_from_checkpoint latest does what is left")
+        multihost.log_leader("asked to stop: all steps are made; --resume_from_checkpoint latest does what is left")
     phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in job.clock.seconds.items())
     if len(embedding.vectors) > 1:
-        processes.log_leader(
+        multihost.log_leader(
             f"{job.folder / run_folder.ONE_FILE}: the same word in one file, for AUTOMATIC1111 and ComfyUI; "
             "learned_embeds and learned_embeds_2 are for diffusers"
         )
-    processes.log_leader(f"{job.folder / run_folder.EMBEDDING_FILE}: {embedding.token} after {last} steps ({phases})")
+    multihost.log_leader(f"{job.folder / run_folder.EMBEDDING_FILE}: {embedding.token} after {last} steps ({phases})")
     return embedding, not stopped
 
 
@@ -275,5 +275,5 @@ def _measure(job: Job, embedding: Embedding, step: int) -> Embedding:
         return embedding
     embedding, scores = found
     run_folder.save_embedding(embedding, job.folder)
-    processes.log_leader(f"{embedding.token} after {embedding.metadata['steps']} steps: {scores}")
+    multihost.log_leader(f"{embedding.token} after {embedding.metadata['steps']} steps: {scores}")
     return embedding

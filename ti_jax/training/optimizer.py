@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ..config import TrainConfig
+from ti_jax.config import TrainConfig
 
 
 def learning_rate_schedule(config: TrainConfig, peak: float, total_steps: int) -> optax.Schedule:

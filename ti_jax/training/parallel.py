@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from .step import Frozen, TrainState
+from ti_jax.training.step import Frozen, TrainState
 
 AXIS = "data"
 

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..config import TrainConfig
-from ..embeddings import Embedding
-from ..errors import InputError
-from ..files import disk_errors
-from ..interrupts import whole
+from ti_jax.config import TrainConfig
+from ti_jax.embeddings import Embedding
+from ti_jax.errors import InputError
+from ti_jax.files import disk_errors
+from ti_jax.interrupts import whole
 
 try:
     import fcntl

@@ -14,22 +14,10 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from ..diffusion.schedule import NoiseSchedule, add_noise, training_target
-from ..networks import Condition, Networks
-from ..ops.matmul import exact_products
-
-Rows = dict[str, jax.Array]
-
-
-class Dataset(NamedTuple):
-    """What the loop draws from, whole on every device: a concept is a handful of pictures."""
-
-    moments: jax.Array  # float32 [N, 2, h, w, 2c]: VAE mean and log-variance of each picture and of its mirror image
-    ids: Mapping[str, jax.Array]  # int32 [P, L] for each text encoder: every prompt template, tokenized
-    time_ids: jax.Array  # float32 [N, 2, 6]: what SDXL is told of each picture and its mirror image, see `Condition`
-    flip_probability: jax.Array  # float32 scalar
-    latent_scale: jax.Array  # float32 scalar: the VAE's scaling_factor
-    latent_shift: jax.Array  # float32 scalar: the VAE's shift_factor, mostly 0
+from ti_jax.data.dataset import Dataset
+from ti_jax.diffusion.schedule import NoiseSchedule, add_noise, training_target
+from ti_jax.models.networks import Condition, Networks, Rows
+from ti_jax.ops.matmul import exact_products
 
 
 class TrainState(NamedTuple):

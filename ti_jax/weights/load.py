@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ti_jax.errors import InputError, listed
@@ -24,14 +23,6 @@ Tree = dict[str, Any]
 logger = logging.getLogger(__name__)
 
 BLOCK = 32  # output channels
-
-
-def param_shapes(module: nn.Module, *inputs: Any, **keywords: Any) -> Tree:
-    """Parameter tree of `module` as ShapeDtypeStructs; nothing is computed and no memory taken.
-
-    `inputs` and `keywords` are those of the module's ``__call__``, as arrays or ShapeDtypeStructs.
-    """
-    return jax.eval_shape(lambda *args: module.init(jax.random.key(0), *args, **keywords), *inputs)["params"]
 
 
 def load_component(

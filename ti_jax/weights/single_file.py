@@ -16,14 +16,7 @@ from ti_jax.models.unet_config import UNetConfig
 from ti_jax.models.vae import VAEConfig
 from ti_jax.weights import ldm_configs
 from ti_jax.weights.families import UNET, VAE, Family, Shapes, identify
-from ti_jax.weights.files import (
-    PickleFile,
-    Tensors,
-    load_pickle,
-    open_safetensors,
-    refuse_git_lfs_pointer,
-    state_dict,
-)
+from ti_jax.weights.files import PickleFile, Tensors, load_pickle, open_safetensors, refuse_git_lfs_pointer, state_dict
 from ti_jax.weights.ldm_names import Part, inside, is_buffer, open_clip_parts, renamed, unet_modules, vae_modules
 
 Components = Mapping[str, Mapping[str, Any]]

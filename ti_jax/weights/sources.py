@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from flax.traverse_util import flatten_dict
 
 from ti_jax.errors import InputError
+from ti_jax.models.components import TEXT_ENCODERS
 from ti_jax.weights.config_files import pipeline_components, read_component_config, read_json
 from ti_jax.weights.identity import Identity
 from ti_jax.weights.load import FAULTS, Tree, load_component, plan, read_tree, refuse_faults
@@ -19,8 +20,6 @@ from ti_jax.weights.tokenizers import clip_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
-
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 class Source(abc.ABC):
@@ -46,7 +45,7 @@ class Source(abc.ABC):
         """Parameter tree of each component on the default device, its leaves of `dtype`.
 
         Args:
-          shapes: by component, from `ti_jax.weights.load.param_shapes`.
+          shapes: by component, from `ti_jax.models.shapes.param_shapes`.
           identity: takes in each tensor as it passes.
 
         Raises:

@@ -1,0 +1,152 @@
+"""``ti-jax plan``: what it reads off a compiled step is what the step has."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+from test_full_size import TEXT_PARAMETERS, UNET_PARAMETERS, VAE_PARAMETERS
+
+from ti_jax.cli.main import main
+from ti_jax.config import PlanConfig, resolve_plan
+from ti_jax.models.networks import make_networks, network_shapes
+from ti_jax.pipeline import StableDiffusion
+from ti_jax.training.plan import Plan, Planner, crossing_bytes, plan
+from ti_jax.weights.reference_configs import PUBLISHED, SD15, SD21, SDXL
+
+SIZES = [
+    (SD15, {"text_encoder": "ViT-L"}, "sd1.5"),
+    (SD21, {"text_encoder": "ViT-H"}, "sd2.1"),
+    (SDXL, {"text_encoder": "ViT-L", "text_encoder_2": "bigG"}, "sdxl"),
+]
+
+
+@pytest.mark.parametrize(("configs", "encoders", "unet"), SIZES)
+def test_published_sizes(configs, encoders, unet):
+    shapes = network_shapes(make_networks(configs, jnp.bfloat16))
+    counts = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in shapes.items()}
+    wanted = {name: TEXT_PARAMETERS[size] for name, size in encoders.items()}
+    assert counts == wanted | {"unet": UNET_PARAMETERS[unet], "vae": VAE_PARAMETERS}
+
+
+def test_the_shipped_configs_name_published_models():
+    configs = Path(__file__).parent.parent / "configs"
+    for name in ("sd15", "sd21", "sdxl"):
+        assert yaml.safe_load((configs / f"{name}.yaml").read_text())["pretrained_model_name_or_path"] in PUBLISHED
+
+
+@pytest.fixture(scope="module")
+def config(tiny_sd):
+    return PlanConfig(pretrained_model_name_or_path=str(tiny_sd), train_batch_size=2, num_vectors=3)
+
+
+@pytest.fixture(scope="module")
+def tiny(config):
+    return plan(config)
+
+
+def test_memory_holds_the_weights_that_the_step_reads(tiny, tiny_sd):
+    params = StableDiffusion.from_pretrained(tiny_sd).params
+    weights = sum(leaf.nbytes for name in ("text_encoder", "unet") for leaf in jax.tree.leaves(params[name]))
+    # Beside them lie the pictures' moments, prompts and schedule.
+    assert weights < tiny.arguments < weights + 2e5
+    assert tiny.temporary > 1e5
+    assert tiny.peak_memory == tiny.arguments + tiny.temporary + tiny.code
+
+
+def test_only_rows_and_scalars_cross_devices(tiny):
+    rows = 3 * 32 * 4
+    assert jax.device_count() == 8
+    assert tiny.samples == 16
+    assert set(tiny.crossing) == {"all-reduce"}
+    assert rows < tiny.crossing["all-reduce"] <= rows + 16
+
+
+def test_the_published_step_of_stable_diffusion_needs_what_is_known_of_it():
+    config = resolve_plan(PlanConfig(pretrained_model_name_or_path="stable-diffusion-v1-5/stable-diffusion-v1-5"))
+    planner = Planner(config, jnp.bfloat16, jax.devices()[:1])
+    # 44 ms at 308 TFLOP/s for a batch of 8, products with the zeros around a picture among them.
+    np.testing.assert_allclose(planner.least_flops(8), 308e12 * 0.044, rtol=0.03)
+
+
+def test_transfers_are_found_in_a_program():
+    program = """
+      %all-reduce.1 = (f32[2,768]{1,0}, f32[]) all-reduce(%a, %b), channel_id=1
+      %gather = bf16[8,4]{1,0} all-gather-start(bf16[1,4] %c), dimensions={0}
+      ROOT %done = bf16[8,4]{1,0} all-gather-done(%gather)
+    """
+    assert crossing_bytes(program) == {"all-reduce": 2 * 768 * 4 + 4, "all-gather": 8 * 4 * 2}
+
+
+def test_the_command_tells_it(capsys, tiny_sd):
+    flags = ["--train_batch_size", "1", "--gradient_accumulation_steps", "2"]
+    assert main(["plan", "--pretrained_model_name_or_path", str(tiny_sd), *flags]) == 0
+    out = capsys.readouterr().out
+    assert f"{tiny_sd}: 1 a device on 8 x cpu, float32, 16 px, 16 samples an update" in out
+    assert "TFLOP an update and device at least\n" in out
+    assert "GB with --gradient_checkpointing none\n" in out
+
+
+@pytest.mark.parametrize("first", [1, 4, 32])
+@pytest.mark.parametrize(("each", "most"), [(10, 5), (10, 1), (10, 40), (3, 7), (200, 0)])
+def test_the_largest_batch_for_memory_that_goes_up_with_it(config, each, most, first):
+    class Linear(Planner):
+        def plan_of(self, batch):
+            return Plan("", "", batch, 0, 100, each * batch, 0, self.memory, 1.0, 1.0, {}, None)
+
+        def at(self, batch):
+            found = self.plan_of(batch)
+            return None if found.peak_memory > 2 * self.memory else found  # beyond that the compiler gives up
+
+    planner = Linear(resolve_plan(config), jnp.float32)
+    planner.memory = 100 + each * most + each / 2
+    assert planner.largest(planner.plan_of(first)) == most
+
+
+@pytest.mark.slow
+def test_a_batch_is_looked_for(monkeypatch, config):
+    def peak(batch):
+        return plan(replace(config, train_batch_size=batch)).peak_memory
+
+    memory = (peak(5) + peak(6)) / 2
+    monkeypatch.setattr("ti_jax.training.plan.Planner._memory_for_the_step", lambda *_: memory)
+    config = replace(config, gradient_checkpointing="none")
+    assert plan(replace(config, train_batch_size=1, largest_batch=True)).largest_batch == 5
+
+
+def test_without_libtpu_one_line(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)  # as if it were not installed
+    assert main(["plan", "--topology", "v5e:2x2"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "pip install 'ti_jax[plan]'" in err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="pip install -e '.[plan]'")
+def test_for_a_tpu_slice():
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", "ti_jax", "plan", "--topology", "v5e:2x2"],
+        capture_output=True, text=True, env=environment, check=True,
+    )  # fmt: skip
+    assert "mini-sd: 8 a device on 4 x TPU v5e, bfloat16, 64 px, 32 samples an update" in done.stdout
+    assert "all-reduce 0.8 kB an update" in done.stdout
+    # Not more work than there is, as counted on the traced function; XLA counts element-wise work, too.
+    assert 0.98 <= float(re.search(r"compiled ([\d.]+) of that", done.stdout)[1]) < 1.5
+
+
+def test_where_the_compiler_does_not_count_all_the_least_work_is_the_estimate():
+    """As with kernels on TPU, into which XLA does not look."""
+    known = Plan("sd", "1 x TPU v5e", 4, 4, 1, 1, 1, None, 2e12, 1e12, {}, peak=100e12)
+    counted, uncounted = ("\n".join(plan.lines()) for plan in (known, replace(known, flops=None)))
+    assert "compiled 2.00 of that" in counted and "20.0 ms an update at the published peak" in counted
+    assert "compiled" not in uncounted and "10.0 ms an update at the published peak" in uncounted

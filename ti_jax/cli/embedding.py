@@ -1,0 +1,329 @@
+"""``ti-jax embedding convert|inspect|merge|prune``: learned words as files, from one into another.
+
+What takes long to import is imported inside the commands, once the command line is known to be right.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ti_jax.cli.flags import parse
+from ti_jax.config.yaml import nearest
+from ti_jax.errors import InputError
+from ti_jax.words import check_token, fill
+
+if TYPE_CHECKING:
+    from ti_jax.embeddings import Embedding
+
+FormatName = Literal["diffusers", "comfyui", "a1111", "card"]
+
+CONVERT_EXAMPLES = """\
+examples:
+  {prog} learned_embeds.safetensors cat-toy.pt
+      from diffusers' format to AUTOMATIC1111's
+  {prog} cat-card.png cat.safetensors --token "<cat-toy>"
+      out of an AUTOMATIC1111 image card, under a word of your own
+  {prog} learned_embeds.safetensors cat.safetensors --format comfyui
+      an SDXL word's two files into the one file with clip_l and clip_g
+"""
+
+INSPECT_EXAMPLES = """\
+examples:
+  {prog} output/learned_embeds.safetensors
+  {prog} cat.pt style.png --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5
+"""
+
+MERGE_EXAMPLES = """\
+examples:
+  {prog} cat.pt dog.pt catdog.safetensors --token "<catdog>"
+      the mean of the two
+  {prog} cat.pt dog.pt mostly-cat.safetensors --token "<catdog>" --method slerp --weights 3 1
+      a quarter of the way from cat to dog
+  {prog} cat.pt watercolour.pt both.safetensors --token "<both>" --method concat
+"""
+
+PRUNE_EXAMPLES = """\
+examples:
+  {prog} cat.safetensors cat-2.safetensors --keep 2 --pretrained_model_name_or_path ./my-sd
+      keeps the two vectors that matter most to that model's text encoder
+  {prog} cat.safetensors cat-short.safetensors --drop 0 3 --pretrained_model_name_or_path ./my-sd
+"""
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Read the learned word in FILE, of any known format, and write it to OUT in another."""
+
+    format: FormatName | None = None
+    """Format of OUT: diffusers (.safetensors, .bin), comfyui (.safetensors with emb_params, or clip_l and clip_g),
+    a1111 (.pt) or card (AUTOMATIC1111's .png). Left out: card for .png, a1111 for .pt, diffusers for .safetensors and
+    .bin."""
+    token: str | None = None
+    """The word in OUT. Left out: the one that FILE has. In a FILE of several words, which of them."""
+    picture: str | None = None
+    """Picture that a card shows. Left out: the word on a plain ground."""
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Tell what files of learned words hold: format, family, norms, nearest words, metadata."""
+
+    pretrained_model_name_or_path: str | None = None
+    """Model to compare with: a diffusers folder, a Hugging Face Hub id or a single checkpoint. Left out: the small
+    model that comes with ti_jax, where the word is for it."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub repository."""
+    variant: str | None = None
+    """Variant of the weight files, e.g. fp16."""
+    token: str | None = None
+    """In a file of several words, which of them."""
+    nearest: int = 5
+    """How many of the vocabulary's words to show beside each vector, by cosine."""
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Make one learned word out of several FILEs, and write it to OUT."""
+
+    token: str | None = None
+    """The new word, e.g. <catdog>. It must be given."""
+    method: Literal["sum", "concat", "slerp"] = "sum"
+    """sum: the weighted sum, vector by vector. concat: all vectors one behind the other. slerp: along the arc between
+    them, direction and length each in proportion."""
+    weights: tuple[str, ...] = ()
+    """A number for each FILE, in their order. For sum they are used as they are (left out: 1/k each, the mean), for
+    slerp they are shares of the whole (left out: equal); concat has none."""
+    format: FormatName | None = None
+    """Format of OUT, as in convert."""
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Drop vectors of the word in FILE, write the rest to OUT, and say what is lost."""
+
+    keep: int | None = None
+    """How many vectors stay: one by one, the one goes that the text encoder's output misses least."""
+    drop: tuple[str, ...] = ()
+    """Numbers of the vectors that go, counted from 0, instead of --keep."""
+    pretrained_model_name_or_path: str | None = None
+    """Model that the word was learned for: a diffusers folder, a Hugging Face Hub id or a single checkpoint. Left out:
+    the small model that comes with ti_jax."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub repository."""
+    variant: str | None = None
+    """Variant of the weight files, e.g. fp16."""
+    prompt: str = "a photo of {}"
+    """Prompt with the word in it, or {} in its place, that the text encoder is given."""
+    token: str | None = None
+    """The word in OUT. Left out: the one that FILE has. In a FILE of several words, which of them."""
+    format: FormatName | None = None
+    """Format of OUT, as in convert."""
+
+
+def run(args: Sequence[str], prog: str) -> str:
+    """Run ``embedding COMMAND FILE ... [flags]`` and return what to print.
+
+    Raises:
+      InputError: anything that the user must put right; nothing has been written then.
+      SystemExit: with status 0, after a command's ``--help``.
+    """
+    if not args:
+        raise InputError(f"no command given; one of {', '.join(COMMANDS)}, or {prog} --help")
+    command, *rest = args
+    if command in ("-h", "--help"):
+        return _overview(prog)
+    if command not in COMMANDS:
+        remedy = nearest(command, COMMANDS, "did you mean {}?", f"known are {', '.join(COMMANDS)}")
+        raise InputError(f"unknown command {command!r}; {remedy}")
+    function, cls, files, examples = COMMANDS[command]
+    first_flag = next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest))
+    paths, flags = rest[:first_flag], rest[first_flag:]
+    prog = f"{prog} {command}"
+    config: Any = parse(cls, flags, prog=f"{prog} {files}", examples=examples.format(prog=prog), config_file=False)
+    if any(not path for path in paths):
+        raise InputError(f"a file's name is empty: {prog} {files}, with the flags behind them")
+    return function([Path(path) for path in paths], config, f"{prog} {files}")
+
+
+def _overview(prog: str) -> str:
+    lines = [f"  {f'{name} {files}':26}{cls.__doc__}" for name, (_, cls, files, _) in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"usage: {prog} COMMAND FILE ... [FLAGS]",
+            "",
+            "Learned words as files. Read are those of diffusers, AUTOMATIC1111 (.pt and image cards), ComfyUI, kohya,",
+            "invoke and OneTrainer; which of them a file is, its content tells.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            f"{prog} COMMAND --help  lists a command's flags.",
+        ]
+    )
+
+
+def _expect(paths: Sequence[Path], least: int, most: int | None, usage: str) -> None:
+    if len(paths) < least or (most is not None and len(paths) > most):
+        given = " ".join(map(str, paths)) or "none"
+        raise InputError(f"files given: {given}; expected {usage}, with the flags behind them")
+
+
+def _check_word(token: str | None) -> None:
+    if token is not None:
+        check_token(token, "--token")
+
+
+def _load(path: Path, token: str | None = None) -> Embedding:
+    from ti_jax.embeddings import Embedding
+
+    embedding = Embedding.load(path, token)
+    for remark in embedding.remarks:
+        print(f"note: {path}: {remark}", file=sys.stderr)
+    return embedding
+
+
+def _write(embedding: Embedding, path: Path, format_name: str | None, picture: Path | None = None) -> str:
+    """Write a word, and say so."""
+    from ti_jax.embeddings.a1111_format import write_card
+    from ti_jax.embeddings.families import describe
+    from ti_jax.embeddings.formats import format_for, render
+    from ti_jax.files import write_together
+
+    chosen = format_name or format_for(path)
+    if picture is None:
+        files = render(embedding, path, chosen)
+    elif chosen == "card":
+        files = write_card(embedding, path, _read_picture(picture))
+    else:
+        raise InputError(f"--picture {picture}: only a card shows a picture; give OUT as .png, or leave it out")
+    write_together(files)
+    count = f"{embedding.num_vectors} vector{'s' if embedding.num_vectors > 1 else ''}"
+    family = describe(embedding.dims, embedding.metadata)
+    return f"{' and '.join(map(str, files))}: {embedding.token}, {count}, for {family}, as {chosen}"
+
+
+def _read_picture(path: Path) -> Any:
+    from ti_jax.data.folder import read_picture
+
+    if not path.exists():
+        raise InputError(f"--picture {path}: no such file")
+    try:
+        return read_picture(path)
+    except InputError as error:
+        raise InputError(f"--picture {error}") from error
+
+
+def _convert(paths: Sequence[Path], config: ConvertConfig, usage: str) -> str:
+    from ti_jax.embeddings.warn import word_warnings
+
+    _expect(paths, 2, 2, usage)
+    _check_word(config.token)
+    source, target = paths
+    picture = None if config.picture is None else Path(config.picture)
+    embedding = _load(source, config.token)
+    written = _write(embedding, target, config.format, picture)
+    for warning in word_warnings(embedding):
+        print(f"warning: {warning}", file=sys.stderr)
+    return written
+
+
+def _inspect(paths: Sequence[Path], config: InspectConfig, usage: str) -> str:
+    _expect(paths, 1, None, usage)
+    _check_word(config.token)
+    if config.nearest < 0:
+        raise InputError(f"--nearest {config.nearest}: must be 0 or more")
+    from ti_jax.embeddings import check_fits
+    from ti_jax.embeddings.inspect import compare, load_for_inspection
+
+    reports, refused = [], []
+    for path in paths:
+        try:
+            reports.append(load_for_inspection(path, config.token))
+        except InputError as error:
+            if len(paths) == 1:
+                raise
+            refused.append(f"not read: {error}")
+    if not reports:
+        raise InputError("; ".join(refused))
+    from ti_jax.text.text_encoders import TextEncoders
+
+    encoders = TextEncoders.from_pretrained(config.pretrained_model_name_or_path, config.revision, config.variant)
+    parts = []
+    for report in reports:
+        dims = report.embedding.dims
+        # Half a word can be compared with its half of the model; the embedded model is only a guess of ours.
+        comparable = dims.items() <= encoders.embedding_dims.items()
+        if config.pretrained_model_name_or_path is not None and not comparable:
+            check_fits(report.embedding, encoders.embedding_dims, report.path)
+        if comparable:
+            report = compare(report, {name: encoders.vocabulary(name) for name in dims}, config.nearest)
+        parts.append(str(report))
+    return "\n\n".join([*parts, *refused])
+
+
+def _merge(paths: Sequence[Path], config: MergeConfig, usage: str) -> str:
+    _expect(paths, 3, None, usage)
+    if config.token is None:
+        raise InputError("--token is missing: give the new word a name, like <catdog>")
+    _check_word(config.token)
+    weights = [_number("weights", word, float) for word in config.weights] or None
+    from ti_jax.embeddings.merge import merge
+
+    *sources, target = paths
+    merged = merge([_load(path) for path in sources], config.token, config.method, weights, sources)
+    return _write(merged, target, config.format)
+
+
+def _prune(paths: Sequence[Path], config: PruneConfig, usage: str) -> str:
+    _expect(paths, 2, 2, usage)
+    _check_word(config.token)
+    if (config.keep is None) == (not config.drop):
+        raise InputError("give one of --keep (how many vectors stay) and --drop (the numbers of those that go)")
+    drop = [_number("drop", word, int) for word in config.drop]
+    from ti_jax.embeddings import check_fits
+    from ti_jax.embeddings import prune as pruning
+
+    source, target = paths
+    embedding = _load(source, config.token)
+    count = embedding.num_vectors
+    if config.keep is not None:
+        pruning.check_keep(count, config.keep)
+    staying = pruning.staying_without(count, drop) if drop else []
+    from ti_jax.text.text_encoders import TextEncoders
+
+    encoders = TextEncoders.from_pretrained(config.pretrained_model_name_or_path, config.revision, config.variant)
+    check_fits(embedding, encoders.embedding_dims, source)
+
+    def states(selections: Sequence[Sequence[int]]) -> Any:
+        return encoders.end_states(config.prompt, embedding, selections)
+
+    if config.keep is not None:
+        staying = pruning.choose(count, config.keep, states)
+    (loss,) = pruning.losses(count, [staying], states)
+    written = _write(pruning.select(embedding, staying), target, config.format)
+    gone = [str(number) for number in range(count) if number not in staying]
+    dropped = f"vector{'s' if len(gone) > 1 else ''} {' '.join(gone)} of {count}"
+    prompt = fill(config.prompt, embedding.token)
+    return f"{written}\n{dropped} dropped: for {prompt!r} {loss}"
+
+
+def _number(flag: str, word: str, kind: type[int] | type[float]) -> Any:
+    try:
+        return kind(word)
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise InputError(f"--{flag} {word}: must be {what}") from None
+
+
+Command = tuple[Callable[[Sequence[Path], Any, str], str], type, str, str]
+
+COMMANDS: dict[str, Command] = {
+    "convert": (_convert, ConvertConfig, "FILE OUT", CONVERT_EXAMPLES),
+    "inspect": (_inspect, InspectConfig, "FILE ...", INSPECT_EXAMPLES),
+    "merge": (_merge, MergeConfig, "FILE FILE ... OUT", MERGE_EXAMPLES),
+    "prune": (_prune, PruneConfig, "FILE OUT", PRUNE_EXAMPLES),
+}

@@ -1,0 +1,216 @@
+"""Command-line flags for config dataclasses: tyro parses them and writes the help; what is wrong is told in one line.
+
+tyro tells a refused command line in a box of many lines, and has no public way to tell it otherwise. So the flags that
+it gets take any text and any number of values, and `_Flag.read` judges them; flags that it does not know it hands back.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import textwrap
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+from tyro.constructors import PrimitiveConstructorSpec
+
+from ti_jax.config.yaml import expected, load_yaml, nearest, strip_optional
+from ti_jax.errors import InputError
+
+Config = TypeVar("Config")
+
+# Flags of diffusers' textual_inversion.py that have no counterpart, and why.
+NO_COUNTERPART = {
+    "allow_tf32": "bf16, the default on a GPU that has it, is faster than TF32; --mixed_precision no is float32",
+    "dataloader_num_workers": "the few pictures lie on the device, so there is no data loader",
+    "enable_xformers_memory_efficient_attention": "XLA compiles the attention; --gradient_checkpointing saves memory",
+    "local_rank": "JAX finds the devices by itself",
+    "no_safe_serialization": "embeddings are always .safetensors, which every tool reads",
+    "save_as_full_pipeline": "the base model stays as it is, load the embedding into it",
+    "tokenizer_name": "the tokenizer is the model's own",
+    "validation_epochs": "validations are counted in steps, --validation_steps",
+}
+
+CONFIG_DOC = "YAML file with any of the settings below; flags go before it."
+
+
+class _Refused(Exception):
+    """Goes through tyro, which would put a ValueError, and so an `InputError`, into a box."""
+
+
+@dataclass(frozen=True)
+class _Flag:
+    """One field of a config as a flag."""
+
+    name: str
+    hint: Any
+    doc: str
+    default: Any
+    switch: tuple[str, str] | None = None
+    """The words that ``--name`` without a value and ``--no_name`` stand for, where the flag may be given so."""
+
+    def annotation(self) -> Any:
+        """The field's type for tyro."""
+        base, _ = strip_optional(self.hint)
+        # Every field that can be None says in its doc what that means.
+        note = "" if self.default in (None, (), False) else f"(default: {self._text(self.default)})"
+        about = tyro.conf.arg(help=self.doc, help_behavior_hint=note)
+        if base is bool:
+            return Annotated[bool, about]
+        spec: PrimitiveConstructorSpec = PrimitiveConstructorSpec(
+            nargs="*",
+            metavar=self._metavar(base),
+            instance_from_str=self.read,
+            is_instance=lambda value: True,
+            str_from_instance=lambda value: [self._text(value)],
+        )
+        return Annotated[self.hint, spec, about]
+
+    def read(self, words: list[str]) -> Any:
+        """The value that ``words`` after the flag stand for; "None" is None where the field can be None."""
+        base, optional = strip_optional(self.hint)
+        if optional and words == ["None"]:
+            return None
+        if typing.get_origin(base) is tuple:
+            return tuple(words)
+        if self.switch is not None and not words:
+            return self.switch[0]
+        if len(words) != 1:
+            told = f"it has {len(words)}: {' '.join(words)} (quote text that has spaces)" if words else "it has none"
+            raise _Refused(f"--{self.name} takes one value, {expected(base)}; {told}")
+        try:
+            return self._convert(base, words[0])
+        except ValueError:
+            raise _Refused(f"--{self.name} {words[0]}: must be {expected(base)}") from None
+
+    def _convert(self, base: Any, word: str) -> Any:
+        if typing.get_origin(base) is Literal:
+            if word not in typing.get_args(base):
+                raise ValueError
+            return word
+        return base(word)
+
+    @staticmethod
+    def _metavar(base: Any) -> str:
+        if typing.get_origin(base) is Literal:
+            return "{" + ",".join(typing.get_args(base)) + "}"
+        if typing.get_origin(base) is tuple:
+            return "TEXT [TEXT ...]"
+        return {str: "TEXT", int: "INT", float: "FLOAT"}[base]
+
+    @staticmethod
+    def _text(value: Any) -> str:
+        return " ".join(map(repr, value)) if isinstance(value, tuple) else str(value)
+
+
+def parse(
+    cls: type[Config],
+    args: Sequence[str],
+    *,
+    prog: str,
+    examples: str,
+    config_file: bool = True,
+    no_counterpart: Mapping[str, str] | None = None,
+) -> Config:
+    """A config of the class ``cls`` from its fields as flags, which go before the YAML file that ``--config`` names.
+
+    Flags are written with underscores or hyphens. ``--help`` prints the fields in their order with their docs, then
+    ``examples``.
+
+    Args:
+      config_file: whether there is a ``--config``.
+      no_counterpart: flags that users bring along from elsewhere, with the reason why there is none here.
+
+    Raises:
+      InputError: a flag or value that cannot be, or a fault in the YAML file.
+      SystemExit: with status 0, after ``--help``.
+    """
+
+    def run(from_file: dict[str, Any]) -> dict[str, Any]:
+        hints, docs = typing.get_type_hints(cls), field_docs(cls)
+        flags = [_Flag("config", str | None, CONFIG_DOC, None)] if config_file else []
+        for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+            default = from_file.get(field.name, field.default)
+            switch = field.metadata.get("switch")
+            flags.append(_Flag(field.name, hints[field.name], docs[field.name], default, switch))
+        return _run_tyro(flags, args, prog, cls.__doc__, examples, no_counterpart or {})
+
+    values = run({})
+    if values.get("config") is not None:
+        values = run(load_yaml(values["config"], cls))
+    return cls(**{name: value for name, value in values.items() if name != "config"})
+
+
+def _run_tyro(
+    flags: Sequence[_Flag],
+    args: Sequence[str],
+    prog: str,
+    description: str | None,
+    examples: str,
+    no_counterpart: Mapping[str, str],
+) -> dict[str, Any]:
+    """The flags' values by name, defaults and all."""
+    fields = [(flag.name, flag.annotation(), dataclasses.field(default=flag.default)) for flag in flags]
+    parsed: Any
+    try:
+        parsed, unknown = tyro.cli(
+            dataclasses.make_dataclass("Flags", fields),
+            args=_without_no(args, flags),
+            prog=prog,
+            description=description,
+            use_underscores=True,
+            return_unknown_args=True,
+        )
+    except _Refused as error:
+        raise InputError(str(error)) from None
+    except SystemExit as stop:
+        if not stop.code:
+            print(examples)
+        raise
+    if unknown:
+        raise InputError(_unknown(unknown, {flag.name: flag for flag in flags}, prog, no_counterpart))
+    return {flag.name: getattr(parsed, flag.name) for flag in flags}
+
+
+def _without_no(args: Sequence[str], flags: Sequence[_Flag]) -> list[str]:
+    """The words of a command line, ``--no_name`` of a flag with a `switch` written as ``--name`` and its value."""
+    offs = {f"no_{flag.name}": f"--{flag.name}={flag.switch[1]}" for flag in flags if flag.switch is not None}
+    return [offs.get(word[2:].replace("-", "_"), word) if word.startswith("--") else word for word in args]
+
+
+def _unknown(words: Sequence[str], flags: Mapping[str, _Flag], prog: str, no_counterpart: Mapping[str, str]) -> str:
+    """What to say of the first word that belongs to no flag."""
+    word = next((word for word in words if word.startswith("--") and word != "--"), words[0])
+    if word.lower() in ("true", "false"):
+        return f"{word!r} belongs to no flag; a switch has no value: --name is on, --no_name is off"
+    if not word.startswith("-"):
+        return f"{word!r} belongs to no flag; a flag is written --name value (quote text that has spaces)"
+    name = word.lstrip("-").partition("=")[0].replace("-", "_")
+    plain = name.removeprefix("no_")
+    if plain in flags and (flags[plain].switch is not None or strip_optional(flags[plain].hint)[0] is bool):
+        return f"{word}: --no_{plain} takes no value; write --{plain} or --no_{plain}"
+    if plain in flags:
+        return f"{word}: --{plain} has a value and no --no_ form; write --{plain} and its value, or leave it out"
+    if name in no_counterpart:
+        return f"--{name} has no counterpart here ({no_counterpart[name]}); leave it out"
+    return f"unknown flag {word.partition('=')[0]}; " + nearest(name, flags, "did you mean --{}?", f"see {prog} --help")
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The docstring under each field of a dataclass, its bases' first, on one line; every field must have one."""
+    docs: dict[str, str] = {}
+    for base in cls.__bases__:
+        if dataclasses.is_dataclass(base):
+            docs |= field_docs(base)
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(tree, ast.ClassDef)
+    for field, doc in itertools.pairwise(tree.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            assert isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant), f"{field.target.id} has no doc"
+            docs[field.target.id] = " ".join(str(doc.value.value).split())
+    return docs

@@ -1,0 +1,267 @@
+"""The commands: ``ti-jax train`` (``train.py``), ``infer`` (``infer.py``), ``evaluate``, ``plan``, ``verify`` and
+``embedding``.
+
+JAX is imported inside the commands, once the command line is known to be right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from ti_jax import __version__
+from ti_jax.config import EvaluateConfig, InferConfig, PlanConfig, TrainConfig, resolve, resolve_evaluate, resolve_infer
+from ti_jax.config.yaml import nearest
+from ti_jax.errors import InputError, OutOfStep
+from ti_jax.startup import avoid_missing_tpu
+
+TRAIN_EXAMPLES = """\
+examples:
+  {prog}
+      the embedded model learns <cleo> from its example pictures, on a CPU in a minute or two
+  {prog} --train_data_dir me/ --output_dir output/me
+      the embedded model learns <me> from your pictures
+  {prog} --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --train_data_dir cat/ \\
+      --placeholder_token "<cat-toy>" --initializer_token toy --learning_rate 5e-4 --output_dir output/cat
+  {prog} --config configs/sd15.yaml --train_data_dir cat/ --placeholder_token "<cat-toy>" --initializer_token toy
+"""
+
+INFER_EXAMPLES = """\
+examples:
+  {prog} --embedding output/learned_embeds.safetensors --prompt "a portrait of <cleo> wearing a red jacket"
+  {prog} --embedding cat.safetensors --prompt "a <cat-toy> on a beach" "a <cat-toy> in the snow" --num_images 4 \\
+      --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --scheduler dpm++ --output cat.png
+"""
+
+VERIFY_EXAMPLES = """\
+example:
+  ti-jax verify output/learned_embeds.safetensors --prompt "a portrait of <cleo>"
+"""
+
+EVALUATE_EXAMPLES = """\
+examples:
+  ti-jax evaluate output/learned_embeds.safetensors --train_data_dir held_back/
+  ti-jax evaluate cat.safetensors --train_data_dir cat/ --evaluation_clip clip-vit-large-patch14/ \\
+      --output scores.json --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5
+"""
+
+
+PLAN_EXAMPLES = """\
+examples:
+  {prog} --config configs/sdxl.yaml --topology v5e:2x4
+  {prog} --config configs/sd15.yaml --topology v5e:2x2 --train_batch_size 4 --largest_batch
+"""
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """Load a learned word into diffusers on PyTorch, and compare how the two encode a prompt with it."""
+
+    pretrained_model_name_or_path: str | None = None
+    """The model that the word was learned for: a diffusers folder or a Hugging Face Hub id. Left out: the small model
+    that comes with ti_jax. A single-file checkpoint is not possible here, since diffusers cannot read one offline."""
+    prompt: str | None = None
+    """Prompt with the word in it, or {} in its place. Left out: the word alone."""
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "ti-jax") -> int:
+    """Run a command line and return its exit status.
+
+    Args:
+      argv: a command and its flags; None: those of this process.
+      prog: what the program is called. A script's name, such as ``train.py``, stands for the command too.
+
+    Returns:
+      0; 1 when ``verify`` finds a difference; 2 after an error of the user's, told on one line of stderr; 130 when
+      interrupted.
+
+    Raises:
+      SystemExit: with status 0 after a command's ``--help``, with 141 when the reader of stdout has left.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    _take_any_text()
+    try:
+        return _run(argv, prog)
+    except InputError as error:
+        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        if isinstance(error, OutOfStep):
+            os._exit(2)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _take_any_text() -> None:
+    """Have the console show as an escape what it cannot: words and paths of any script pass through it."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # a service, or pythonw
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _run(argv: Sequence[str], prog: str) -> int:
+    if not argv:
+        raise InputError(f"no command given; one of {', '.join(COMMANDS)}, or {prog} --help")
+    command, *args = argv
+    if command in ("-h", "--help"):
+        with _output():
+            print(_overview(prog))
+        return 0
+    if command == "--version":
+        with _output():
+            print(f"ti-jax {__version__}")
+        return 0
+    if command not in COMMANDS:
+        remedy = nearest(command, COMMANDS, "did you mean {}?", f"known are {', '.join(COMMANDS)}")
+        raise InputError(f"unknown command {command!r}; {remedy}")
+    avoid_missing_tpu()
+    run, _ = COMMANDS[command]
+    return run(args, prog if prog.endswith(".py") else f"{prog} {command}")
+
+
+def _overview(prog: str) -> str:
+    lines = [f"  {name:11}{about}" for name, (_, about) in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"usage: {prog} COMMAND [FLAGS]",
+            "",
+            "Textual Inversion for Stable Diffusion in JAX: learn a new word from a few pictures, and draw with it.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            f"{prog} COMMAND --help  lists a command's flags;  {prog} --version  prints the version.",
+        ]
+    )
+
+
+def _as_typed(prog: str) -> str:
+    return f"python {prog}" if prog.endswith(".py") else prog
+
+
+def _train(args: Sequence[str], prog: str) -> int:
+    from ti_jax.cli.flags import NO_COUNTERPART, parse
+
+    with _output():
+        examples = TRAIN_EXAMPLES.format(prog=_as_typed(prog))
+        config = parse(TrainConfig, args, prog=prog, examples=examples, no_counterpart=NO_COUNTERPART)
+    config = resolve(config)
+    from ti_jax.training.loop import train
+
+    # A run that was asked to stop is not done: whoever started it should be told so.
+    return 130 if train(config).interrupted else 0
+
+
+def _infer(args: Sequence[str], prog: str) -> int:
+    from ti_jax.cli.flags import parse
+
+    with _output():
+        config = parse(InferConfig, args, prog=prog, examples=INFER_EXAMPLES.format(prog=_as_typed(prog)))
+    config = resolve_infer(config)
+    from ti_jax.cli.infer import draw
+    from ti_jax.machine import enable_compilation_cache
+
+    enable_compilation_cache()
+    paths = draw(config)
+    with _output():
+        print(*paths, sep="\n")
+    return 0
+
+
+def _evaluate(args: Sequence[str], prog: str) -> int:
+    from ti_jax.cli.flags import parse
+
+    file, flags = _file_and_flags(args)
+    with _output():
+        config = parse(EvaluateConfig, flags, prog=f"{prog} FILE", examples=EVALUATE_EXAMPLES, config_file=False)
+    _require_file(file, prog)
+    config = resolve_evaluate(config)
+    from ti_jax.evaluation.evaluate import evaluate
+    from ti_jax.machine import enable_compilation_cache
+
+    enable_compilation_cache()
+    scores = evaluate(file, config)
+    with _output():
+        print(scores)
+        for name, share in scores.by_attribute.items():
+            print(f"  {name:28}{share:.3f}")
+    return 0
+
+
+def _plan(args: Sequence[str], prog: str) -> int:
+    from ti_jax.cli.flags import NO_COUNTERPART, parse
+
+    with _output():
+        examples = PLAN_EXAMPLES.format(prog=prog)
+        config = parse(PlanConfig, args, prog=prog, examples=examples, no_counterpart=NO_COUNTERPART)
+    from ti_jax.machine import enable_compilation_cache
+    from ti_jax.training.plan import plan
+
+    if config.topology is None:  # what is compiled without its devices can be kept, but JAX cannot load it again
+        enable_compilation_cache()
+    found = plan(config)
+    with _output():
+        print(*found.lines(), sep="\n")
+    return 0
+
+
+def _file_and_flags(args: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The embedding file that comes first, "" if there is none, and the flags behind it."""
+    return ("", args) if not args or args[0].startswith("-") else (args[0], args[1:])
+
+
+def _require_file(file: str, prog: str) -> None:
+    if not file:
+        raise InputError(f"the embedding file is missing: {prog} FILE, with its flags behind it")
+
+
+def _verify(args: Sequence[str], prog: str) -> int:
+    from ti_jax.cli.flags import parse
+
+    file, flags = _file_and_flags(args)
+    with _output():
+        config = parse(VerifyConfig, flags, prog=f"{prog} FILE", examples=VERIFY_EXAMPLES, config_file=False)
+    _require_file(file, prog)
+    from ti_jax.cli.verify import verify
+
+    report = verify(file, config.pretrained_model_name_or_path, config.prompt)
+    with _output():
+        print(report)
+    return 0 if report.ok else 1
+
+
+def _embedding(args: Sequence[str], prog: str) -> int:
+    from ti_jax.cli.embedding import run
+
+    with _output():
+        print(run(args, prog))
+    return 0
+
+
+@contextlib.contextmanager
+def _output() -> Iterator[None]:
+    """Printing to stdout; a reader who has left, like ``head``, ends the program without a word."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Or Python complains when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None  # as a shell reports SIGPIPE
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str], str], int], str]] = {
+    "train": (_train, "Learn a new word from a few pictures (train.py)."),
+    "infer": (_infer, "Draw pictures of prompts, with learned words in them (infer.py)."),
+    "evaluate": (_evaluate, "Measure a learned word: is the concept there, and does the prompt rule the rest?"),
+    "plan": (_plan, "Tell what a training run will need, on this machine or a TPU slice, without running it."),
+    "verify": (_verify, "Check that diffusers on PyTorch loads a learned word and makes of it the same as ti_jax."),
+    "embedding": (_embedding, "Convert, inspect, merge and prune learned words: files of any program that has them."),
+}

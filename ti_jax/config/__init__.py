@@ -1,0 +1,41 @@
+"""What a run is: the settings as frozen dataclasses, their rules, and strict YAML. No jax in here."""
+
+from ti_jax.config.schema import (
+    ASSETS,
+    DEMO_CONFIG,
+    EMBEDDED_STEPS,
+    PAPER_STEPS,
+    STABLE_DIFFUSION_DEFAULTS,
+    Checkpointing,
+    EvaluateConfig,
+    InferConfig,
+    PlanConfig,
+    TrainConfig,
+    VaeTiling,
+    dump_yaml,
+    load_yaml,
+    resolve,
+    resolve_evaluate,
+    resolve_infer,
+    resolve_plan,
+)
+
+__all__ = [
+    "ASSETS",
+    "DEMO_CONFIG",
+    "EMBEDDED_STEPS",
+    "PAPER_STEPS",
+    "STABLE_DIFFUSION_DEFAULTS",
+    "Checkpointing",
+    "EvaluateConfig",
+    "InferConfig",
+    "PlanConfig",
+    "TrainConfig",
+    "VaeTiling",
+    "dump_yaml",
+    "load_yaml",
+    "resolve",
+    "resolve_evaluate",
+    "resolve_infer",
+    "resolve_plan",
+]

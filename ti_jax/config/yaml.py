@@ -1,0 +1,212 @@
+"""Strict YAML for configs: every key known, every value of its field's type, every fault one line with its place.
+
+Scalars are read as YAML 1.2 reads them, which is what people expect them to be: ``5e-4`` is a number, and ``no``,
+``on``, ``1:30`` and ``2024-01-01`` are text. PyYAML itself keeps to YAML 1.1, where the first is text and the others
+are not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import types
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ti_jax.errors import InputError
+
+_CORE_SCALARS = (
+    ("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
+    ("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
+    ("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789")),
+    (
+        "tag:yaml.org,2002:float",
+        re.compile(
+            r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+        ),
+        list("-+.0123456789"),
+    ),
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe, with the scalars of YAML 1.2, and a key may stand only once in a mapping."""
+
+    yaml_implicit_resolvers: dict[str, list] = {}  # noqa: RUF012  PyYAML's own name and type
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """As the base class, but a repeated key is an error and not the last one's silent victory."""
+        seen: dict[Any, yaml.Node] = {}
+        for key_node, _ in node.value:
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            if key is not None and key in seen:
+                first = seen[key].start_mark.line + 1
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key!r} is given twice, first on line {first}", problem_mark=key_node.start_mark
+                )
+            seen[key] = key_node
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that either YAML 1.1 or `_Loader` would take for something else."""
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        """Lists are indented under their key."""
+        super().increase_indent(flow, False)
+
+
+for _tag, _pattern, _first in _CORE_SCALARS:
+    _Loader.add_implicit_resolver(_tag, _pattern, _first)
+    _Dumper.add_implicit_resolver(_tag, _pattern, _first)
+
+
+def load_yaml(path: str | Path, cls: type) -> dict[str, Any]:
+    """Read settings for the dataclass ``cls`` from a YAML file.
+
+    Relative paths of input files (fields with ``metadata["input_path"]``) are looked for beside the file, links
+    followed, and then in the working directory; those found beside it come back absolute.
+
+    Returns:
+      The settings that the file gives, by field name, with their fields' types. An empty file gives none.
+
+    Raises:
+      InputError: the file cannot be read or is not YAML, a key is unknown or doubled, or a value has the wrong type.
+    """
+    settings = _parse(Path(path))
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for key, value in settings.items():
+        if key not in fields:
+            remedy = nearest(str(key), fields, "did you mean {}?", "keys are the flags of --help without their hyphens")
+            raise InputError(f"{path}: unknown key {key!r}; {remedy}")
+        try:
+            values[key] = from_yaml(switched(value, fields[key]), hints[key])
+        except ValueError as error:
+            raise InputError(f"{path}: {key}: {_shown(value)} is not {error}") from error
+        if fields[key].metadata.get("input_path"):
+            values[key] = _beside(values[key], Path(path), key)
+    return values
+
+
+def dump_yaml(config: Any) -> str:
+    """A config dataclass as YAML that `load_yaml` reads back to the same values.
+
+    Secrets are left out, and what another process of the same run has otherwise.
+
+    Fields that are None are left out too: None is the default of every field that can be None.
+    """
+    values = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value is not None and not field.metadata.keys() & {"secret", "of_this_process"}:
+            values[field.name] = list(value) if isinstance(value, tuple) else value
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def from_yaml(value: Any, hint: Any) -> Any:
+    """``value`` as the type ``hint`` (a dataclass field's), or ValueError with a description of what is expected."""
+    base, optional = strip_optional(hint)
+    if value is None and optional:
+        return None
+    if typing.get_origin(base) is Literal:
+        if isinstance(value, str) and value in typing.get_args(base):
+            return value
+    elif typing.get_origin(base) is tuple:
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+    elif base is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    elif isinstance(value, base) and (base is bool or not isinstance(value, bool)):
+        return value
+    quotes = "; put quotes around it" if base is str and isinstance(value, (int, float)) else ""
+    raise ValueError(expected(base) + quotes)
+
+
+def switched(value: Any, field: dataclasses.Field) -> Any:
+    """``value``, or the word that its True or False stands for in a field with ``metadata["switch"]``: (on, off)."""
+    if isinstance(value, bool) and "switch" in field.metadata:
+        return field.metadata["switch"][0 if value else 1]
+    return value
+
+
+def strip_optional(hint: Any) -> tuple[Any, bool]:
+    """``X | None`` -> (X, True); any other type -> (itself, False)."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        rest = [arg for arg in typing.get_args(hint) if arg is not types.NoneType]
+        assert len(rest) == 1, f"a field's type is one type or None, not {hint}"
+        return rest[0], True
+    return hint, False
+
+
+def expected(base: Any) -> str:
+    """What a value of a field's type looks like, in words."""
+    if typing.get_origin(base) is Literal:
+        *others, last = typing.get_args(base)
+        return f"one of {', '.join(others)} or {last}" if len(others) > 1 else f"{others[0]} or {last}"
+    if typing.get_origin(base) is tuple:
+        return "a list of texts, like [one, two]"
+    return {str: "text", int: "a whole number", float: "a number", bool: "true or false"}[base]
+
+
+def nearest(word: str, known: Iterable[str], question: str, otherwise: str) -> str:
+    """``question`` with the known word nearest to ``word`` in it, or ``otherwise`` when none is near."""
+    near = difflib.get_close_matches(word.replace("-", "_").lower(), list(known), n=1, cutoff=0.6)
+    return question.format(near[0]) if near else otherwise
+
+
+def _parse(path: Path) -> dict[Any, Any]:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not a text file in UTF-8 (byte {error.start}); save it as one") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the config ({error.strerror}); check the path") from error
+    try:
+        settings = yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f", line {mark.line + 1}" if mark else ""
+        raise InputError(f"{path}{line}: not valid YAML: {error.problem or error.context}") from error
+    except yaml.reader.ReaderError as error:
+        number = text.count("\n", 0, error.position) + 1
+        raise InputError(
+            f"{path}, line {number}: a character that YAML does not allow (#x{error.character:04x})"
+        ) from error
+    except RecursionError as error:
+        raise InputError(f"{path}: nested too deeply; a config is a flat list of  key: value") from error
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: expected lines of  key: value , found {_shown(settings)}")
+    return settings
+
+
+def _beside(value: Any, yaml_file: Path, key: str) -> Any:
+    """The path or paths of an input file, absolute where they lie beside the YAML file."""
+    if isinstance(value, tuple):
+        return tuple(_beside(item, yaml_file, key) for item in value)
+    if not value or Path(value).is_absolute():
+        return value
+    beside = yaml_file.resolve().parent / value
+    if not os.path.exists(beside):  # not Path.exists, which raises on a name that is too long
+        return value
+    if os.path.exists(value) and not os.path.samefile(value, beside):
+        raise InputError(
+            f"{yaml_file}: {key}: {value!r} is there both beside the file ({beside}) and in the working directory "
+            f"({Path(value).absolute()}); write the whole path"
+        )
+    return str(beside)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

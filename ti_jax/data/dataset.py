@@ -1,0 +1,56 @@
+"""What the training step draws from, on the device: moments, token ids, sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ti_jax.config import TrainConfig
+from ti_jax.data.concept import Concept
+from ti_jax.data.folder import Pictures
+from ti_jax.data.latents import encode_moments
+from ti_jax.pipeline import StableDiffusion
+
+
+class Dataset(NamedTuple):
+    """What the loop draws from, whole on every device: a concept is a handful of pictures."""
+
+    moments: jax.Array  # float32 [N, 2, h, w, 2c]: VAE mean and log-variance of each picture and of its mirror image
+    ids: Mapping[str, jax.Array]  # int32 [P, L] for each text encoder: every prompt template, tokenized
+    time_ids: jax.Array  # float32 [N, 2, 6]: what SDXL is told of each picture and its mirror image, see `Condition`
+    flip_probability: jax.Array  # float32 scalar
+    latent_scale: jax.Array  # float32 scalar: the VAE's scaling_factor
+    latent_shift: jax.Array  # float32 scalar: the VAE's shift_factor, mostly 0
+
+
+def make_dataset(config: TrainConfig, sd: StableDiffusion, concept: Concept) -> Dataset:
+    """Moments and token ids for the device."""
+    vae = sd.networks.vae.config
+    return Dataset(
+        moments=encode_moments(sd, concept.pictures.pixels, with_mirrored=config.flip_probability > 0),
+        ids=jax.tree.map(jnp.asarray, sd.tokenize(concept.prompts, concept.words)),
+        time_ids=jnp.asarray(time_ids(concept.pictures)),
+        flip_probability=jnp.float32(config.flip_probability),
+        latent_scale=jnp.float32(vae.scaling_factor),
+        latent_shift=jnp.float32(vae.shift_factor or 0.0),
+    )
+
+
+def time_ids(pictures: Pictures) -> np.ndarray:
+    """What SDXL is told of a picture (2307.01952, section 2.2): float32 [N, 2, 6], of each one and its mirror image.
+
+    Original height and width, what the crop cut at the top and left of the scaled picture, and the crop's own size.
+    """
+    resolution = pictures.pixels.shape[1]
+    sizes, offsets = pictures.original_sizes, pictures.crop_offsets
+    # Of an odd overhang the right loses a pixel more than the left; in the mirror it is the left.
+    overhang = np.maximum(sizes[:, 1] - sizes[:, 0], 0)
+    right = np.round((overhang - overhang // 2) * resolution / sizes.min(axis=1)).astype(offsets.dtype)
+    mirrored = np.stack([offsets[:, 0], right], axis=1)
+    target = np.full((len(sizes), 2), resolution)
+    both = [np.concatenate([sizes, cut, target], axis=1) for cut in (offsets, mirrored)]
+    return np.stack(both, axis=1).astype(np.float32)

@@ -1,0 +1,206 @@
+"""A small network that reads attributes off a picture: who is in it, and what is around.
+
+It comes with a model whose world has names for everything, such as the embedded one, in a folder ``judge`` beside the
+model's others: ``config.json`` and ``model.safetensors``. It was trained on true pictures alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.numpy import load_file, save_file
+
+from ti_jax.batches import in_batches
+from ti_jax.errors import InputError
+from ti_jax.models.layers import Conv2d, GroupNorm
+from ti_jax.ops.matmul import exact_products
+
+Tree = Mapping[str, Any]
+
+FOLDER = "judge"
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A prompt to draw a word with, ``{}`` standing for it, and what else must then be in the picture.
+
+    ``expects`` maps names of attributes to words.
+    """
+
+    prompt: str
+    expects: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """What a judge knows.
+
+    Attributes:
+      attributes: name and words of each attribute.
+      identity: names of the attributes that make a subject what it is; the rest is its surroundings.
+      probes: prompts in the model's own words that a learned word is tried with.
+      patch: pixels of a square that is one place of the first level, one way.
+      channels: of each level; each but the first halves the picture.
+      hidden: width of the last layer before the answers.
+      side: pixels of a picture, both ways.
+    """
+
+    attributes: tuple[tuple[str, tuple[str, ...]], ...]
+    identity: tuple[str, ...]
+    probes: tuple[Probe, ...] = ()
+    patch: int = 4
+    channels: tuple[int, ...] = (64, 96, 128)
+    hidden: int = 256
+    side: int = 64
+
+    @property
+    def words(self) -> dict[str, tuple[str, ...]]:
+        """Words by attribute."""
+        return dict(self.attributes)
+
+
+class JudgeNetwork(nn.Module):
+    """Pictures [B, side, side, 3] in [-1, 1] -> logits of all attributes [B, words], and each layer's features.
+
+    The last of the features are [B, hidden].
+    """
+
+    config: JudgeConfig
+
+    @nn.compact
+    def __call__(self, pixels: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        """Read pictures."""
+        batch, height, width, _ = pixels.shape
+        patch = self.config.patch
+        patches = pixels.reshape(batch, height // patch, patch, width // patch, patch, 3).transpose(0, 1, 3, 2, 4, 5)
+        hidden = patches.reshape(batch, height // patch, width // patch, 3 * patch**2)
+        hidden = nn.silu(nn.Dense(self.config.channels[0], name="patches")(hidden))
+        features = []
+        for level, channels in enumerate(self.config.channels):
+            if level:
+                hidden = Conv2d(channels, stride=2, name=f"down_{level}")(hidden)
+            hidden = GroupNorm(8, 1e-5, silu=True, name=f"norm_{level}")(hidden)
+            hidden = hidden + nn.silu(Conv2d(channels, name=f"conv_{level}")(hidden))
+            features.append(hidden)
+        hidden = nn.silu(nn.Dense(self.config.hidden, name="hidden")(hidden.reshape(hidden.shape[0], -1)))
+        features.append(hidden)
+        return nn.Dense(sum(len(words) for _, words in self.config.attributes), name="answer")(hidden), features
+
+
+def split_logits(config: JudgeConfig, logits: jax.Array) -> dict[str, jax.Array]:
+    """Logits of all attributes [..., words] -> of each."""
+    sizes = [len(words) for _, words in config.attributes]
+    parts = jnp.split(logits, list(np.cumsum(sizes)[:-1]), axis=-1)
+    return dict(zip((name for name, _ in config.attributes), parts, strict=True))
+
+
+@partial(jax.jit, static_argnums=0)
+def _read(config: JudgeConfig, params: Tree, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Logits of all attributes, and the features that they are read from."""
+    # Flax types the result as a tuple that only mutable collections would make it.
+    with exact_products(jnp.float32):
+        answer: Any = JudgeNetwork(config).apply({"params": params}, pixels)
+    return answer[0], answer[1][-1]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A judge with its weights."""
+
+    config: JudgeConfig
+    params: Tree
+
+    def probabilities(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        """uint8 pictures [N, side, side, 3] -> float32 [N, words] for each attribute.
+
+        Raises:
+          InputError: pictures of another size.
+        """
+        parts = split_logits(self.config, jnp.asarray(self._run(pixels)[0]))
+        return {name: np.asarray(jax.nn.softmax(part)) for name, part in parts.items()}
+
+    def features(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8 pictures [N, side, side, 3] -> float32 [N, hidden], each of length 1: near where pictures are alike."""
+        features = self._run(pixels)[1]
+        return features / np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
+
+    def _run(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        side = self.config.side
+        if pixels.ndim != 4 or pixels.shape[1:] != (side, side, 3) or pixels.dtype != np.uint8 or not len(pixels):
+            raise InputError(
+                f"the judge reads uint8 pictures [N, {side}, {side}, 3], at least one, not {pixels.dtype} "
+                f"{list(pixels.shape)}"
+            )
+        return in_batches(
+            lambda batch: _read(self.config, self.params, (batch / 127.5 - 1.0).astype(np.float32)), pixels, BATCH
+        )
+
+    def read(self, pixels: np.ndarray) -> list[dict[str, str]]:
+        """uint8 pictures [N, side, side, 3] -> the likeliest word of each attribute, for each picture."""
+        best = {name: part.argmax(-1) for name, part in self.probabilities(pixels).items()}
+        words = self.config.words
+        return [{name: words[name][best[name][index]] for name in words} for index in range(len(pixels))]
+
+    def save(self, folder: Path) -> None:
+        """Write ``config.json`` and ``model.safetensors`` into `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {
+            "attributes": {name: list(words) for name, words in self.config.attributes},
+            "identity": list(self.config.identity),
+            "probes": [{"prompt": probe.prompt, "expects": dict(probe.expects)} for probe in self.config.probes],
+            "patch": self.config.patch,
+            "channels": list(self.config.channels),
+            "hidden": self.config.hidden,
+            "side": self.config.side,
+        }
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        leaves = flatten_dict(self.params, sep=".")
+        save_file({name: np.asarray(leaf, np.float16) for name, leaf in leaves.items()}, folder / "model.safetensors")
+
+    @classmethod
+    def load(cls, model_folder: Path) -> Judge:
+        """The judge that comes with the diffusers folder `model_folder`.
+
+        Raises:
+          InputError: it has none, or a broken one.
+        """
+        folder = Path(model_folder) / FOLDER
+        try:
+            values = json.loads((folder / "config.json").read_text())
+            leaves = load_file(folder / "model.safetensors")
+            values["attributes"] = tuple((name, tuple(words)) for name, words in values["attributes"].items())
+            values["probes"] = tuple(
+                Probe(probe["prompt"], tuple(probe["expects"].items())) for probe in values["probes"]
+            )
+            values["identity"], values["channels"] = tuple(values["identity"]), tuple(values["channels"])
+            config = JudgeConfig(**values)
+        except FileNotFoundError as error:
+            raise InputError(
+                f"{model_folder}: no judge comes with this model (no {folder / 'config.json'}), so that attributes "
+                "cannot be read off its pictures"
+            ) from error
+        except Exception as error:
+            raise InputError(f"{folder}: not a judge that can be read: {error}") from error
+        shapes = flatten_dict(judge_shapes(config), sep=".")
+        if {name: leaf.shape for name, leaf in leaves.items()} != {name: leaf.shape for name, leaf in shapes.items()}:
+            raise InputError(f"{folder}: the weights are not those of config.json's network")
+        return cls(
+            config, unflatten_dict({name: jnp.asarray(leaf, jnp.float32) for name, leaf in leaves.items()}, sep=".")
+        )
+
+
+def judge_shapes(config: JudgeConfig) -> Tree:
+    """The parameter tree of a judge as `jax.ShapeDtypeStruct`."""
+    pixels = jax.ShapeDtypeStruct((1, config.side, config.side, 3), jnp.float32)
+    return jax.eval_shape(JudgeNetwork(config).init, jax.random.key(0), pixels)["params"]

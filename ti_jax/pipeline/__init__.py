@@ -1,0 +1,5 @@
+"""A frozen Stable Diffusion with its weights, tokenizers and noise schedule, and drawing with it."""
+
+from ti_jax.pipeline.stable_diffusion import StableDiffusion
+
+__all__ = ["StableDiffusion"]

@@ -1,0 +1,210 @@
+"""A Stable Diffusion before its weights are read: configuration, tokenizers and noise schedule."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ti_jax.config import EvaluateConfig, InferConfig, TrainConfig
+from ti_jax.diffusion.samplers import Sampler, SamplerChoice, choose_sampler, make_sampler
+from ti_jax.diffusion.schedule import NoiseSchedule
+from ti_jax.errors import InputError
+from ti_jax.models.networks import Networks, make_networks
+from ti_jax.ops.platform import Platform
+from ti_jax.text.text_encoders import PromptTokenizers
+from ti_jax.weights.hub import resolve
+from ti_jax.weights.sources import Source, open_source
+from ti_jax.words import unprovided
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """All of a model but its weights: enough to check words, prompts and settings with.
+
+    Attributes:
+      networks: the modules.
+      tokenizers: one for each text encoder, by the encoder's name.
+      schedule: betas and prediction type that the model was trained with.
+      scheduler_config: the checkpoint's ``scheduler_config.json``, or what stands for it with a single file.
+      zeros_for_empty_prompt: guidance without a negative prompt starts from zeros (SDXL) and not from the empty prompt.
+      dtype: of weights and activations.
+      path: the folder or file that it is read from.
+      name: what the user called it: a path, a hub id, or "mini-sd" for the embedded default.
+    """
+
+    networks: Networks
+    tokenizers: Mapping[str, CLIPTokenizer]
+    schedule: NoiseSchedule
+    scheduler_config: Mapping[str, Any]
+    zeros_for_empty_prompt: bool
+    dtype: Any
+    path: Path
+    name: str
+
+    @property
+    def prompt_tokenizers(self) -> PromptTokenizers:
+        """The part that prompts are checked and tokenized with."""
+        return PromptTokenizers(dict(self.networks.text_encoders), self.tokenizers)
+
+    @property
+    def vocab_sizes(self) -> dict[str, int]:
+        """Rows of each text encoder's frozen token table; ids from there on are trained rows."""
+        return self.prompt_tokenizers.vocab_sizes
+
+    @property
+    def embedding_dims(self) -> dict[str, int]:
+        """Length of a token embedding, by text encoder."""
+        return self.prompt_tokenizers.embedding_dims
+
+    @property
+    def default_resolution(self) -> int:
+        """Side in pixels of the pictures that the model was trained on."""
+        return self.networks.unet.config.sample_size * self.networks.latent_factor
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Shape [h, w, c] of the latents of a picture of that size in pixels."""
+        factor = self.networks.latent_factor
+        for side in (height, width):
+            if side < factor or side % factor:
+                raise InputError(f"a picture's side must be a positive multiple of {factor} pixels, not {side}")
+        return height // factor, width // factor, self.networks.vae.config.latent_channels
+
+    def tokenize(self, prompts: Sequence[str], words: Mapping[str, int] | None = None) -> dict[str, np.ndarray]:
+        """Token ids int32 [B, L] for each text encoder; ``words`` are placeholders with their numbers of vectors.
+
+        Raises:
+          InputError: a prompt is longer than the text encoder reads.
+        """
+        return self.prompt_tokenizers.tokenize(prompts, words)
+
+    def unprovided(self, prompts: Sequence[str], words: Mapping[str, int]) -> list[str]:
+        """What looks like a learned word in the prompts and is neither one of ``words`` nor known to the model."""
+        vocabularies = [tokenizer.get_vocab() for tokenizer in self.tokenizers.values()]
+        found = unprovided(prompts, words)
+        return [word for word in found if not any(word in vocabulary for vocabulary in vocabularies)]
+
+    # -- the sampler
+
+    @property
+    def _fallback_sampler(self) -> str:
+        return "ddim" if len(self.tokenizers) == 1 else "euler"
+
+    def sampler_choice(self, scheduler: str | None = None) -> SamplerChoice:
+        """What pictures are drawn with; `note` says why, where it is not the checkpoint's own scheduler."""
+        if scheduler is not None:
+            return SamplerChoice(scheduler, self.scheduler_config)
+        return choose_sampler(self.scheduler_config, self._fallback_sampler)
+
+    def make_sampler(self, scheduler: str | None, num_inference_steps: int) -> Sampler:
+        """Sampler "ddim", "euler", "euler_a" or "dpm++"; None: that of `sampler_choice`.
+
+        Raises:
+          InputError: as `ti_jax.diffusion.samplers.make_sampler`.
+        """
+        return make_sampler(scheduler, self.scheduler_config, num_inference_steps, self._fallback_sampler)
+
+    def scheduler_name(self, scheduler: str | None) -> str:
+        """What a picture says that it was drawn with: the sampler asked for, or the checkpoint's own class."""
+        choice = self.sampler_choice(scheduler)
+        own = scheduler is None and choice.note is None
+        return str(self.scheduler_config.get("_class_name", choice.name)) if own else choice.name
+
+
+@dataclass(frozen=True)
+class OpenModel(ModelDescription):
+    """A model whose files are open, to load its weights from (``StableDiffusion.load``)."""
+
+    source: Source
+
+
+@contextlib.contextmanager
+def open_model(
+    path_or_hub_id: str | Path | None = None,
+    dtype: Any = None,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    prediction_type: str | None = None,
+    token: str | None = None,
+    vae: str | Path | None = None,
+) -> Iterator[OpenModel]:
+    """Open a model (downloaded first if it is on the hub) and read what takes no time; arguments and errors are those
+    of ``StableDiffusion.from_pretrained``.
+    """
+    if dtype is None:
+        dtype = Platform.of(jax.local_devices()[0]).dtype
+    path = resolve(None if path_or_hub_id is None else str(path_or_hub_id), revision, variant, token)
+    with open_source(path, variant, prediction_type, vae=None if vae is None else Path(vae)) as source:
+        networks = make_networks(source.configs, dtype)
+        _check_family(path, networks)
+        model = OpenModel(
+            networks=networks,
+            tokenizers={name: source.tokenizer(name) for name, _ in networks.text_encoders},
+            schedule=NoiseSchedule.from_config(source.configs["scheduler"]),
+            scheduler_config=source.configs["scheduler"],
+            zeros_for_empty_prompt=source.zeros_for_empty_prompt,
+            dtype=dtype,
+            path=path,
+            name="mini-sd" if path_or_hub_id is None else str(path_or_hub_id),
+            source=source,
+        )
+        for name, size in model.vocab_sizes.items():
+            # Ids past the table are those of learned rows; a word of the tokenizer's own there would be taken for one.
+            if len(model.tokenizers[name]) > size:
+                raise InputError(
+                    f"{path}: the tokenizer has {len(model.tokenizers[name])} tokens where {name} has {size} rows; "
+                    f"words were added to one of them only, use the original model"
+                )
+        yield model
+
+
+def open_model_of(
+    config: TrainConfig | InferConfig | EvaluateConfig,
+) -> contextlib.AbstractContextManager[OpenModel]:
+    """`open_model` of the model that a config names, in the precision that it names."""
+    return open_model(
+        config.pretrained_model_name_or_path,
+        {None: None, "no": jnp.float32, "bf16": jnp.bfloat16}[config.mixed_precision],
+        revision=config.revision,
+        variant=config.variant,
+        prediction_type=config.prediction_type,
+        token=config.hub_token if isinstance(config, TrainConfig) else None,
+        vae=config.vae,
+    )
+
+
+def _check_family(path: Path, networks: Networks) -> None:
+    """Refuse what is made of Stable Diffusion's parts and is another thing: each file could be read for itself.
+
+    Raises:
+      InputError: an inpainting model under the name of another, or parts of different models.
+    """
+    text_encoders, unet, vae = dict(networks.text_encoders), networks.unet.config, networks.vae.config
+    channels = (unet.in_channels, unet.out_channels)
+    if channels != (vae.latent_channels,) * 2:
+        kind = "an inpainting model" if channels == (9, 4) else "no text-to-image model, or not of one model"
+        raise InputError(
+            f"{path}: the UNet takes {channels[0]} channels and makes {channels[1]} where the autoencoder has "
+            f"{vae.latent_channels}: {kind}; only plain text-to-image models are read"
+        )
+    width = sum(module.config.hidden_size for module in text_encoders.values())
+    if unet.cross_attention_dim != width:
+        raise InputError(
+            f"{path}: the UNet reads text of width {unet.cross_attention_dim} and {' and '.join(text_encoders)} make "
+            f"{width}: parts of different models"
+        )
+    if (unet.addition_embed_type == "text_time") != (len(text_encoders) == 2):
+        raise InputError(
+            f"{path}: the UNet's addition_embed_type is {unet.addition_embed_type} with {len(text_encoders)} text "
+            "encoder(s): Stable Diffusion XL has text_time and two, the others neither"
+        )

@@ -1,0 +1,246 @@
+"""Weighted prompts in AUTOMATIC1111's notation: ``(word:1.2)``, ``(word)``, ``[word]``, ``BREAK``, and any length.
+
+A prompt is read into pieces of text with a weight each, the pieces are cut into chunks that the text encoder can read,
+and the encoder's output is multiplied by the weights (`ti_jax.models.networks`). Semantics are those of that
+program's default ("original") emphasis; the code is our own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from ti_jax.errors import InputError
+from ti_jax.text.tokens import token_groups
+from ti_jax.words import Words, find_words
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+BRACKET = 1.1  # what ( ) multiply by, and [ ] divide by
+# A chunk that is full ends at its last comma, if that is not farther back than this.
+COMMA_REACH = 20
+
+
+_NOTATION = re.compile(
+    r"\\(?P<escaped>[()\[\]\\])"
+    r"|(?P<open>[(\[])"
+    r"|:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)"
+    r"|(?P<close>[)\]])"
+    r"|(?P<cut>\s*\bBREAK\b\s*)"
+    r"|(?P<text>.)",
+    re.DOTALL,
+)
+
+
+class Piece(NamedTuple):
+    """Text of one weight; None stands for BREAK."""
+
+    text: str | None
+    weight: float
+
+
+def parse(prompt: str, words: Words) -> list[Piece]:
+    """Read the notation.
+
+    Brackets nest and multiply; a bracket that is never closed holds to the end, one that was never opened is text, and
+    so is a bracket behind a backslash. Brackets inside a placeholder word are a part of it.
+
+    Args:
+      words: placeholder words with their numbers of vectors.
+    """
+    texts: list[str | None] = []
+    weights: list[float] = []
+    opened: dict[str, list[int]] = {"(": [], "[": []}
+
+    def multiply(bracket: str, factor: float) -> None:
+        first = opened[bracket].pop()
+        weights[first:] = [weight * factor for weight in weights[first:]]
+
+    for match in _symbols(prompt, words):
+        if isinstance(match, str):
+            texts.append(match)
+            weights.append(1.0)
+            continue
+        found = match.lastgroup
+        if found == "open":
+            opened[match.group()].append(len(texts))
+        elif found == "weight" and opened["("]:
+            multiply("(", float(match["weight"]))
+        elif found == "close" and opened["(" if match.group() == ")" else "["]:
+            if match.group() == ")":
+                multiply("(", BRACKET)
+            else:
+                multiply("[", 1 / BRACKET)
+        else:
+            texts.append(None if found == "cut" else match["escaped"] or match.group())
+            weights.append(1.0)
+    for bracket, factor in (("(", BRACKET), ("[", 1 / BRACKET)):
+        while opened[bracket]:
+            multiply(bracket, factor)
+
+    pieces: list[Piece] = []
+    for text, weight in zip(texts, weights, strict=True):
+        last = pieces[-1] if pieces else None
+        if text is not None and last is not None and last.text is not None and last.weight == weight:
+            pieces[-1] = Piece(last.text + text, weight)
+        else:
+            pieces.append(Piece(text, weight))
+    return pieces
+
+
+def _symbols(prompt: str, words: Words) -> Iterator[re.Match[str] | str]:
+    """The notation's symbols between placeholder words, and the words as they are written."""
+    end = 0
+    for found in find_words(prompt, words):
+        # A match up to `endpos` looks no farther: what stands there is the end of the text for it.
+        yield from _NOTATION.finditer(prompt, end, found.start)
+        yield prompt[found.start : found.end]
+        end = found.end
+    yield from _NOTATION.finditer(prompt, end)
+
+
+class Chunk(NamedTuple):
+    """Token ids of one pass through a text encoder, int32 [L], and what to multiply its output by, float32 [L]."""
+
+    ids: np.ndarray
+    weights: np.ndarray
+
+
+@dataclass
+class _Chunker:
+    """Fills chunks with tokens."""
+
+    room: int
+    comma: int | None
+    ids: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    after_comma: int | None = None
+    chunks: list[tuple[list[int], list[float]]] = field(default_factory=list)
+
+    def add(self, group: Sequence[int], weight: float) -> None:
+        """A token, or all rows of a word, which stay together."""
+        if len(self.ids) + len(group) > self.room:
+            self.end(self._cut() if len(group) == 1 else None)
+        self.ids += group
+        self.weights += [weight] * len(group)
+        if list(group) == [self.comma]:
+            self.after_comma = len(self.ids)
+
+    def _cut(self) -> int | None:
+        near = self.after_comma is not None and self.room - self.after_comma < COMMA_REACH
+        return self.after_comma if near else None
+
+    def end(self, cut: int | None = None) -> None:
+        """Close the chunk; what stands behind `cut` goes into the next."""
+        cut = len(self.ids) if cut is None else cut
+        self.chunks.append((self.ids[:cut], self.weights[:cut]))
+        self.ids, self.weights, self.after_comma = self.ids[cut:], self.weights[cut:], None
+
+
+def chunks(tokenizer: CLIPTokenizer, prompt: str, words: Words, vocab_size: int, max_length: int) -> list[Chunk]:
+    """Cut a weighted prompt into chunks of `max_length` tokens: start, text, end, padding; one at least.
+
+    Args:
+      words, vocab_size, max_length: as for `tokens.tokenize`.
+
+    Raises:
+      InputError: a word with more vectors than a chunk has room for.
+    """
+    comma = tokenizer(",", add_special_tokens=False, verbose=False).input_ids
+    chunker = _Chunker(max_length - 2, comma[0] if len(comma) == 1 else None)
+    for text, weight in parse(prompt, words):
+        if text is None:
+            chunker.end()
+            continue
+        for group in token_groups(tokenizer, text, words, vocab_size):
+            if len(group) > chunker.room:
+                raise InputError(
+                    f"a word of {len(group)} vectors does not fit into the {chunker.room} tokens that the text encoder "
+                    "reads at once; make it shorter (ti-jax embedding prune)"
+                )
+            chunker.add(group, weight)
+    chunker.end()
+    return [_padded(tokenizer, ids, weights, max_length) for ids, weights in chunker.chunks]
+
+
+def _padded(tokenizer: CLIPTokenizer, ids: list[int], weights: list[float], max_length: int) -> Chunk:
+    whole = np.full(max_length, tokenizer.pad_token_id, np.int32)
+    whole[: len(ids) + 2] = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
+    factors = np.ones(max_length, np.float32)
+    factors[1 : len(ids) + 1] = weights
+    return Chunk(whole, factors)
+
+
+def stack(prompts: Sequence[Sequence[Chunk]], count: int, empty: Chunk) -> Chunk:
+    """Prompts of at most `count` chunks -> ids and weights [B, count, L]; short ones are filled up with `empty`."""
+    filled = [[*prompt, *[empty] * (count - len(prompt))] for prompt in prompts]
+    return Chunk(
+        np.stack([[chunk.ids for chunk in prompt] for prompt in filled]),
+        np.stack([[chunk.weights for chunk in prompt] for prompt in filled]),
+    )
+
+
+def plain(prompts: Mapping[str, Sequence[Sequence[Chunk]]]) -> bool:
+    """Whether prompts, by text encoder, are of one chunk each and without weights."""
+    return all(len(prompt) == 1 and (prompt[0].weights == 1.0).all() for each in prompts.values() for prompt in each)
+
+
+class Reader(NamedTuple):
+    """What prompts are cut for: a text encoder's tokenizer, rows of its token table, and tokens it reads at once."""
+
+    tokenizer: CLIPTokenizer
+    vocab_size: int
+    max_length: int
+
+
+class Group(NamedTuple):
+    """Prompts that can be drawn together.
+
+    Attributes:
+      numbers: which of the prompts. ids: of them by text encoder, int32 [N, L] or `Chunk` of [N, K, L].
+      negative_ids: likewise, of their negative prompts; None if they have none.
+    """
+
+    numbers: list[int]
+    ids: Mapping[str, Any]
+    negative_ids: Mapping[str, Any] | None
+
+
+def groups(
+    readers: Mapping[str, Reader], prompts: Sequence[str], negatives: Sequence[str] | None, words: Words
+) -> Iterator[Group]:
+    """Weighted prompts as ids, by text encoder, in as many groups as there are lengths in chunks.
+
+    So padding after a short prompt never depends on the length of another. Prompts of one chunk without weights are a
+    group of their own, of plain ids: a picture does not depend on which others are drawn in the call.
+
+    Raises:
+      InputError: a word with more vectors than a chunk has room for.
+    """
+    both = [*prompts, *(negatives or [])]
+    cut = {
+        name: [chunks(reader.tokenizer, prompt, words, *reader[1:]) for prompt in both]
+        for name, reader in readers.items()
+    }
+    pairs = [(number,) if negatives is None else (number, len(prompts) + number) for number in range(len(prompts))]
+    # 0 chunks stand for plain ids.
+    lengths = []
+    for pair in pairs:
+        of_pair = {name: [each[number] for number in pair] for name, each in cut.items()}
+        lengths.append(0 if plain(of_pair) else max(len(prompt) for each in of_pair.values() for prompt in each))
+    empty = {name: chunks(reader.tokenizer, "", words, *reader[1:])[0] for name, reader in readers.items()}
+
+    def stacked(chosen: list[int], length: int) -> dict[str, Any]:
+        if length == 0:
+            return {name: np.stack([each[number][0].ids for number in chosen]) for name, each in cut.items()}
+        return {name: stack([each[number] for number in chosen], length, empty[name]) for name, each in cut.items()}
+
+    for length in sorted(set(lengths)):
+        chosen = [number for number, other in enumerate(lengths) if other == length]
+        after = None if negatives is None else stacked([len(prompts) + number for number in chosen], length)
+        yield Group(chosen, stacked(chosen, length), after)

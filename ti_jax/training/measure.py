@@ -1,0 +1,129 @@
+"""Scores of the word while it is learned and at the end, and which of its states was the best."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from ti_jax.config import TrainConfig
+from ti_jax.data.concept import Concept
+from ti_jax.data.folder import as_uint8
+from ti_jax.embeddings import Embedding
+from ti_jax.errors import InputError
+from ti_jax.evaluation.evaluate import Evaluator, load_measure, sampler_steps, write_scores
+from ti_jax.evaluation.scores import Scores
+from ti_jax.files import disk_errors, write_atomically
+from ti_jax.interrupts import interruptible
+from ti_jax.pipeline import StableDiffusion
+from ti_jax.training.report import read_lines
+from ti_jax.training.run_folder import copy_name
+
+LOG_FILE = "scores.jsonl"
+SCORES_FILE = "scores.json"
+BEST_FILE = "learned_embeds-best.safetensors"
+
+
+@dataclass
+class Measuring:
+    """Measures states of the word; with ``keep_best`` it keeps a copy of the best one in the run's folder.
+
+    Attributes:
+      by: the measure to keep the best by, or None.
+      best: step and scores of the best state so far, whose vectors are in `BEST_FILE`. last: of the last one measured.
+    """
+
+    evaluator: Evaluator
+    others: tuple[Embedding, ...]
+    folder: Path
+    by: str | None
+    best: tuple[int, Scores] | None = None
+    last: tuple[int, Scores] | None = None
+
+    def measure(self, sd: StableDiffusion, embedding: Embedding, step: int) -> Scores:
+        """Measure, log, and keep the word if it is the best so far."""
+        if self.last is not None and self.last[0] == step:
+            return self.last[1]
+        scores = interruptible(lambda: self.evaluator.scores(sd, embedding, self.others))
+        self.last = (step, scores)
+        # The word first: a kill between the two leaves no line of a best state that is not kept.
+        if self._is_best(scores):
+            self.best = self.last
+            embedding.save(self.folder / BEST_FILE, format="diffusers")
+        with disk_errors(self.folder), (self.folder / LOG_FILE).open("a", encoding="utf-8") as log:
+            log.write(json.dumps({"step": step, **scores.as_dict()}) + "\n")
+        return scores
+
+    def _is_best(self, scores: Scores) -> bool:
+        if self.by is None:
+            return False
+        value = getattr(scores, self.by)
+        if value is None:
+            raise InputError(f"--keep_best {self.by}: was not measured; it needs another model to measure with")
+        # Of equals the first: fewer steps keep a word nearer to the language.
+        return self.best is None or value > getattr(self.best[1], self.by)
+
+    def resume(self, state: Embedding, step: int) -> None:
+        """Reload the scores up to ``step``; later ones are dropped, for those steps are made again.
+
+        Args:
+          state: the word at ``step``.
+        """
+        path = self.folder / LOG_FILE
+        if not path.exists():
+            return
+        kept = [line for line in read_lines(path) if line["step"] <= step]
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        for line in kept:
+            self.last = (line["step"], Scores(**{name: value for name, value in line.items() if name != "step"}))
+            if self._is_best(self.last[1]):
+                self.best = self.last
+        if self.best is not None:
+            self._keep_best(self.best[0], state, step)
+
+    def _keep_best(self, best: int, state: Embedding, step: int) -> None:
+        """Make `BEST_FILE` hold the state at ``best``: steps that are made again may have put a later one there."""
+        file, copy = self.folder / BEST_FILE, self.folder / copy_name(best)
+        if file.exists() and Embedding.load(file).metadata.get("steps") == str(best):
+            return
+        if best == step:
+            state.save(file, format="diffusers")
+        elif copy.exists():
+            Embedding.load(copy).save(file, format="diffusers")
+        else:
+            print(
+                f"warning: {file} is no longer the word of step {best}, the best up to step {step}: the best of the "
+                f"steps after it will be kept",
+                file=sys.stderr,
+            )
+            self.best = None
+
+    def finish(self, sd: StableDiffusion, embedding: Embedding, step: int) -> tuple[Embedding, Scores]:
+        """Measure the last state, and return the word that the run ends with, and its scores."""
+        scores = self.measure(sd, embedding, step)
+        if self.best is not None and self.best[0] != step:
+            embedding, scores = Embedding.load(self.folder / BEST_FILE), self.best[1]
+        write_scores(self.folder / SCORES_FILE, embedding, scores)
+        return embedding, scores
+
+
+def make_measuring(config: TrainConfig, sd: StableDiffusion, concept: Concept, folder: Path) -> Measuring | None:
+    """What the config asks for: None if it asks for no scores.
+
+    Raises:
+      InputError: nothing to measure with.
+    """
+    if not config.evaluate and config.keep_best is None:
+        return None
+    assert config.validation_guidance_scale is not None, "the config is resolved"
+    evaluator = Evaluator(
+        load_measure(sd, config.evaluation_clip),
+        as_uint8(concept.pictures.pixels),
+        images=config.evaluation_images,
+        num_inference_steps=sampler_steps(config),
+        guidance_scale=config.validation_guidance_scale,
+        scheduler=config.scheduler,
+        seed=config.seed,
+    )
+    return Measuring(evaluator, concept.others, folder, config.keep_best)

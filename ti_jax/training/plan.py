@@ -1,0 +1,369 @@
+"""``ti-jax plan``: what a training run will need, read off its compiled step. No weights are loaded and none are made.
+
+For a TPU slice the step is compiled ahead of time by libtpu, which runs on any Linux machine; the chips are not needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ti_jax.config import PlanConfig, resolve_plan
+from ti_jax.data.dataset import Dataset
+from ti_jax.diffusion.schedule import NoiseSchedule
+from ti_jax.errors import InputError
+from ti_jax.machine import SPARE, free_memory
+from ti_jax.models.networks import Condition, make_networks, network_shapes
+from ti_jax.ops.platform import PLAIN, Platform
+from ti_jax.text.templates import load_templates
+from ti_jax.training.compile import StepBuilder, compile_fitting
+from ti_jax.training.flops import least_flops
+from ti_jax.training.optimizer import make_optimizer
+from ti_jax.training.parallel import make_mesh
+from ti_jax.training.step import Frozen, TrainState
+from ti_jax.weights.hub import resolve as resolve_model
+from ti_jax.weights.reference_configs import PUBLISHED
+from ti_jax.weights.sources import open_source
+
+PICTURES = 4  # of a concept: their moments are kilobytes, so that another number changes nothing
+GIGA, TERA = 1e9, 1e12
+# What well-tuned diffusion models reach of a chip's published peak.
+USUAL_UTILISATION = 0.4
+BATCHES_TRIED = 8  # in looking for the largest that fits
+
+# libtpu would ask a cloud machine's metadata server which slice it is in, complain that it is in none, and let one
+# process at a time have the chips; here it only compiles.
+LIBTPU_SETTINGS = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What a maker publishes of a device: its name there, memory in bytes, and peak FLOP/s in bfloat16."""
+
+    name: str
+    memory: float
+    peak: float
+
+
+# By JAX's `device_kind`. https://cloud.google.com/tpu/docs, https://www.nvidia.com/en-us/data-center/h100/ and /a100/
+CHIPS = {
+    "TPU v5 lite": Chip("TPU v5e", 16 * 2**30, 197 * TERA),
+    "TPU v5": Chip("TPU v5p", 95 * 2**30, 459 * TERA),
+    "TPU v6 lite": Chip("TPU v6e", 32 * 2**30, 918 * TERA),
+    "NVIDIA A100-SXM4-40GB": Chip("A100", 40e9, 312 * TERA),
+    "NVIDIA A100-SXM4-80GB": Chip("A100", 80e9, 312 * TERA),
+    "NVIDIA H100 80GB HBM3": Chip("H100", 80e9, 989 * TERA),
+    "NVIDIA H200": Chip("H200", 141e9, 989 * TERA),
+}
+
+
+# What attention's kernels are called in a compiled program, Pallas' on a TPU and cuDNN's: XLA counts no work in them.
+KERNELS = ("tpu_custom_call", "__cudnn$fmha")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the compiled step says.
+
+    Attributes:
+      model: as the user named it. devices: how many, and of which kind. batch: samples a device and micro-batch.
+      samples: that one update sees, over all devices.
+      arguments, temporary, code: bytes on each device: weights and data; activations; the program.
+      memory: bytes that a device has for it, None where nothing says so.
+      flops: of one update on one device, as compiled; None where XLA does not count all: in a CPU's loops, and in
+        kernels such as attention's on TPU.
+      least_flops: that cannot be done without.
+      crossing: bytes that each device sends for an update, by kind of transfer.
+      peak: FLOP/s of the device in bfloat16, None if not known or not in use.
+      largest_batch: that fits, None if it was not looked for.
+      gradient_checkpointing: as told, or the first way that fits.
+    """
+
+    model: str
+    devices: str
+    batch: int
+    samples: int
+    arguments: int
+    temporary: int
+    code: int
+    memory: float | None
+    flops: float | None
+    least_flops: float
+    crossing: Mapping[str, int]
+    peak: float | None
+    largest_batch: int | None = None
+    gradient_checkpointing: str = "none"
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes that a device must have."""
+        return self.arguments + self.temporary + self.code
+
+    def lines(self) -> Iterator[str]:
+        """For people."""
+        of = f" of {self.memory / GIGA:.1f} GB" if self.memory else ""
+        fits = "" if self.memory is None or self.peak_memory <= self.memory else ": IT DOES NOT FIT"
+        yield f"{self.model}: {self.batch} a device on {self.devices}, {self.samples} samples an update"
+        yield f"  memory         {self.peak_memory / GIGA:.2f} GB{of} a device{fits}"
+        yield f"    weights, data  {self.arguments / GIGA:.2f} GB"
+        way = f"--gradient_checkpointing {self.gradient_checkpointing}"
+        yield f"    activations    {self.temporary / GIGA:.2f} GB with {way}"
+        yield f"    program        {self.code / GIGA:.2f} GB"
+        least = f"{self.least_flops / TERA:.4g} TFLOP an update and device at least"
+        compiled = f"; compiled {self.flops / self.least_flops:.2f} of that" if self.flops else ""
+        yield f"  work           {least}{compiled}"
+        sent = ", ".join(f"{kind} {count / 1e3:.1f} kB" for kind, count in self.crossing.items()) or "nothing"
+        yield f"  between devices  {sent} an update"
+        if self.peak:
+            flops = self.flops or self.least_flops
+            floor, usual = (flops / self.peak / share * 1e3 for share in (1, USUAL_UTILISATION))
+            yield (
+                f"  time           {floor:.1f} ms an update at the published peak of {self.peak / TERA:.0f} TFLOP/s, "
+                f"{usual:.1f} ms at {USUAL_UTILISATION:.0%} of it: an estimate, nothing was run"
+            )
+        if self.largest_batch is not None:
+            yield f"  largest batch  {self.largest_batch} a device"
+
+
+def plan(config: PlanConfig) -> Plan:
+    """Compile the training step that the config describes, and read off what it needs.
+
+    Raises:
+      InputError: no such model or topology, libtpu is not installed, or the step does not fit.
+    """
+    config = resolve_plan(config)
+    devices = _devices(config.topology)
+    dtypes = {None: Platform.of(devices[0]).dtype, "no": jnp.float32, "bf16": jnp.bfloat16}
+    planner = Planner(config, dtypes[config.mixed_precision], devices)
+    assert config.train_batch_size is not None, "the config is resolved"
+    found = planner.at(config.train_batch_size)
+    if found is None:
+        raise InputError(
+            f"a batch of {config.train_batch_size} at {planner.resolution} px does not fit: the compiler finds no way "
+            "to lay it out in the device's memory; give a smaller --train_batch_size, or leave out "
+            "--gradient_checkpointing"
+        )
+    if config.largest_batch:
+        found = dataclasses.replace(found, largest_batch=_largest_batch(config, planner, found))
+    return found
+
+
+def _largest_batch(config: PlanConfig, planner: Planner, found: Plan) -> int:
+    """The largest batch that fits; where nothing is said of it, with as much computed again as can be."""
+    if config.gradient_checkpointing is None and found.gradient_checkpointing != "full":
+        config = dataclasses.replace(config, gradient_checkpointing="full")
+        planner = Planner(config, planner.dtype, planner.mesh.devices.tolist())
+        frugal = planner.at(found.batch)
+        assert frugal is not None, "it takes less than what was found to fit"
+        found = frugal
+    return planner.largest(found)
+
+
+def array(shape: tuple[int, ...], dtype: Any) -> Any:
+    """An array of which only the shape is there."""
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+class Planner:
+    """The step of one config on some devices, at any batch size."""
+
+    def __init__(self, config: PlanConfig, dtype: Any, devices: Sequence[Any] | None = None):
+        devices = jax.devices() if devices is None else devices
+        configs = _configs(config)
+        self.config, self.mesh, self.dtype = config, make_mesh(devices), dtype
+        self.networks = make_networks(configs, dtype)
+        self.schedule = NoiseSchedule.from_config(configs["scheduler"])
+        factor = self.networks.latent_factor
+        self.resolution = config.resolution or self.networks.unet.config.sample_size * factor
+        if self.resolution % factor:
+            raise InputError(f"--resolution {self.resolution}: must be a multiple of {factor}")
+        self.on_cpu = devices[0].platform == "cpu"
+        chip = CHIPS.get(devices[0].device_kind)
+        self.memory = self._memory_for_the_step(devices, chip)
+        self.peak = chip.peak if chip and dtype == jnp.bfloat16 else None
+        kind = chip.name if chip else devices[0].device_kind
+        self.devices = f"{len(devices)} x {kind}, {np.dtype(dtype).name}, {self.resolution} px"
+
+    def at(self, batch: int) -> Plan | None:
+        """The plan for a batch on each device; None if the compiler says that it does not fit."""
+        config = self.config
+        accumulation = config.gradient_accumulation_steps
+        samples = batch * accumulation * self.mesh.size
+        optimizer, _ = make_optimizer(config, config.max_train_steps or 1, samples)
+        frozen = self._frozen()
+        rows = self._rows()
+        state = TrainState(rows, jax.eval_shape(optimizer.init, rows), array((), jnp.int32), array((), jnp.bool_))
+
+        builder = StepBuilder(
+            self.networks, optimizer, self.mesh, batch_size=batch, accumulation=accumulation,
+            longest_chunk=config.logging_steps,
+        )  # fmt: skip
+        compiled = compile_fitting(partial(builder.lower, frozen, state), config.gradient_checkpointing, self.memory)
+        if compiled is None:
+            return None
+        cost, text = compiled.program.cost_analysis(), compiled.program.as_text()
+        assert cost is not None and text is not None, "every backend that compiles has them"
+        return Plan(
+            model=config.pretrained_model_name_or_path or "mini-sd",
+            devices=self.devices,
+            batch=batch,
+            samples=samples,
+            arguments=compiled.arguments,
+            temporary=compiled.temporary,
+            code=compiled.code,
+            memory=self.memory,
+            # The analysis counts the body of a loop once: the steps of a chunk, and the micro-batches of a step.
+            flops=None if self.on_cpu or any(kernel in text for kernel in KERNELS) else cost["flops"] * accumulation,
+            least_flops=self.least_flops(batch) * accumulation,
+            crossing=crossing_bytes(text),
+            peak=self.peak,
+            gradient_checkpointing=compiled.gradient_checkpointing,
+        )
+
+    def largest(self, first: Plan) -> int:
+        """The largest batch that fits, 0 if none does; each sample takes about the same memory."""
+        memory = self.memory
+        if memory is None:
+            raise InputError("--largest_batch: it is not known how much memory these devices have")
+        known = [first]
+        fits, does_not = (first.batch, math.inf) if first.peak_memory <= memory else (0, first.batch)
+        for _ in range(BATCHES_TRIED):
+            if does_not - fits <= 1:
+                break
+            if len(known) == 1:
+                guess = 2 * fits or first.batch // 2
+            else:
+                one, other = known[-2:]
+                each = (other.peak_memory - one.peak_memory) / (other.batch - one.batch)
+                guess = other.batch + int((memory - other.peak_memory) // max(each, 1.0))
+            guess = int(max(fits + 1, min(guess, does_not - 1)))
+            found = self.at(guess)
+            if found is not None:
+                known.append(found)
+            if found is not None and found.peak_memory <= memory:
+                fits = guess
+            else:
+                does_not = guess
+        return fits
+
+    def _memory_for_the_step(self, devices: Sequence[Any], chip: Chip | None) -> float | None:
+        """Bytes on each device; None where nothing says how much there is."""
+        published = chip.memory * (1 - SPARE) if chip else None
+        return free_memory(devices) if self.config.topology is None else published
+
+    def _rows(self) -> dict[str, jax.Array]:
+        return {
+            name: array((self.config.num_vectors, module.config.hidden_size), jnp.float32)
+            for name, module in self.networks.text_encoders
+        }
+
+    def _frozen(self) -> Frozen:
+        """The step's constant arguments as shapes."""
+        config, networks = self.config, self.networks
+        shapes = network_shapes(networks)
+        del shapes["vae"]
+        params = jax.tree.map(lambda leaf: array(leaf.shape, self.dtype), shapes)
+        side, channels = self.resolution // networks.latent_factor, networks.vae.config.latent_channels
+        prompts = len(load_templates(config.learnable_property, config.templates))
+        number = array((), jnp.float32)
+        return Frozen(
+            params=params,
+            schedule=jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), self.schedule),
+            dataset=Dataset(
+                moments=array((PICTURES, 2, side, side, 2 * channels), jnp.float32),
+                ids={
+                    name: array((prompts, module.config.max_position_embeddings), jnp.int32)
+                    for name, module in networks.text_encoders
+                },
+                time_ids=array((PICTURES, 2, 6), jnp.float32),
+                flip_probability=number,
+                latent_scale=number,
+                latent_shift=number,
+            ),
+            row_mask={name: array((config.num_vectors,), jnp.bool_) for name, _ in networks.text_encoders},
+            key=jax.eval_shape(lambda: jax.random.key(0)),
+        )
+
+    def least_flops(self, batch: int) -> float:
+        """Of the loss and its gradient for the rows, at a batch."""
+        frozen, config = self._frozen(), self.networks.vae.config
+        networks = self.networks.compiled_for(PLAIN)  # kernels do not say how much they compute
+        side = self.resolution // self.networks.latent_factor
+        noisy = array((batch, side, side, config.latent_channels), jnp.float32)
+        timesteps = array((batch,), jnp.int32)
+        ids = {name: array((batch, ids.shape[1]), jnp.int32) for name, ids in frozen.dataset.ids.items()}
+
+        def predict(rows: Any, params: Any, ids: Any, noisy: jax.Array, timesteps: jax.Array) -> jax.Array:
+            condition: Condition = networks.encode_text(params, ids, rows)
+            return networks.predict_noise(params, noisy, timesteps, condition)
+
+        arguments = (self._rows(), frozen.params, ids, noisy, timesteps)
+        trained = [[index == 0] * len(jax.tree.leaves(tree)) for index, tree in enumerate(arguments)]
+        return least_flops(jax.make_jaxpr(predict)(*arguments), [each for part in trained for each in part])
+
+
+_SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
+_TRANSFER = re.compile(
+    r"= (?P<shape>\(.*?\)|\S+) "
+    r"(?P<kind>all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
+)
+
+
+def crossing_bytes(program: str) -> dict[str, int]:
+    """Bytes of the results of each kind of transfer between devices in a compiled program's text."""
+    found: dict[str, int] = {}
+    for match in _TRANSFER.finditer(program):
+        parts = re.findall(r"(\w+)\[([\d,]*)\]", match["shape"])
+        size = sum(_SIZES.get(kind, 4) * math.prod(int(n) for n in dims.split(",") if n) for kind, dims in parts)
+        found[match["kind"]] = found.get(match["kind"], 0) + size
+    return found
+
+
+def _configs(config: PlanConfig) -> Mapping[str, Mapping[str, Any]]:
+    """The components' configurations: of a model that is published under the name, or of the model itself."""
+    name = config.pretrained_model_name_or_path
+    if name is not None and name in PUBLISHED:
+        return PUBLISHED[name]
+    path = resolve_model(name, config.revision, config.variant, config.hub_token)
+    with open_source(path, config.variant, config.prediction_type) as source:
+        return source.configs
+
+
+def _devices(topology: str | None) -> Sequence[Any]:
+    """This machine's devices, or those of a TPU slice that need not be there."""
+    if topology is None:
+        return jax.devices()
+    from jax.experimental import topologies
+
+    try:
+        import libtpu  # noqa: F401
+    except ImportError as error:
+        message = "--topology needs libtpu, the TPU compiler: pip install 'ti_jax[plan]' (Linux only)"
+        raise InputError(message) from error
+    # What there is to compute is computed here, and JAX looks for no TPU.
+    jax.config.update("jax_platforms", "cpu")
+    for name, value in LIBTPU_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    try:
+        return topologies.get_topology_desc(topology, platform="tpu").devices
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        message = f"--topology {topology}: {reason.rstrip('. ')}; it is written v5e:2x4, v6e:2x2, v5p:2x2x1 and so on"
+        raise InputError(message) from error

@@ -1,0 +1,135 @@
+"""Where a run's figures go: the progress bar, ``metrics.jsonl`` and TensorBoard."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from ti_jax.config import TrainConfig
+from ti_jax.files import disk_errors, write_atomically
+from ti_jax.training.tensorboard import Board
+
+
+class Reporter:
+    """Shows and logs a run. A resumed run cuts the log back to its step and goes on in the same files."""
+
+    def __init__(self, config: TrainConfig, output_dir: Path, first_step: int, total_steps: int):
+        self._metrics_path = output_dir / "metrics.jsonl"
+        with disk_errors(self._metrics_path):
+            self._cut_back(first_step)
+            # Without a buffer, so that closing cannot fail over what a full disk has refused before.
+            self._metrics = self._metrics_path.open("ab", buffering=0)
+        self._board: Board | None = None
+        if config.report_to == "tensorboard":
+            self._board = Board(output_dir / config.logging_dir, first_step)  # an absolute logging_dir stands alone
+        self._bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            desc="learning",
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.2 if sys.stderr.isatty() else 10.0,
+        )
+        self._last_time = time.perf_counter()
+
+    def _cut_back(self, first_step: int) -> None:
+        if not self._metrics_path.exists():
+            return
+        kept = [json.dumps(line) + "\n" for line in read_lines(self._metrics_path) if line["step"] <= first_step]
+        write_atomically(self._metrics_path, "".join(kept).encode())
+
+    def chunk(self, step: int, losses: list[float], learning_rate: float, samples: int) -> None:
+        """Log the updates since the last call.
+
+        Args:
+          step: updates made by their end; losses: one an update; samples: pictures drawn in them, over all devices.
+        """
+        now = time.perf_counter()
+        seconds, self._last_time = now - self._last_time, now
+        figures = {
+            "loss": sum(losses) / len(losses),
+            "learning_rate": learning_rate,
+            "steps_per_second": len(losses) / seconds,
+            "samples_per_second": samples / seconds,
+        }
+        self._bar.set_postfix(loss=f"{figures['loss']:.4f}", refresh=False)
+        self._write({"step": step, **figures, "losses": losses})
+        self._scalars(figures, step)
+
+    def progress(self, count: int) -> None:
+        """Move the bar on by ``count`` updates."""
+        self._bar.update(count)
+
+    def rows(self, step: int, figures: dict[str, float]) -> None:
+        """Log how far the rows have moved and how long they are."""
+        self._write({"step": step, **figures})
+        self._scalars(figures, step)
+
+    def picture(self, name: str, image: Image.Image, step: int) -> None:
+        """Show a PIL picture in TensorBoard."""
+        if self._board is not None:
+            self._board.image(name, image, step)
+
+    def pause(self) -> None:
+        """Leave the time since the last chunk (saving, drawing) out of the speed of the next."""
+        self._last_time = time.perf_counter()
+
+    def say(self, text: str) -> None:
+        """One line above the progress bar."""
+        tqdm.write(text, file=sys.stderr)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        with disk_errors(self._metrics_path):
+            self._metrics.write((json.dumps(record) + "\n").encode())
+
+    def _scalars(self, figures: dict[str, float], step: int) -> None:
+        if self._board is not None:
+            for name, value in figures.items():
+                self._board.scalar(name, value, step)
+
+    def close(self) -> None:
+        """Finish the bar and the files."""
+        self._bar.close()
+        self._metrics.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a ``.jsonl`` file, without the line that a killed run was writing."""
+    records = []
+    with disk_errors(path):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+    return records
+
+
+def say_how_far(figures: list[dict], step: int) -> None:
+    """Tell on stderr how far each row moved, and warn of rows that did not."""
+    for row in figures:
+        where = f"row {row['row']}" + ("" if row["encoder"] == "text_encoder" else f" of {row['encoder']}")
+        if row["distance"] == 0.0 and step > 0:
+            print(
+                f"warning: {where} did not move at all in {step} steps: nothing was learned (is the learning rate 0?)",
+                file=sys.stderr,
+            )
+            continue
+        print(
+            f"{where} moved by {row['distance']:.3f} (cosine to its start {row['cosine']:.2f}); its norm is "
+            f"{row['norm']:.2f}, the vocabulary's usual one {row['usual_norm']:.2f}",
+            file=sys.stderr,
+        )
+        if row["norm"] > 4.0 * row["usual_norm"]:
+            print(
+                f"warning: {where} is much longer than the words that the model knows; it may drown the rest of a "
+                f"prompt. A lower --learning_rate or fewer steps keep it shorter",
+                file=sys.stderr,
+            )

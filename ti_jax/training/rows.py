@@ -1,0 +1,43 @@
+"""How far the learned rows have moved, and how long they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ti_jax.data.concept import Concept
+from ti_jax.models.networks import Rows
+from ti_jax.pipeline import StableDiffusion
+
+
+def usual_norms(sd: StableDiffusion) -> dict[str, float]:
+    """The median norm of the frozen token embeddings, for each text encoder."""
+    return {name: float(np.median(np.linalg.norm(sd.token_table(name), axis=-1))) for name in sd.tokenizers}
+
+
+def row_figures(concept: Concept, rows: Rows, usual_norms: Mapping[str, float]) -> list[dict[str, Any]]:
+    """How far each row of the word has moved, for each text encoder, against the vocabulary's usual length.
+
+    Returns:
+      ``encoder``, ``row``, ``distance`` from its start (Euclidean), ``cosine`` to its start, ``norm``, and
+      ``usual_norm``, from ``usual_norms``.
+    """
+    figures = []
+    for name, value in rows.items():
+        for row, (now, start) in enumerate(
+            zip(np.asarray(value)[: concept.words[concept.token]], concept.rows[name], strict=False)
+        ):
+            norm, start_norm = float(np.linalg.norm(now)), float(np.linalg.norm(start))
+            figures.append(
+                {
+                    "encoder": name,
+                    "row": row,
+                    "distance": float(np.linalg.norm(now - start)),
+                    "cosine": float(now @ start / max(norm * start_norm, 1e-12)),
+                    "norm": norm,
+                    "usual_norm": usual_norms[name],
+                }
+            )
+    return figures

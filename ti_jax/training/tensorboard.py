@@ -1,0 +1,59 @@
+"""TensorBoard's event files, written record by record.
+
+Messages and checksums are tensorboardX's; its writer is not used, because its threads write when they like and tell of
+a full disk in tracebacks at exit.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import masked_crc32c
+
+from ti_jax.files import disk_errors
+
+
+class Board:
+    """One event file; every record is on its way to the disk when the call returns."""
+
+    def __init__(self, folder: Path, first_step: int):
+        """Start a file; records of an earlier one from after ``first_step`` are no longer shown."""
+        self._path = folder / f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        with disk_errors(self._path):
+            folder.mkdir(parents=True, exist_ok=True)
+            # Without a buffer, so that closing cannot fail over what a full disk has refused before.
+            self._file = self._path.open("ab", buffering=0)
+        self._write(Event(file_version="brain.Event:2"))
+        if first_step:
+            self._write(Event(step=first_step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        """One point of a curve."""
+        self._write(Event(step=step, summary=summary.scalar(name, value)))
+
+    def image(self, name: str, image: Image.Image, step: int) -> None:
+        """One picture."""
+        self._write(Event(step=step, summary=summary.image(name, np.asarray(image), dataformats="HWC")))
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        content = event.SerializeToString()
+        length = struct.pack("<Q", len(content))
+        with disk_errors(self._path):
+            self._file.write(length + _checksum(length) + content + _checksum(content))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _checksum(content: bytes) -> bytes:
+    return struct.pack("<I", masked_crc32c(content))

@@ -1,0 +1,144 @@
+"""Pictures of a run: validation while it trains, and the overview that it ends with."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ti_jax.config import TrainConfig
+from ti_jax.data.concept import CheckedConcept, Concept, Say, check_holds
+from ti_jax.data.folder import as_uint8
+from ti_jax.embeddings import Embedding
+from ti_jax.errors import InputError
+from ti_jax.evaluation.evaluate import check_measure, sampler_steps
+from ti_jax.images import grid, overview, save_png
+from ti_jax.interrupts import interruptible
+from ti_jax.pipeline import StableDiffusion
+from ti_jax.pipeline.model_description import ModelDescription
+from ti_jax.training.run_folder import OVERVIEW_FILE
+
+OVERVIEW_COLUMNS = 4
+
+
+def _draw(
+    config: TrainConfig,
+    sd: StableDiffusion,
+    concept: Concept,
+    prompts: list[str],
+    embedding: Embedding,
+    seeds: list[int],
+) -> list[Image.Image]:
+    assert config.validation_inference_steps is not None and config.validation_guidance_scale is not None
+    # As infer.py draws: the same prompt, seed and settings give the same picture there.
+    draw = partial(
+        sd.generate,
+        prompts,
+        embeddings=[embedding, *concept.embeddings],
+        negative_prompt=config.validation_negative_prompt,
+        num_inference_steps=config.validation_inference_steps,
+        guidance_scale=config.validation_guidance_scale,
+        scheduler=config.scheduler,
+        height=config.resolution,
+        width=config.resolution,
+        seed=seeds,
+        weighted=True,
+    )
+    return interruptible(draw)
+
+
+def _settings(config: TrainConfig, sd: StableDiffusion) -> dict[str, Any]:
+    """What a picture's file says of how it was drawn, besides its prompt and seed."""
+    return {
+        "negative_prompt": config.validation_negative_prompt,
+        "num_inference_steps": config.validation_inference_steps,
+        "scheduler": sd.scheduler_name(config.scheduler),
+        "guidance_scale": config.validation_guidance_scale,
+        "model": sd.name,
+    }
+
+
+def _seeds(config: TrainConfig, count: int) -> list[int]:
+    return [(config.seed + number) % 2**32 for number in range(count)]
+
+
+def validation_path(folder: Path, step: int) -> Path:
+    """Where the validation pictures of a step are."""
+    return folder / "samples" / f"step-{step:06d}.png"
+
+
+def save_validation(
+    config: TrainConfig, sd: StableDiffusion, concept: Concept, embedding: Embedding, folder: Path, step: int
+) -> Image.Image:
+    """Draw the validation prompt with the word as it is, into ``samples/step-N.png``; with the same seeds
+    each time.
+    """
+    prompt = concept.validation_prompt
+    assert prompt is not None, "it is drawn only if there is one"
+    images = _draw(
+        config,
+        sd,
+        concept,
+        [prompt] * config.num_validation_images,
+        embedding,
+        _seeds(config, config.num_validation_images),
+    )
+    picture = grid(images, columns=min(len(images), OVERVIEW_COLUMNS))
+    settings = {"prompt": prompt, "seed": config.seed, "step": step, **_settings(config, sd)}
+    save_png(validation_path(folder, step), picture, settings)
+    return picture
+
+
+def save_overview(
+    config: TrainConfig, sd: StableDiffusion, concept: Concept, embedding: Embedding, folder: Path
+) -> Path:
+    """The picture that shows what was learned: the concept, what the word draws before and after it was learned.
+
+    What is drawn for it is also kept picture by picture, ``samples/overview-NN.png``.
+    """
+    columns = OVERVIEW_COLUMNS
+    prompts = concept.overview_prompts
+    before = concept.first_prompt_before_training
+    drawn_prompts = [prompt for prompt in (before, *prompts) for _ in range(columns)]
+    # The same seeds in every row: what differs down a column is the prompt alone.
+    seeds = _seeds(config, columns) * (1 + len(prompts))
+    drawn = _draw(config, sd, concept, drawn_prompts, embedding, seeds)
+    shown = [Image.fromarray(pixels) for pixels in as_uint8(concept.pictures.pixels[:columns])]
+    rows = [(f"the pictures of {concept.token}", shown), (f"{concept.prompts[0]}, before training", drawn[:columns])]
+    rows += [(prompt, drawn[columns * (i + 1) : columns * (i + 2)]) for i, prompt in enumerate(prompts)]
+    for index, (prompt, image) in enumerate(zip(drawn_prompts, drawn, strict=True)):
+        settings = {"prompt": prompt, "seed": seeds[index], **_settings(config, sd)}
+        save_png(folder / "samples" / f"overview-{index:02d}.png", image, settings)
+    path = folder / OVERVIEW_FILE
+    save_png(path, overview(rows), {"token": concept.token, "seed": config.seed})
+    return path
+
+
+def check_pictures_to_draw(config: TrainConfig, model: ModelDescription, concept: CheckedConcept, say: Say) -> None:
+    """Build what is drawn and measured later: not after hours of training should it be found that it cannot be.
+
+    Raises:
+      InputError: a sampler or its number of steps, a prompt, a negative prompt, or nothing to measure with.
+    """
+    assert config.validation_inference_steps is not None, "the config is resolved"
+    if (note := model.sampler_choice(config.scheduler).note) is not None:
+        say(f"note: {note}")
+    try:
+        model.make_sampler(config.scheduler, config.validation_inference_steps)
+    except InputError as error:
+        raise InputError(f"--validation_inference_steps {config.validation_inference_steps}: {error}") from error
+    if config.evaluate or config.keep_best is not None:
+        model.make_sampler(config.scheduler, sampler_steps(config))
+        check_measure(model, config.evaluation_clip)
+    words = {**concept.words, **{word.token: word.num_vectors for word in concept.embeddings}}
+    prompts = [*concept.overview_prompts]
+    if concept.validation_prompt is not None:
+        prompts.append(concept.validation_prompt)
+    check_holds(model, prompts, words, concept.token, weighted=True)
+    prompts += [concept.first_prompt_before_training, config.validation_negative_prompt or ""]
+    for _ in model.prompt_tokenizers.groups(prompts, None, words, weighted=True):
+        pass
+    for word in model.unprovided([*concept.prompts, *prompts], words):
+        say(f"warning: {word} in a prompt is plain text: no file of --embeddings has this word")

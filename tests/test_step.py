@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ STEPS = 20
 class Problem:
     """A tiny model and a concept, ready to train."""
 
-    def __init__(self, model, pictures, tmp_path, **changes):
+    def __init__(self, model, pictures, tmp_path, dtype=None, **changes):
         templates = tmp_path / "templates.txt"
         templates.write_text("a portrait of {}\na {} with red hair\n{}\n")
         settings = {
@@ -38,7 +39,7 @@ class Problem:
             "learning_rate": 1e-2, "gradient_accumulation_steps": 1, "overview_prompts": ("{}",),
         }  # fmt: skip
         self.config = TrainConfig(**{**settings, **changes})
-        self.sd = StableDiffusion.from_pretrained(model)
+        self.sd = StableDiffusion.from_pretrained(model, dtype)
         self.concept = prepare_concept(self.config, self.sd, print)
         self.dataset = make_dataset(self.config, self.sd, self.concept)
         self.row_mask = {name: jnp.asarray(mask) for name, mask in self.concept.row_mask.items()}
@@ -350,3 +351,72 @@ def test_an_updates_timesteps_are_spread_over_the_schedule(tiny_sd, pictures, tm
     tenths = np.stack([np.histogram(each, bins=10, range=(0, count))[0] for each in timesteps.T])
     expected = len(timesteps) / 10
     assert np.abs(tenths - expected).max() < 5 * expected**0.5
+
+
+@partial(jax.jit, static_argnums=0)
+def _loss_and_gradients(networks, frozen, rows, batch):
+    return jax.value_and_grad(lambda rows: diffusion_loss(networks, frozen, rows, batch))(rows)
+
+
+def loss_and_gradients(problem, batch):
+    """As the step takes them, the rows' gradients by text encoder."""
+    loss, gradients = _loss_and_gradients(problem.sd.networks, problem.frozen(), problem.state().rows, batch)
+    assert loss.dtype == jnp.float32 and all(each.dtype == jnp.float32 for each in gradients.values())
+    return float(loss), {name: np.asarray(each) for name, each in gradients.items()}
+
+
+def torch_loss_and_gradients(problem, model, batch):
+    """PyTorch's in bfloat16: networks and activations, and the word's rows, which it keeps in the token table."""
+    half = torch.bfloat16
+    unet = UNet2DConditionModel.from_pretrained(model / "unet").requires_grad_(False).to(half)
+    encoders = {name: TorchTextEncoder(model, name, rows) for name, rows in problem.concept.rows.items()}
+    for encoder in encoders.values():
+        encoder.module.to(half)
+        encoder.weight = encoder.module.get_input_embeddings().weight
+    latents, noise = (torch.tensor(np.asarray(x)).permute(0, 3, 1, 2) for x in (batch.latents, batch.noise))
+    timesteps = torch.tensor(np.asarray(batch.timesteps)).long()
+    noisy = DDPMScheduler.from_pretrained(model / "scheduler").add_noise(latents, noise, timesteps)
+    context, added = torch_condition(encoders, batch)
+    predicted = unet(noisy.to(half), timesteps, context, added_cond_kwargs=added).sample
+    loss = torch.nn.functional.mse_loss(predicted.float(), noise)
+    loss.backward()
+    gradients = {name: encoder.weight.grad[encoder.vocab_size :].float().numpy() for name, encoder in encoders.items()}
+    return loss.item(), gradients
+
+
+@pytest.mark.parametrize("family", ["tiny_sd", "tiny_sdxl"])
+def test_bfloat16_gradients_are_as_near_to_float32_as_pytorchs(family, pictures, tmp_path, request):
+    """The precision of every accelerator, through text encoders, UNet and loss, on the draws of four updates.
+
+    PyTorch's gradients differ from float32's by 1.4% to 5.3%, and its loss by up to 0.14%.
+    """
+    model = request.getfixturevalue(family)
+    exact, half = (Problem(model, pictures, tmp_path, dtype) for dtype in (jnp.float32, jnp.bfloat16))
+    draw = jax.jit(draw_batch, static_argnums=3)
+    errors, their_errors = [], []
+    for step in range(4):
+        batch = draw(exact.frozen(), jnp.int32(step), jnp.arange(4), 4)
+        loss, gradients = loss_and_gradients(exact, batch)
+        low_loss, low_gradients = loss_and_gradients(half, batch)
+        their_loss, their_gradients = torch_loss_and_gradients(exact, model, batch)
+        assert max(abs(low_loss - loss), abs(their_loss - loss)) < 2e-3 * loss
+        for name, gradient in gradients.items():
+            low, theirs = low_gradients[name], their_gradients[name]
+            length = np.linalg.norm(gradient)
+            errors.append(np.linalg.norm(low - gradient) / length)
+            their_errors.append(np.linalg.norm(theirs - gradient) / length)
+            assert np.vdot(low, gradient) > 0.999 * length * np.linalg.norm(low)
+    assert max(errors) < 0.05
+    assert np.mean(errors) < 1.25 * np.mean(their_errors)
+
+
+def test_steps_in_bfloat16(tiny_sd, pictures, tmp_path):
+    """The rows go the same way; they and their moments stay float32, so that small updates are not lost."""
+    exact, half = (Problem(tiny_sd, pictures, tmp_path, dtype) for dtype in (jnp.float32, jnp.bfloat16))
+    (state, losses), (low_state, low_losses) = (problem.run(1, 2, steps=8) for problem in (exact, half))
+    floats = [leaf for leaf in jax.tree.leaves((low_state.rows, low_state.opt_state)) if leaf.ndim]
+    assert {leaf.dtype.name for leaf in floats} == {"float32"} and bool(low_state.ok)
+    assert relative(low_losses, losses) < 3e-3
+    start = exact.concept.rows["text_encoder"]
+    moved, low_moved = (np.asarray(each.rows["text_encoder"]) - start for each in (state, low_state))
+    assert np.vdot(moved, low_moved) > 0.995 * np.linalg.norm(moved) * np.linalg.norm(low_moved)

@@ -121,8 +121,8 @@ def test_equal_to_the_same_weighting_on_pytorch(sd, tiny_sd, prompt):
     reader = sd.prompt_tokenizers.readers()["text_encoder"]
     chunks = prompt_weights.chunks(reader.tokenizer, prompt, words, *reader[1:])
     stacked = prompt_weights.stack([chunks], len(chunks), chunks[0])
-    condition = sd.networks.encode_text(
-        sd.params, {"text_encoder": stacked.ids}, {"text_encoder": ROWS}, {"text_encoder": stacked.weights}
+    condition = prompt_weights.encode_weighted(
+        sd.networks, sd.params, {"text_encoder": stacked}, {"text_encoder": ROWS}
     )
     theirs = torch_context(tiny_sd, chunks, ROWS)
     assert any((chunk.weights != 1).any() for chunk in chunks)

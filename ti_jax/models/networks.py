@@ -68,34 +68,17 @@ class Networks:
             return module.apply({"params": params}, *args, **keywords)
 
     def encode_text(
-        self,
-        params: Params,
-        ids: Mapping[str, jax.Array],
-        rows: Mapping[str, jax.Array] | None = None,
-        weights: Mapping[str, jax.Array] | None = None,
+        self, params: Params, ids: Mapping[str, jax.Array], rows: Mapping[str, jax.Array] | None = None
     ) -> Condition:
-        """Token ids int32 [B, L] by encoder -> `Condition`, with trained rows spliced in behind the frozen table.
+        """Token ids int32 [B, L] by encoder -> `Condition`, with trained rows spliced in after the frozen table.
 
         One encoder (SD1, SD2): its last hidden state, as diffusers' ``encode_prompt`` without clip_skip. Two (SDXL):
         the penultimate states of both side by side, and the pooled projection of the second.
-
-        With `weights`, float32 [B, K, L], the ids are [B, K, L]: each prompt is K chunks that are encoded one by one,
-        multiplied by their weights (`weighted`), and joined to a context [B, K * L, D]; pooled is the first chunk's.
         """
-        if weights is not None:
-            batch, count, length = next(iter(ids.values())).shape
-            flat = {name: value.reshape(batch * count, length) for name, value in ids.items()}
-            states, pooled = self._encode(params, flat, rows)
-            context = jnp.concatenate(
-                [weighted(state, weights[name].reshape(batch * count, length)) for name, state in states.items()],
-                axis=-1,
-            )
-            pooled = None if pooled is None else pooled.reshape(batch, count, -1)[:, 0]
-            return Condition(context.reshape(batch, count * length, -1), pooled)
-        states, pooled = self._encode(params, ids, rows)
+        states, pooled = self.text_states(params, ids, rows)
         return Condition(jnp.concatenate(list(states.values()), axis=-1), pooled)
 
-    def _encode(
+    def text_states(
         self, params: Params, ids: Mapping[str, jax.Array], rows: Mapping[str, jax.Array] | None
     ) -> tuple[dict[str, jax.Array], jax.Array | None]:
         """The states [B, L, D] of each encoder that the UNet is given, and pooled text [B, P] for SDXL."""
@@ -140,15 +123,6 @@ class Networks:
 
         unscaled = latents / config.scaling_factor + (config.shift_factor or 0.0)
         return decode(unscaled) if tile is None else decode_in_tiles(decode, unscaled, tile, self.latent_factor)
-
-
-def weighted(states: jax.Array, weights: jax.Array) -> jax.Array:
-    """Text states [B, L, D] times weights [B, L], brought back to the mean that they had, as AUTOMATIC1111 does."""
-    exact = states.astype(jnp.float32)
-    emphasized = exact * weights[..., None]
-    mean, new_mean = (x.mean(axis=(1, 2), keepdims=True) for x in (exact, emphasized))
-    # Without weights nothing changes, to the bit.
-    return jnp.where(new_mean == mean, emphasized, emphasized * (mean / new_mean)).astype(states.dtype)
 
 
 def make_networks(configs: Mapping[str, Mapping[str, Any]], dtype: Any) -> Networks:

@@ -16,7 +16,7 @@ from ti_jax.diffusion.samplers import Sampler
 from ti_jax.errors import InputError
 from ti_jax.models.networks import Condition, Networks, Params, Rows
 from ti_jax.pipeline.vae_tiling import choose_tile
-from ti_jax.text.prompt_weights import Chunk
+from ti_jax.text.prompt_weights import Chunk, encode_weighted
 
 DEFAULT_BATCH_SIZE = 4
 Ids = Mapping[str, Any]  # token ids [N, L] by text encoder, or `Chunk` of ids and weights [N, K, L]
@@ -98,8 +98,7 @@ def _encode(
 
     def encode(ids: Ids) -> Condition:
         if any(isinstance(value, Chunk) for value in ids.values()):
-            weights = {name: chunk.weights for name, chunk in ids.items()}
-            return networks.encode_text(params, {name: chunk.ids for name, chunk in ids.items()}, rows, weights)
+            return encode_weighted(networks, params, ids, rows)
         return networks.encode_text(params, ids, rows)
 
     if not guided:

@@ -12,9 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ti_jax.errors import InputError
+from ti_jax.models.networks import Condition, Networks, Params
 from ti_jax.text.tokens import token_groups
 from ti_jax.words import Words, find_words
 
@@ -244,3 +247,34 @@ def groups(
         chosen = [number for number, other in enumerate(lengths) if other == length]
         after = None if negatives is None else stacked([len(prompts) + number for number in chosen], length)
         yield Group(chosen, stacked(chosen, length), after)
+
+
+def encode_weighted(
+    networks: Networks, params: Params, chunks: Mapping[str, Chunk], rows: Mapping[str, jax.Array] | None
+) -> Condition:
+    """The condition of B weighted prompts; pure, to be used inside ``jax.jit``.
+
+    Args:
+      chunks: by text encoder, ids int32 and weights float32 [B, K, L]: each prompt is K chunks, which are encoded one
+        by one, multiplied by their weights (`weighted`), and joined to a context [B, K * L, D]. The pooled text is that
+        of the first chunk.
+      rows: trained rows float32 [n, D] by text encoder.
+    """
+    batch, count, length = next(iter(chunks.values())).ids.shape
+    flat = {name: jnp.reshape(chunk.ids, (batch * count, length)) for name, chunk in chunks.items()}
+    states, pooled = networks.text_states(params, flat, rows)
+    context = jnp.concatenate(
+        [weighted(state, jnp.reshape(chunks[name].weights, (batch * count, length))) for name, state in states.items()],
+        axis=-1,
+    )
+    pooled = None if pooled is None else pooled.reshape(batch, count, -1)[:, 0]
+    return Condition(context.reshape(batch, count * length, -1), pooled)
+
+
+def weighted(states: jax.Array, weights: jax.Array) -> jax.Array:
+    """Text states [B, L, D] times weights [B, L], brought back to the mean that they had, as AUTOMATIC1111 does."""
+    exact = states.astype(jnp.float32)
+    emphasized = exact * weights[..., None]
+    mean, new_mean = (x.mean(axis=(1, 2), keepdims=True) for x in (exact, emphasized))
+    # Without weights nothing changes, to the bit.
+    return jnp.where(new_mean == mean, emphasized, emphasized * (mean / new_mean)).astype(states.dtype)

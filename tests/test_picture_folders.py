@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ti_jax.data.folder import check_output_apart, load_images, unread_pictures
+from ti_jax.data.folder import load_images, unread_pictures
 from ti_jax.errors import InputError
 
 
@@ -149,29 +149,6 @@ def test_small_and_narrow_pictures_are_named(tmp_path):
         "warning: 1 picture is more than 4 times as long as wide, and only the square in the middle is used: wide.png; "
         "crop to the part that matters"
     ]
-
-
-# -- the output of a run
-
-
-def test_a_run_cannot_write_among_its_pictures(tmp_path, monkeypatch):
-    data = tmp_path / "data"
-    data.mkdir()
-    (tmp_path / "link").symlink_to(data)
-    monkeypatch.chdir(tmp_path)
-    for output in (data, data / "output", "data", "./data/", "data/a/b", "link", "link/output", "elsewhere/../data"):
-        with pytest.raises(InputError, match="choose a folder outside it") as error:
-            check_output_apart(data, output)
-        assert f"--output_dir {output}: " in str(error.value) and f"--train_data_dir {data}" in str(error.value)
-    for output in (tmp_path, tmp_path / "output", "output", "data2", "../data"):
-        check_output_apart("data", output)
-
-
-@pytest.mark.parametrize("inside", ["samples", "previous-3", "previous-1/samples", "checkpoints", "logs"])
-def test_a_run_cannot_learn_from_what_runs_have_written(tmp_path, inside):
-    with pytest.raises(InputError, match=r"^--train_data_dir .*: a folder that runs write to, in --output_dir "):
-        check_output_apart(tmp_path / "out" / inside, tmp_path / "out")
-    check_output_apart(tmp_path / "out" / "pictures", tmp_path / "out")
 
 
 # -- names

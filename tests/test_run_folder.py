@@ -2,16 +2,17 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import ti_jax
-from ti_jax.config import resolve
+from ti_jax.cli.main import main
+from ti_jax.config import TrainConfig, resolve
 from ti_jax.config.yaml import dump_yaml
 from ti_jax.errors import InputError
 from ti_jax.images import save_png
@@ -124,15 +125,38 @@ def test_resuming_moves_later_checkpoints_only(folder):
     assert not (folder / "previous-2").exists()
 
 
-@pytest.mark.parametrize("inside", ["", "samples"])
-def test_a_run_does_not_learn_from_what_it_writes(short_run, inside):
-    folder = Path(short_run.train_data_dir)
-    data = folder / inside
-    config = replace(short_run, output_dir=str(folder), train_data_dir=str(data))
-    with pytest.raises(InputError, match="the run writes pictures there"):
-        run_folder.check_apart(resolve(config))
-    run_folder.check_apart(resolve(replace(config, output_dir=str(folder / "output"), train_data_dir=str(folder))))
-    link = Path(short_run.output_dir)
-    link.symlink_to(folder)
-    with pytest.raises(InputError, match="the run writes pictures there"):
-        ti_jax.train(replace(config, output_dir=str(link)))
+def check_apart(data, output):
+    run_folder.check_apart(TrainConfig(train_data_dir=str(data), output_dir=str(output)))
+
+
+def test_a_run_cannot_write_among_its_pictures(tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    data.mkdir()
+    (tmp_path / "link").symlink_to(data)
+    monkeypatch.chdir(tmp_path)
+    for output in (data, data / "output", "data", "./data/", "data/a/b", "link", "link/output", "elsewhere/../data"):
+        with pytest.raises(InputError, match="choose a folder outside it") as error:
+            check_apart(data, output)
+        assert f"--output_dir {output}: " in str(error.value) and f"--train_data_dir {data}" in str(error.value)
+    for output in (tmp_path, tmp_path / "output", "output", "data2", "../data"):
+        check_apart("data", output)
+
+
+@pytest.mark.parametrize("inside", ["samples", "previous-3", "previous-1/samples", "checkpoints", "logs"])
+def test_a_run_cannot_learn_from_what_runs_have_written(tmp_path, inside):
+    with pytest.raises(InputError, match=r"^--train_data_dir .*: a folder that runs write to, in --output_dir "):
+        check_apart(tmp_path / "out" / inside, tmp_path / "out")
+    check_apart(tmp_path / "out" / "pictures", tmp_path / "out")
+
+
+@pytest.mark.parametrize("data, output", [("data", "data"), ("data", "data/output"), ("out/samples", "out")])
+def test_train_refuses_its_own_output_as_pictures(data, output, pictures, tmp_path, monkeypatch, capfd):
+    """The whole command: one line, and nothing is written."""
+    shutil.copytree(pictures, tmp_path / data)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    command = ["train", "--train_data_dir", data, "--output_dir", output, "--placeholder_token", "<new>"]
+    assert main([*command, "--initializer_token", "person", "--max_train_steps", "1"]) == 2
+    err = capfd.readouterr().err.splitlines()
+    assert len(err) == 1 and "--train_data_dir" in err[0] and "--output_dir" in err[0]
+    assert sorted(tmp_path.rglob("*")) == before

@@ -123,27 +123,6 @@ def _count(names: list[str]) -> str:
     return f"{len(names)} picture is" if len(names) == 1 else f"{len(names)} pictures are"
 
 
-def check_output_apart(train_data_dir: str | Path, output_dir: str | Path) -> None:
-    """Make sure that a run never trains on its own output.
-
-    Raises:
-      InputError: ``output_dir`` is ``train_data_dir`` or inside it, or ``train_data_dir`` is one of the folders that a
-        run writes into ``output_dir`` (``samples``, ``previous-1``, ...). Symbolic links are followed.
-    """
-    data, output = Path(os.path.realpath(train_data_dir)), Path(os.path.realpath(output_dir))
-    if output == data or data in output.parents:
-        raise InputError(
-            f"--output_dir {output_dir}: in the folder of the pictures, --train_data_dir {train_data_dir}, and the "
-            f"next run would train on what this one draws; choose a folder outside it"
-        )
-    inside = data.relative_to(output).parts if output in data.parents else ()
-    if inside and (inside[0] in ("samples", "logs", "checkpoints") or inside[0].startswith("previous-")):
-        raise InputError(
-            f"--train_data_dir {train_data_dir}: a folder that runs write to, in --output_dir {output_dir}; choose "
-            f"another --output_dir"
-        )
-
-
 def as_uint8(pixels: np.ndarray) -> np.ndarray:
     """Pixels in [-1, 1] -> uint8: the inverse of what `load_images` does to them."""
     return np.round((pixels + 1.0) * 127.5).astype(np.uint8)

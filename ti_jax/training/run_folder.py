@@ -59,17 +59,24 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def check_apart(config: TrainConfig) -> None:
-    """Refuse to learn from what a run writes.
+    """Make sure that no run learns from what runs write. Symbolic links are followed.
 
     Raises:
-      InputError: the pictures are in ``--output_dir`` itself, or in its ``samples``.
+      InputError: ``--output_dir`` is ``--train_data_dir`` or inside it, or ``--train_data_dir`` is one of the folders
+        that runs write to in ``--output_dir`` (``samples``, ``previous-1``, ...).
     """
     assert config.train_data_dir is not None, "the config is resolved"
-    pictures, output = (Path(path).resolve() for path in (config.train_data_dir, config.output_dir))
-    if pictures in (output, output / "samples"):
+    pictures, output = (Path(os.path.realpath(path)) for path in (config.train_data_dir, config.output_dir))
+    if output.is_relative_to(pictures):
         raise InputError(
-            f"--train_data_dir {config.train_data_dir}: the run writes pictures there, and would learn from them when "
-            f"it is started again; give another --output_dir"
+            f"--output_dir {config.output_dir}: in the folder of the pictures, --train_data_dir "
+            f"{config.train_data_dir}, and a run would learn from what another has drawn; choose a folder outside it"
+        )
+    inside = pictures.relative_to(output).parts if pictures.is_relative_to(output) else ()
+    if inside and (inside[0] in ("samples", "logs", "checkpoints") or inside[0].startswith("previous-")):
+        raise InputError(
+            f"--train_data_dir {config.train_data_dir}: a folder that runs write to, in --output_dir "
+            f"{config.output_dir}; choose another --output_dir"
         )
 
 

@@ -196,6 +196,11 @@ def test_pictures_of_a_run_are_those_of_infer(short_run, capsys, tmp_path):
         for column, picture in enumerate(drawn(prompt)):
             path = out / "samples" / f"overview-{4 * row + column:02d}.png"
             np.testing.assert_array_equal(np.asarray(Image.open(path)), picture, err_msg=f"{prompt} {column}")
+    # Pictures are published: they say the model's name, and not where it is on this disk.
+    folder = Path(config.pretrained_model_name_or_path)
+    for path in (*out.rglob("*.png"), tmp_path / "drawn-0.png", tmp_path / "drawn-grid.png"):
+        text = Image.open(path).text["parameters"]
+        assert str(folder.parent) not in text and (f"Model: {folder.name}, " in text or path.name == "overview.png")
 
 
 def test_the_prompt_before_training_keeps_words_that_hold_the_token(short_run):
@@ -246,6 +251,19 @@ def test_a_word_in_the_negative_prompt_is_used(tiny_sd, capsys, tmp_path):
 
     assert told("a portrait", "rick") == ""
     assert "no prompt has the word rick" in told("a brick wall", "a person")
+    Embedding("rick", {"text_encoder": np.zeros((2, 32), np.float32)}).save(file)
+    assert told("a portrait", "rick_1") == ""  # its second vector
+
+
+def test_a_capital_letter_in_a_word_of_several_vectors_is_reported(short_run):
+    said = []
+    read_inputs(resolve(replace(short_run, placeholder_token="<New>", num_vectors=2)), said.append)
+    (line,) = said
+    assert line.startswith("warning: diffusers with transformers 5 finds <New> only in lower case")
+    assert "save it as <new>, or write <New> <New>_1 there" in line
+    read_inputs(resolve(replace(short_run, placeholder_token="<New>")), said.append)
+    read_inputs(resolve(replace(short_run, placeholder_token="<new>", num_vectors=2)), said.append)
+    assert len(said) == 1
 
 
 # -- another autoencoder

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ti_jax.config import InferConfig
+from ti_jax.data.concept import public_name
 from ti_jax.embeddings import Embedding, check_fits
 from ti_jax.embeddings.naming import load_given, with_stored_name
 from ti_jax.errors import InputError
@@ -16,7 +17,7 @@ from ti_jax.machine import explaining_out_of_memory
 from ti_jax.pipeline import StableDiffusion
 from ti_jax.pipeline.model_description import ModelDescription, open_model_of
 from ti_jax.text.tokens import combine
-from ti_jax.words import contains_word
+from ti_jax.words import find_words
 
 GRID_COLUMNS = 4
 
@@ -44,7 +45,8 @@ def draw(config: InferConfig) -> list[Path]:
         config, note = _with_stored_name(config, embedding)
         if note is not None:
             print(f"note: {file}: {note}", file=sys.stderr)
-        if not any(contains_word(prompt, embedding.token) for prompt in _all_prompts(config)):
+        words = {embedding.token: embedding.num_vectors}
+        if not any(find_words(prompt, words) for prompt in _all_prompts(config)):
             print(f"warning: no prompt has the word {embedding.token} of {file} in it", file=sys.stderr)
         for remark in embedding.remarks:
             print(f"note: {file}: {remark}", file=sys.stderr)
@@ -76,7 +78,7 @@ def draw(config: InferConfig) -> list[Path]:
         "num_inference_steps": config.num_inference_steps,
         "scheduler": sd.scheduler_name(config.scheduler),
         "guidance_scale": config.guidance_scale,
-        "model": sd.name,
+        "model": public_name(sd.name),
     }
     paths, grid_path = output_paths(output, len(images))
     for number, (path, prompt, image) in enumerate(zip(paths, prompts, images, strict=True)):

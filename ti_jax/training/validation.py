@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from ti_jax.config import TrainConfig
-from ti_jax.data.concept import CheckedConcept, Concept, Say, check_holds
+from ti_jax.data.concept import CheckedConcept, Concept, Say, check_holds, public_name
 from ti_jax.data.folder import as_uint8
 from ti_jax.embeddings import Embedding
 from ti_jax.errors import InputError
@@ -56,7 +56,7 @@ def _settings(config: TrainConfig, sd: StableDiffusion) -> dict[str, Any]:
         "num_inference_steps": config.validation_inference_steps,
         "scheduler": sd.scheduler_name(config.scheduler),
         "guidance_scale": config.validation_guidance_scale,
-        "model": sd.name,
+        "model": public_name(sd.name),
     }
 
 

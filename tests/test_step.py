@@ -61,10 +61,32 @@ class Problem:
         )  # fmt: skip
 
     def run(self, num_devices, batch_size, steps=STEPS, shared_memory=False):
-        mesh = parallel.make_mesh(jax.devices()[:num_devices])
-        run_steps = parallel.make_run_steps(self.step(batch_size, num_devices, shared_memory), mesh, steps)
-        frozen, state = parallel.replicate((self.frozen(), self.state()), mesh)
+        run_steps, frozen, state = self.program(num_devices, batch_size, shared_memory)
         return run_steps(frozen, state, jnp.int32(steps))
+
+    def program(self, num_devices, batch_size, shared_memory=False):
+        """For up to `STEPS`, so that many tests share what is compiled; with its arguments."""
+        mesh = parallel.make_mesh(jax.devices()[:num_devices])
+        run_steps = parallel.make_run_steps(self.step(batch_size, num_devices, shared_memory), mesh, STEPS)
+        return run_steps, *parallel.replicate((self.frozen(), self.state()), mesh)
+
+
+@pytest.fixture(scope="module")
+def standard(tiny_sd, pictures, tmp_path_factory):
+    """The problem of the tests that change nothing about it."""
+    return Problem(tiny_sd, pictures, tmp_path_factory.mktemp("standard"))
+
+
+@pytest.fixture(scope="module")
+def on_one(standard):
+    """State and losses after `STEPS` on one device, two samples at a time."""
+    return standard.run(num_devices=1, batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def on_eight(standard):
+    """State and losses after `STEPS` on eight devices, a sample each."""
+    return standard.run(num_devices=8, batch_size=1)
 
 
 def relative(ours, theirs):
@@ -203,12 +225,11 @@ def test_sdxl_is_told_sizes_and_crops(tiny_sdxl, wide_pictures, tmp_path):
 
 
 @pytest.mark.parametrize("way", ["policy", "full"])
-def test_gradient_checkpointing_changes_nothing(tiny_sd, pictures, tmp_path, way):
-    problem = Problem(tiny_sd, pictures, tmp_path)
-    plain, losses = problem.run(1, 2)
-    networks = problem.sd.networks.with_gradient_checkpointing(way)
-    problem.sd = dataclasses.replace(problem.sd, networks=networks)
-    again, losses_again = problem.run(1, 2)
+def test_gradient_checkpointing_changes_nothing(standard, on_one, monkeypatch, way):
+    plain, losses = on_one
+    networks = standard.sd.networks.with_gradient_checkpointing(way)
+    monkeypatch.setattr(standard, "sd", dataclasses.replace(standard.sd, networks=networks))
+    again, losses_again = standard.run(num_devices=1, batch_size=2)
     assert relative(again.rows["text_encoder"], plain.rows["text_encoder"]) < 1e-6
     assert relative(losses_again, losses) < 1e-6
 
@@ -227,12 +248,10 @@ def test_eight_devices_end_with_the_rows_of_one(tiny_sd, pictures, tmp_path, acc
     [(2, 4, False, 3), (2, 4, True, 2), pytest.param(4, 2, True, 1, marks=pytest.mark.slow)],
 )
 def test_fewer_prompts_than_samples_are_encoded_once(
-    tiny_sd, pictures, tmp_path, monkeypatch, num_devices, batch_size, shared_memory, encoded
+    standard, on_eight, monkeypatch, num_devices, batch_size, shared_memory, encoded
 ):
     """Three prompts: over two cores, one of them has a place to spare. The rows are those of prompts one by one."""
-    problem = Problem(tiny_sd, pictures, tmp_path)
-    each, losses_of_each = problem.run(num_devices=8, batch_size=1)
-
+    each, losses_of_each = on_eight
     counts = set()
     encode_text = Networks.encode_text
 
@@ -241,7 +260,7 @@ def test_fewer_prompts_than_samples_are_encoded_once(
         return encode_text(networks, params, ids, rows)
 
     monkeypatch.setattr(Networks, "encode_text", counting)
-    once, losses = problem.run(num_devices, batch_size, shared_memory=shared_memory)
+    once, losses = standard.run(num_devices, batch_size, shared_memory=shared_memory)
     assert counts == {encoded}
     assert relative(once.rows["text_encoder"], each.rows["text_encoder"]) < 1e-6
     assert relative(losses, losses_of_each) < 1e-6
@@ -256,40 +275,35 @@ def test_sdxl_encodes_fewer_prompts_than_samples_once(tiny_sdxl, wide_pictures, 
         assert relative(once.rows[name], each.rows[name]) < 1e-6
 
 
-def test_our_mapping_equals_pmap(tiny_sd, pictures, tmp_path):
+def test_our_mapping_equals_pmap(standard):
     """The textbook form: a local gradient on each device, averaged by hand, under jax.pmap."""
-    problem = Problem(tiny_sd, pictures, tmp_path)
-    ours, losses = problem.run(num_devices=8, batch_size=1, steps=5)
+    ours, losses = standard.run(num_devices=8, batch_size=1, steps=5)
 
     def step(frozen, state):
         batch = draw_batch(frozen, state.step, lax.axis_index("batch")[None], 8)
-        loss, grads = jax.value_and_grad(lambda rows: diffusion_loss(problem.sd.networks, frozen, rows, batch))(
+        loss, grads = jax.value_and_grad(lambda rows: diffusion_loss(standard.sd.networks, frozen, rows, batch))(
             state.rows
         )
         loss, grads = lax.pmean((loss, grads), "batch")
-        updates, opt_state = problem.optimizer.update(grads, state.opt_state, state.rows, row_mask=frozen.row_mask)
+        updates, opt_state = standard.optimizer.update(grads, state.opt_state, state.rows, row_mask=frozen.row_mask)
         return TrainState(optax.apply_updates(state.rows, updates), opt_state, state.step + 1, state.ok), loss
 
     mapped = jax.pmap(step, axis_name="batch", in_axes=(None, 0))
-    state = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (8, *leaf.shape)), problem.state())
+    state = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (8, *leaf.shape)), standard.state())
     for index in range(5):
-        state, loss = mapped(problem.frozen(), state)
+        state, loss = mapped(standard.frozen(), state)
         assert relative(losses[index], loss[0]) < 1e-6
     for device in range(8):
         assert relative(ours.rows["text_encoder"], state.rows["text_encoder"][device]) < 1e-6
 
 
-def test_only_rows_and_scalars_cross_between_devices(tiny_sd, pictures, tmp_path):
-    problem = Problem(tiny_sd, pictures, tmp_path)
-    mesh = parallel.make_mesh()
-    assert mesh.size == 8
-    run_steps = parallel.make_run_steps(problem.step(1, 8), mesh, 4)
-    frozen, state = parallel.replicate((problem.frozen(), problem.state()), mesh)
+def test_only_rows_and_scalars_cross_between_devices(standard):
+    run_steps, frozen, state = standard.program(num_devices=8, batch_size=1)
     program = run_steps.lower(frozen, state, jnp.int32(4)).compile().as_text()
     names = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all|collective-broadcast"
     crossing = re.findall(rf"= (.*?) (?:{names})(?:-start)?\(", program)
     assert crossing, "eight devices that share a batch must talk"
-    rows = problem.concept.rows["text_encoder"].size
+    rows = standard.concept.rows["text_encoder"].size
     for result in crossing:
         sizes = [
             np.prod([int(n) for n in shape.split(",") if n], dtype=int)
@@ -298,14 +312,10 @@ def test_only_rows_and_scalars_cross_between_devices(tiny_sd, pictures, tmp_path
         assert sizes and max(sizes) <= rows, result
 
 
-def test_a_non_finite_loss_stops_before_it_reaches_the_rows(tiny_sd, pictures, tmp_path):
-    problem = Problem(tiny_sd, pictures, tmp_path)
-    mesh = parallel.make_mesh(jax.devices()[:1])
-    run_steps = parallel.make_run_steps(problem.step(2, 1), mesh, STEPS)
-    state = problem.state()
-    good, _ = run_steps(problem.frozen(), state, jnp.int32(3))
+def test_a_non_finite_loss_stops_before_it_reaches_the_rows(standard):
+    run_steps, frozen, state = standard.program(num_devices=1, batch_size=2)
+    good, _ = run_steps(frozen, state, jnp.int32(3))
     kept = np.asarray(good.rows["text_encoder"])
-    frozen = problem.frozen()
     spoilt = frozen._replace(dataset=frozen.dataset._replace(moments=frozen.dataset.moments * jnp.nan))
     stopped, losses = run_steps(spoilt, good, jnp.int32(10))
     assert not stopped.ok and stopped.step == 3
@@ -313,8 +323,8 @@ def test_a_non_finite_loss_stops_before_it_reaches_the_rows(tiny_sd, pictures, t
     assert np.isnan(losses[0])
 
 
-def test_draws_do_not_depend_on_the_batch(tiny_sd, pictures, tmp_path):
-    frozen = Problem(tiny_sd, pictures, tmp_path).frozen()
+def test_draws_do_not_depend_on_the_batch(standard):
+    frozen = standard.frozen()
     together = draw_batch(frozen, jnp.int32(5), jnp.arange(8), 8)
     alone = draw_batch(frozen, jnp.int32(5), jnp.array([6]), 8)
     for whole, part in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
@@ -338,9 +348,9 @@ def test_pictures_come_in_shuffled_rounds(tiny_sd, pictures, tmp_path):
 
 
 @pytest.mark.parametrize("size", [1, 8])
-def test_an_updates_timesteps_are_spread_over_the_schedule(tiny_sd, pictures, tmp_path, size):
+def test_an_updates_timesteps_are_spread_over_the_schedule(standard, size):
     """One from each eighth, in a circle; over many updates none more likely than another."""
-    frozen = Problem(tiny_sd, pictures, tmp_path).frozen()
+    frozen = standard.frozen()
     count = len(frozen.schedule.alphas_cumprod)
     draw = jax.jit(jax.vmap(lambda step: draw_batch(frozen, step, jnp.arange(size), size).timesteps))
     timesteps = np.asarray(draw(jnp.arange(4000 // size)))

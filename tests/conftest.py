@@ -1,16 +1,19 @@
 """Eight CPU devices for every test, how tests are compiled, and tiny Stable Diffusions in diffusers' layout.
 
-pytest's own options here: ``--optimise`` compiles every test as users do.
+``pytest -m quick`` runs what needs no compiler and no other process, ``pytest --optimise`` compiles as users do.
 """
 
 import ctypes
 import functools
 import gc
+import inspect
 import os
 import resource
 import shutil
+import subprocess
 import sys
 import tempfile
+import types
 from importlib import metadata
 from pathlib import Path
 
@@ -124,6 +127,83 @@ def pytest_terminal_summary(terminalreporter):
     for name, (seconds, memory) in sorted(_usage.items()):
         over = f", more than the {LIMIT / 1e9:.0f} GB that it may take" if memory > LIMIT else ""
         terminalreporter.write_line(f"{name}: {seconds:.0f} s of CPU time, {memory / 1e9:.1f} GB at most{over}")
+
+
+# -- the quick tests
+
+# Modules that compile next to nothing. Of their tests, those that are slow, have a model of PyTorch's, or start a
+# process are not quick.
+QUICK = {
+    "test_agreement", "test_batches", "test_board", "test_cli", "test_config", "test_embedding_cards",
+    "test_embedding_formats", "test_embedding_names", "test_embedding_tools", "test_embeddings",
+    "test_embeddings_refused", "test_files", "test_images", "test_imports", "test_memory",
+    "test_model_card", "test_picture_folders", "test_picture_metadata", "test_pictures", "test_prompts",
+    "test_run_folder", "test_schedule", "test_single_file_refused", "test_tokenizer_files", "test_tokens",
+    "test_weights", "test_weights_refusals", "test_words", "test_work",
+}  # fmt: skip
+MODELS = {"make_tiny_sd", "tiny_sd", "tiny_sdxl"}
+
+
+def _only_quick(config):
+    return config.option.markexpr == "quick"
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Do not even import the others: PyTorch takes longer than all quick tests of a module."""
+    if _only_quick(config) and collection_path.name.startswith("test_") and collection_path.stem not in QUICK:
+        return True
+    return None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.module.__name__ not in QUICK or item.get_closest_marker("slow") or MODELS & set(item.fixturenames):
+            continue
+        fixtures = [definitions[-1].func for definitions in item._fixtureinfo.name2fixturedefs.values()]
+        its_own = [function for function in fixtures if function.__module__ == item.module.__name__]
+        if not any("subprocess" in _names_read(function, set()) for function in (item.function, *its_own)):
+            item.add_marker("quick")
+
+
+def _names_read(function, seen):
+    """Global names and attributes that a function reads, itself or in others of its module."""
+    seen.add(function)
+    codes, names = [function.__code__], set()
+    for code in codes:
+        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+        names |= set(code.co_names)
+    for name in set(names):
+        called = function.__globals__.get(name)
+        if inspect.isfunction(called) and called.__module__ == function.__module__ and called not in seen:
+            names |= _names_read(called, seen)
+    return names
+
+
+@pytest.fixture(autouse=True)
+def held_to_be_quick(request, monkeypatch):
+    """With ``-m quick``: a test that starts a process or compiles for long fails, so that the choice stays true."""
+    if not _only_quick(request.config):
+        yield
+        return
+    monkeypatch.setattr(subprocess.Popen, "__init__", _refuse)
+    seconds = []
+    if (jax := sys.modules.get("jax")) is None:
+        yield
+        return
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            seconds.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield
+    jax.monitoring.unregister_event_duration_listener(listen)
+    assert sum(seconds) < 2, "compiles for too long to be quick: see QUICK in conftest.py"
+
+
+def _refuse(*args, **kwargs):
+    pytest.fail("starts a process, so it is not quick: see QUICK in conftest.py")
 
 
 # -- models and pictures
@@ -243,17 +323,27 @@ def pictures(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def make_short_run(tiny_sd, pictures):
+    """``make_short_run(folder)`` -> the config of a training run of the tiny model, whose files are in that folder."""
+
+    def make(folder):
+        templates = folder / "templates.txt"
+        templates.write_text("a portrait of {}\na drawing of {}\n")
+        return TrainConfig(
+            pretrained_model_name_or_path=str(tiny_sd), train_data_dir=str(pictures), placeholder_token="<new>",
+            initializer_token="person", templates=str(templates), overview_prompts=("a portrait of {}",),
+            learning_rate=1e-2, max_train_steps=12, logging_steps=3, validation_inference_steps=2,
+            output_dir=str(folder / "out"),
+        )  # fmt: skip
+
+    return make
+
+
 @pytest.fixture
-def short_run(tiny_sd, pictures, tmp_path):
+def short_run(make_short_run, tmp_path):
     """The config of a training run of the tiny model."""
-    templates = tmp_path / "templates.txt"
-    templates.write_text("a portrait of {}\na drawing of {}\n")
-    return TrainConfig(
-        pretrained_model_name_or_path=str(tiny_sd), train_data_dir=str(pictures), placeholder_token="<new>",
-        initializer_token="person", templates=str(templates), overview_prompts=("a portrait of {}",),
-        learning_rate=1e-2, max_train_steps=12, logging_steps=3, validation_inference_steps=2,
-        output_dir=str(tmp_path / "out"),
-    )  # fmt: skip
+    return make_short_run(tmp_path)
 
 
 @pytest.fixture

@@ -29,9 +29,25 @@ from ti_jax.training.plan import Planner
 REPOSITORY = Path(__file__).parent.parent
 
 
+SETTINGS = {"num_vectors": 2, "train_batch_size": 2}
+
+
 @pytest.fixture
 def config(short_run):
-    return replace(short_run, num_vectors=2, train_batch_size=2)
+    return replace(short_run, **SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def two_steps(make_short_run, tmp_path_factory):
+    """The result of a run of two steps."""
+    return train(replace(make_short_run(tmp_path_factory.mktemp("run")), **SETTINGS, max_train_steps=2))
+
+
+@pytest.fixture
+def after_two_steps(config, two_steps):
+    """The config of a run whose folder has those two steps."""
+    shutil.copytree(two_steps.output_dir, config.output_dir)
+    return config
 
 
 def train(config):
@@ -138,24 +154,22 @@ def test_the_autoencoder_lies_on_no_device_while_a_word_is_learned(config):
 
 def test_a_resumed_run_is_the_same_to_the_bit(config, tmp_path):
     whole = train(replace(config, output_dir=str(tmp_path / "whole")))
-    for stop in (5, 7):
-        first = train(replace(config, max_train_steps=stop, checkpointing_steps=stop))
-        second = train(replace(config, resume_from_checkpoint="latest"))
-        assert np.array_equal(rows(second), rows(whole)), f"resumed at {stop}"
-        assert np.array_equal(np.concatenate([first.losses, second.losses]), whole.losses)
-        records = [json.loads(line) for line in (second.output_dir / "metrics.jsonl").read_text().splitlines()]
-        assert sum(len(record.get("losses", [])) for record in records) == 12
+    first = train(replace(config, max_train_steps=7, checkpointing_steps=7))  # in the middle of a chunk of three
+    second = train(replace(config, resume_from_checkpoint="latest"))
+    assert np.array_equal(rows(second), rows(whole))
+    assert np.array_equal(np.concatenate([first.losses, second.losses]), whole.losses)
+    records = [json.loads(line) for line in (second.output_dir / "metrics.jsonl").read_text().splitlines()]
+    assert sum(len(record.get("losses", [])) for record in records) == 12
     by_path = replace(
         config, output_dir=str(tmp_path / "third"), resume_from_checkpoint=config.output_dir + "/checkpoints/7"
     )
     assert np.array_equal(rows(train(by_path)), rows(whole))
 
 
-def test_an_earlier_run_is_moved_aside(config):
-    first = train(replace(config, max_train_steps=2))
-    second = train(replace(config, max_train_steps=3))
+def test_an_earlier_run_is_moved_aside(after_two_steps, two_steps):
+    second = train(replace(after_two_steps, max_train_steps=3))
     kept = ti_jax.Embedding.load(second.output_dir / "previous-1" / "learned_embeds.safetensors")
-    assert np.array_equal(kept.vectors["text_encoder"], rows(first))
+    assert np.array_equal(kept.vectors["text_encoder"], rows(two_steps))
     assert kept.metadata["steps"] == "2" and second.embedding.metadata["steps"] == "3"
 
 
@@ -169,14 +183,13 @@ def test_an_earlier_run_is_moved_aside(config):
         ({"lr_scheduler": "linear"}, "lr_scheduler constant there, linear here"),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused(config, change, message):
-    train(replace(config, max_train_steps=2))
+def test_a_checkpoint_of_another_run_is_refused(after_two_steps, change, message):
     with pytest.raises(ti_jax.InputError, match=message):
-        train(replace(config, **change, resume_from_checkpoint="latest"))
+        train(replace(after_two_steps, **change, resume_from_checkpoint="latest"))
 
 
-def test_a_checkpoint_of_another_model_or_other_pictures_is_refused(config, make_tiny_sd, tmp_path):
-    train(replace(config, max_train_steps=2))
+def test_a_checkpoint_of_another_model_or_other_pictures_is_refused(after_two_steps, tmp_path):
+    config = after_two_steps
     other = tmp_path / "others"
     other.mkdir()
     Image.new("RGB", (16, 16)).save(other / "black.png")
@@ -323,9 +336,9 @@ def single_device_environment():
 
 
 def test_sigterm_saves_a_checkpoint_and_resuming_ends_the_same(config, tmp_path):
-    whole = train(replace(config, max_train_steps=3000, output_dir=str(tmp_path / "whole")))
+    whole = train(replace(config, max_train_steps=500, output_dir=str(tmp_path / "whole")))
     run = subprocess.Popen(
-        command(config, max_train_steps=3000, checkpointing_steps=100_000),
+        command(config, max_train_steps=500, checkpointing_steps=100_000),
         stderr=subprocess.PIPE, text=True, env=single_device_environment(),
     )  # fmt: skip
     metrics = Path(config.output_dir) / "metrics.jsonl"
@@ -334,8 +347,8 @@ def test_sigterm_saves_a_checkpoint_and_resuming_ends_the_same(config, tmp_path)
     run.send_signal(signal.SIGTERM)
     _, told = run.communicate(timeout=120)
     assert run.returncode == 130 and "asked to stop: a checkpoint of step" in told, told
-    resumed = train(replace(config, max_train_steps=3000, resume_from_checkpoint="latest"))
-    assert len(resumed.losses) < 3000 and np.array_equal(rows(resumed), rows(whole))
+    resumed = train(replace(config, max_train_steps=500, resume_from_checkpoint="latest"))
+    assert len(resumed.losses) < 500 and np.array_equal(rows(resumed), rows(whole))
 
 
 @pytest.mark.slow

@@ -103,7 +103,7 @@ class Ours:
         from ti_jax.training.job import prepare_concept
         from ti_jax.training.optimizer import make_optimizer
         from ti_jax.training.parallel import make_mesh, replicate, without_copies
-        from ti_jax.training.step import Frozen, TrainState
+        from ti_jax.training.step import StepInputs, TrainState
 
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         config = resolve(setting.config())
@@ -118,7 +118,7 @@ class Ours:
         params = without_copies({name: tree for name, tree in self.sd.params.items() if name != "vae"})
         masks = {name: jax.numpy.asarray(mask) for name, mask in self.concept.row_mask.items()}
         dataset = make_dataset(config, self.sd, self.concept)
-        self.frozen = replicate(Frozen(params, self.sd.schedule, dataset, masks, jax.random.key(0)), self.mesh)
+        self.frozen = replicate(StepInputs(params, self.sd.schedule, dataset, masks, jax.random.key(0)), self.mesh)
         rows = {name: jax.numpy.asarray(value) for name, value in self.concept.rows.items()}
         state = TrainState(rows, self.optimizer.init(rows), jax.numpy.int32(0), jax.numpy.bool_(True))
         self.state = replicate(state, self.mesh)

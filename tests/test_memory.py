@@ -10,7 +10,7 @@ import pytest
 from ti_jax import machine
 from ti_jax.config import PlanConfig, resolve_plan
 from ti_jax.machine import free_memory
-from ti_jax.training.compile import WAYS, compile_fitting
+from ti_jax.training.compile import REMAT_POLICIES, compile_fitting
 from ti_jax.training.plan import Planner, plan
 
 BATCH = 2
@@ -29,7 +29,7 @@ def planner(config, way=None):
 @pytest.fixture(scope="module")
 def sizes(config):
     """Bytes of the whole step, each way."""
-    return {way: planner(config, way).at(BATCH).peak_memory for way in WAYS}
+    return {way: planner(config, way).at(BATCH).peak_memory for way in REMAT_POLICIES}
 
 
 @pytest.mark.slow
@@ -84,7 +84,7 @@ def test_nothing_is_compiled_beyond_the_first_that_fits():
     assert tried == ["none", "none", "full", "none"]
     # 40 bytes in, and as many out.
     assert compile_fitting(lower, None, 80).fits and not compile_fitting(lower, None, 79).fits
-    assert tried[4:] == ["none", *WAYS]
+    assert tried[4:] == ["none", *REMAT_POLICIES]
 
 
 class Refused:

@@ -22,7 +22,7 @@ from ti_jax.pipeline import StableDiffusion
 from ti_jax.training import parallel
 from ti_jax.training.job import prepare_concept
 from ti_jax.training.optimizer import make_optimizer
-from ti_jax.training.step import Frozen, TrainState, diffusion_loss, draw_batch, make_train_step
+from ti_jax.training.step import StepInputs, TrainState, diffusion_loss, draw_batch, make_train_step
 
 STEPS = 20
 
@@ -48,26 +48,26 @@ class Problem:
 
     def frozen(self):
         params = {name: tree for name, tree in self.sd.params.items() if name != "vae"}
-        return Frozen(params, self.sd.schedule, self.dataset, self.row_mask, jax.random.key(7))
+        return StepInputs(params, self.sd.schedule, self.dataset, self.row_mask, jax.random.key(7))
 
     def state(self):
         rows = {name: jnp.asarray(value) for name, value in self.concept.rows.items()}
         return TrainState(rows, self.optimizer.init(rows), jnp.int32(0), jnp.bool_(True))
 
-    def step(self, batch_size, num_devices, shared_memory=False):
+    def step(self, batch_size, num_devices, shard_prompts=False):
         return make_train_step(
             self.sd.networks, self.optimizer, batch_size=batch_size, accumulation=self.accumulation,
-            num_devices=num_devices, axis_name=parallel.AXIS, shared_memory=shared_memory,
+            num_devices=num_devices, axis_name=parallel.AXIS, shard_prompts=shard_prompts,
         )  # fmt: skip
 
-    def run(self, num_devices, batch_size, steps=STEPS, shared_memory=False):
-        run_steps, frozen, state = self.program(num_devices, batch_size, shared_memory)
+    def run(self, num_devices, batch_size, steps=STEPS, shard_prompts=False):
+        run_steps, frozen, state = self.program(num_devices, batch_size, shard_prompts)
         return run_steps(frozen, state, jnp.int32(steps))
 
-    def program(self, num_devices, batch_size, shared_memory=False):
+    def program(self, num_devices, batch_size, shard_prompts=False):
         """For up to `STEPS`, so that many tests share what is compiled; with its arguments."""
         mesh = parallel.make_mesh(jax.devices()[:num_devices])
-        run_steps = parallel.make_run_steps(self.step(batch_size, num_devices, shared_memory), mesh, STEPS)
+        run_steps = parallel.make_run_steps(self.step(batch_size, num_devices, shard_prompts), mesh, STEPS)
         return run_steps, *parallel.replicate((self.frozen(), self.state()), mesh)
 
 
@@ -244,11 +244,11 @@ def test_eight_devices_end_with_the_rows_of_one(tiny_sd, pictures, tmp_path, acc
 
 
 @pytest.mark.parametrize(
-    ("num_devices", "batch_size", "shared_memory", "encoded"),
+    ("num_devices", "batch_size", "shard_prompts", "encoded"),
     [(2, 4, False, 3), (2, 4, True, 2), pytest.param(4, 2, True, 1, marks=pytest.mark.slow)],
 )
 def test_fewer_prompts_than_samples_are_encoded_once(
-    standard, on_eight, monkeypatch, num_devices, batch_size, shared_memory, encoded
+    standard, on_eight, monkeypatch, num_devices, batch_size, shard_prompts, encoded
 ):
     """Three prompts: over two cores, one of them has a place to spare. The rows are those of prompts one by one."""
     each, losses_of_each = on_eight
@@ -260,7 +260,7 @@ def test_fewer_prompts_than_samples_are_encoded_once(
         return encode_text(networks, params, ids, rows)
 
     monkeypatch.setattr(Networks, "encode_text", counting)
-    once, losses = standard.run(num_devices, batch_size, shared_memory=shared_memory)
+    once, losses = standard.run(num_devices, batch_size, shard_prompts=shard_prompts)
     assert counts == {encoded}
     assert relative(once.rows["text_encoder"], each.rows["text_encoder"]) < 1e-6
     assert relative(losses, losses_of_each) < 1e-6
@@ -270,7 +270,7 @@ def test_fewer_prompts_than_samples_are_encoded_once(
 def test_sdxl_encodes_fewer_prompts_than_samples_once(tiny_sdxl, wide_pictures, tmp_path):
     problem = Problem(tiny_sdxl, wide_pictures, tmp_path)
     each, _ = problem.run(num_devices=8, batch_size=1)
-    once, _ = problem.run(num_devices=2, batch_size=4, shared_memory=True)
+    once, _ = problem.run(num_devices=2, batch_size=4, shard_prompts=True)
     for name in ("text_encoder", "text_encoder_2"):
         assert relative(once.rows[name], each.rows[name]) < 1e-6
 

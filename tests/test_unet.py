@@ -29,7 +29,7 @@ from ti_jax.models.layers import Downsample2D, GroupNorm, ResnetBlock2D, Timeste
 from ti_jax.models.transformer import Attention, BasicTransformerBlock, FeedForward, Transformer2DModel
 from ti_jax.models.unet import UNet2DConditionModel, UNetConfig
 from ti_jax.ops.rematerialisation import checkpointed
-from ti_jax.training.compile import WAYS
+from ti_jax.training.compile import REMAT_POLICIES
 from ti_jax.training.parallel import CPU_OPTIONS
 
 # Down to 2 x 2; and sizes where halving rounds up, so that the way up must match the way down.
@@ -113,9 +113,9 @@ def test_policy_computes_no_product_again_but_attention_scores(tmp_path):
         lowered = jax.jit(jax.value_and_grad(loss)).lower(inputs["encoder_hidden_states"], params)
         return lowered.compile(compiler_options=CPU_OPTIONS)
 
-    programs = {way: program(way) for way in WAYS}
+    programs = {way: program(way) for way in REMAT_POLICIES}
     convolutions, products, memory = (
-        {way: count(programs[way]) for way in WAYS}
+        {way: count(programs[way]) for way in REMAT_POLICIES}
         for count in (
             lambda compiled: compiled.as_text().count(" convolution("),
             lambda compiled: compiled.as_text().count(" dot("),

@@ -69,7 +69,7 @@ def test_auto_takes_what_there_is_memory_for(sd, capsys):
     assert chosen(whole - 1) == 32
     assert chosen(one_by_one) == 32
     assert capsys.readouterr().err == ""
-    vae_tiling._tell.cache_clear()
+    vae_tiling._print_once.cache_clear()
     assert chosen(one_by_one - 1) == 8
     assert chosen(0) == 8
     (note,) = capsys.readouterr().err.splitlines()

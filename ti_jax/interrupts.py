@@ -68,7 +68,7 @@ def _answer(number: int) -> None:
     with _mode:
         _State.requested = True
         saving = _State.deferred
-    _tell(_message(number, saving))
+    _print(_message(number, saving))
     if not saving:
         _end(_PATIENCE)
 
@@ -79,7 +79,7 @@ def _message(number: int, saving: bool) -> str:
     return f"{name}{signal.Signals(number).name}: {what}"
 
 
-def _tell(text: str) -> None:
+def _print(text: str) -> None:
     """A line on stderr, whatever the main thread is doing with Python's stream."""
     try:
         os.write(2, f"\n{text}\n".encode())

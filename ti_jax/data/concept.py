@@ -27,7 +27,7 @@ from ti_jax.text.templates import load_templates
 from ti_jax.weights.hub import is_cached
 from ti_jax.words import fill, find_words, same_word
 
-Say = Callable[[str], None]
+LogLine = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Concept(CheckedConcept):
         return Embedding(self.token, vectors, {**self.metadata, "steps": str(step)})
 
 
-def read_inputs(config: TrainConfig, say: Say) -> Inputs:
+def read_inputs(config: TrainConfig, log: LogLine) -> Inputs:
     """Read templates, learned words and pictures.
 
     Where the pictures' size is the model's own, and the model is still to be downloaded, they are read once here in any
@@ -116,31 +116,31 @@ def read_inputs(config: TrainConfig, say: Say) -> Inputs:
     others = tuple(load_given(config.embeddings))
     for path, other in zip(config.embeddings, others, strict=True):
         for remark in other.remarks:
-            say(f"note: {path}: {remark}")
+            log(f"note: {path}: {remark}")
     fault = capital_fault(str(config.placeholder_token), config.num_vectors)
     if fault is not None:
-        say(f"warning: {fault}")
-    start = _load_start(config, say)
+        log(f"warning: {fault}")
+    start = _load_start(config, log)
     if config.resolution is not None:
-        return Inputs(templates, others, start, _load_pictures(config, config.resolution, say))
+        return Inputs(templates, others, start, _load_pictures(config, config.resolution, log))
     model = config.pretrained_model_name_or_path
     if model is not None and not Path(model).exists() and not is_cached(model, config.revision):
         _load_pictures(config, 8, lambda line: None)
     return Inputs(templates, others, start, None)
 
 
-def _load_pictures(config: TrainConfig, resolution: int, say: Say) -> Pictures:
+def _load_pictures(config: TrainConfig, resolution: int, log: LogLine) -> Pictures:
     assert config.train_data_dir is not None, "the config is resolved"
     return load_images(
         config.train_data_dir,
         resolution,
         center_crop=config.center_crop,
         skip_bad=config.skip_bad_images,
-        on_skip=say,
+        on_skip=log,
     )
 
 
-def _load_start(config: TrainConfig, say: Say) -> Embedding | None:
+def _load_start(config: TrainConfig, log: LogLine) -> Embedding | None:
     """The word of ``--initializer_embedding``.
 
     Raises:
@@ -157,11 +157,11 @@ def _load_start(config: TrainConfig, say: Say) -> Embedding | None:
             f"--num_vectors {start.num_vectors}, or another file (ti-jax embedding prune makes a word shorter)"
         )
     if start.caveat:
-        say(f"note: {where}: read as {start.caveat}")
+        log(f"note: {where}: read as {start.caveat}")
     return start
 
 
-def check_concept(config: TrainConfig, model: ModelDescription, inputs: Inputs, say: Say) -> CheckedConcept:
+def check_concept(config: TrainConfig, model: ModelDescription, inputs: Inputs, log: LogLine) -> CheckedConcept:
     """Check words, initializer, templates, prompts and pictures against a model's configuration and tokenizers.
 
     Raises:
@@ -198,7 +198,7 @@ def check_concept(config: TrainConfig, model: ModelDescription, inputs: Inputs, 
         prompts=prompts,
         overview_prompts=[fill(prompt, token) for prompt in config.overview_prompts],
         validation_prompt=None if validation_prompt is None else fill(validation_prompt, token),
-        pictures=inputs.pictures or _load_pictures(config, config.resolution or model.default_resolution, say),
+        pictures=inputs.pictures or _load_pictures(config, config.resolution or model.default_resolution, log),
         initializer=config.initializer_token,
     )
 

@@ -1,4 +1,4 @@
-"""Whole pictures or tiles? By what a compiled program needs and what memory the device has left."""
+"""Choose whether the VAE decodes whole pictures or tiles, from the compiled program's memory and what is free."""
 
 from __future__ import annotations
 
@@ -24,52 +24,52 @@ def choose_tile(
     lower: Callable[[int | None], jax.stages.Lowered],
     free: Callable[[], float | None] = lambda: free_memory(jax.local_devices()[:1]),
 ) -> int | None:
-    """How `Networks.decode_latents` is to decode a batch: its `tile`.
+    """The `tile` argument of `Networks.decode_latents` for a batch.
 
     Args:
       latent_shape: (h, w, c) of one picture.
-      vae_tiling: "never": whole pictures and all at once; "always": tiles, where a picture is larger than one; "auto":
-        the first that the memory is enough for of all pictures at once, one whole picture after the other, and tiles.
-        The first two draw the same, the last something near it.
-      lower: the program that the tile goes into. It is compiled here where there is a choice; calling it with the same
-        shapes does not compile it again.
-      free: bytes that the device has left; None: not known, and then memory is taken to be enough.
+      vae_tiling: "never": the whole batch at once; "always": tiles, if a picture is larger than one; "auto": try in
+        order the whole batch, one picture at a time, and tiles, and take the first that fits in memory. The first two
+        are exact, tiles are approximate.
+      lower: lowers the program that uses the tile. It is compiled here if there is a choice; calling it later with the
+        same shapes does not compile it again.
+      free: free bytes of the device; None: unknown, and everything is taken to fit.
 
     Raises:
-      InputError: `vae_tiling` is none of its values.
+      InputError: `vae_tiling` is not one of its values.
     """
     if vae_tiling not in typing.get_args(VaeTiling):
         raise InputError(f"vae_tiling {vae_tiling!r}: must be one of {', '.join(typing.get_args(VaeTiling))}")
     tile, side = networks.vae.config.tile_latent_size, max(latent_shape[:2])
-    ways: list[int | None] = [None]
+    candidates: list[int | None] = [None]
     if batch_size > 1:
-        ways.append(side)  # a tile that a whole picture is in
+        candidates.append(side)  # one tile holds a whole picture
     if side > tile:
-        ways.append(tile)
+        candidates.append(tile)
     if vae_tiling == "never":
-        return ways[0]
+        return candidates[0]
     if vae_tiling == "always":
-        return ways[-1]
-    for way in ways[:-1]:
+        return candidates[-1]
+    for candidate in candidates[:-1]:
         available = free()
-        if available is None or _fits(lower(way), available):
-            return way
+        if available is None or _fits(lower(candidate), available):
+            return candidate
     if side > tile:
         factor = networks.latent_factor
         width, height = factor * latent_shape[1], factor * latent_shape[0]
-        _tell(
+        _print_once(
             f"note: too little memory is free for decoding {width} x {height} pixels at once: pictures are decoded in "
             f"tiles of {factor * tile} pixels (--vae_tiling never decodes them whole)"
         )
-    return ways[-1]
+    return candidates[-1]
 
 
 def _fits(lowered: jax.stages.Lowered, available: float) -> bool:
-    """Does the compiled program find room beside its arguments, most of which are weights and on the device already?"""
+    """Whether the program's temporaries and results fit; most of its arguments, the weights, are on the device already."""
     try:
         memory: Any = lowered.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
-        # A TPU's compiler has to find a place for everything and says so if it does not.
+        # The TPU compiler allocates all memory ahead of time, and raises if it cannot.
         if is_out_of_memory(error):
             return False
         raise
@@ -77,6 +77,6 @@ def _fits(lowered: jax.stages.Lowered, available: float) -> bool:
 
 
 @functools.cache
-def _tell(note: str) -> None:
-    """Once, though many pictures may follow."""
+def _print_once(note: str) -> None:
+    """Print a note once, even if many pictures follow."""
     print(note, file=sys.stderr)

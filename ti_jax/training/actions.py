@@ -140,17 +140,17 @@ class Measure(Action):
     def __call__(self, step: int, state: TrainState, reporter: Reporter) -> None:
         """See `Action`; what cannot be measured is a warning."""
         job = self.job
-        assert job.measuring is not None, "the first process has it"
-        measure, embedding = job.measuring.measure, job.concept.embedding(state.rows, step)
+        assert job.tracker is not None, "the first process has it"
+        measure, embedding = job.tracker.measure, job.concept.embedding(state.rows, step)
         with job.clock.phase("measure"):
             scores = or_warn(f"the word of step {step}", lambda: measure(job.sd, embedding, step), "measured")
         if scores is not None:
-            reporter.say(f"step {step}: {scores}")
+            reporter.print_line(f"step {step}: {scores}")
 
     def done(self, step: int) -> bool:
         """See `Action`."""
-        measuring = self.job.measuring
-        return measuring is not None and measuring.last is not None and measuring.last[0] == step
+        tracker = self.job.tracker
+        return tracker is not None and tracker.last is not None and tracker.last[0] == step
 
 
 class SaveCheckpoint(Action):

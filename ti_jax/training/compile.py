@@ -1,4 +1,4 @@
-"""Building the training step, and how much it keeps for its backward pass: as asked for, or what fits the memory."""
+"""Build and compile the training step, with the given rematerialisation policy or the first that fits in memory."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from ti_jax.machine import is_out_of_memory
 from ti_jax.models.networks import Networks
 from ti_jax.ops.platform import Platform
 from ti_jax.training import multihost
-from ti_jax.training.parallel import AXIS, make_run_steps, replicated_shapes, share_memory
-from ti_jax.training.step import Frozen, TrainState, make_train_step
+from ti_jax.training.parallel import AXIS, is_single_cpu, make_run_steps, replicated_shapes
+from ti_jax.training.step import StepInputs, TrainState, make_train_step
 
-# Each keeps less, and recomputes more, than the one before; see `ti_jax.ops.rematerialisation`.
-WAYS: tuple[Checkpointing, ...] = ("none", "policy", "full")
+# Each stores fewer activations, and recomputes more, than the one before; see `ti_jax.ops.rematerialisation`.
+REMAT_POLICIES: tuple[Checkpointing, ...] = ("none", "policy", "full")
 
 
 @dataclass(frozen=True)
 class StepBuilder:
-    """The training step of a run, not compiled yet: what a run, ``ti-jax plan`` and the benchmark compile.
+    """A run's training step before compilation. A run, ``ti-jax plan`` and the benchmark all compile this one.
 
     Attributes:
-      networks, optimizer: what it computes with. mesh: the devices that it is mapped over.
-      batch_size: samples a device and micro-batch. accumulation: micro-batches an update.
-      longest_chunk: most updates of one dispatch.
+      networks, optimizer: used by the step. mesh: the devices that it is mapped over.
+      batch_size: samples per device and micro-batch. accumulation: micro-batches per update.
+      longest_chunk: largest number of updates in one dispatch.
     """
 
     networks: Networks
@@ -42,14 +42,14 @@ class StepBuilder:
 
     @property
     def samples(self) -> int:
-        """Samples that one update sees, over all devices."""
+        """Samples per update, over all devices."""
         return self.batch_size * self.accumulation * self.mesh.size
 
-    def lower(self, frozen: Frozen, state: TrainState, gradient_checkpointing: Checkpointing) -> jax.stages.Lowered:
+    def lower(self, frozen: StepInputs, state: TrainState, gradient_checkpointing: Checkpointing) -> jax.stages.Lowered:
         """``run_steps(frozen, state, count)`` of `make_run_steps`, traced and lowered.
 
         Args:
-          frozen, state: arrays, or `jax.ShapeDtypeStruct` in their place; only their shapes and types are used.
+          frozen, state: arrays or `jax.ShapeDtypeStruct`; only shapes and dtypes are used.
         """
         networks = self.networks.compiled_for(Platform.of(self.mesh.devices.flat[0]))
         step = make_train_step(
@@ -59,7 +59,7 @@ class StepBuilder:
             accumulation=self.accumulation,
             num_devices=self.mesh.size,
             axis_name=AXIS,
-            shared_memory=share_memory(self.mesh),
+            shard_prompts=is_single_cpu(self.mesh),
         )
         shapes = replicated_shapes((frozen, state, jnp.int32(1)), self.mesh)
         return make_run_steps(step, self.mesh, self.longest_chunk).lower(*shapes)
@@ -67,13 +67,13 @@ class StepBuilder:
 
 @dataclass(frozen=True)
 class CompiledStep:
-    """A compiled program, and what of the device's memory it takes.
+    """The compiled training step, and the device memory that it takes.
 
     Attributes:
-      gradient_checkpointing: what it was compiled for.
-      program: what came out.
+      gradient_checkpointing: the rematerialisation policy that it was compiled with.
+      program: the compiled ``run_steps(frozen, state, count)``.
       arguments, temporary, code: bytes on each device: weights, data and results; activations; the program itself.
-      fits: in the memory that there was to be; True where that is not known.
+      fits: whether it fits in the free memory; True if that is unknown.
     """
 
     gradient_checkpointing: Checkpointing
@@ -85,7 +85,7 @@ class CompiledStep:
 
     @property
     def memory(self) -> int:
-        """Bytes in all."""
+        """Total bytes on each device."""
         return self.arguments + self.temporary + self.code
 
 
@@ -94,26 +94,27 @@ def compile_fitting(
     gradient_checkpointing: Checkpointing | None,
     memory: float | None,
 ) -> CompiledStep | None:
-    """Compile the step with the given rematerialisation, or with the first of `WAYS` that fits; the last if none does.
+    """Compile with the given rematerialisation policy, or with the least recomputation that fits in ``memory``.
 
     Args:
-      lower: the step, lowered for a value of ``--gradient_checkpointing``.
-      gradient_checkpointing: that value; None: the first that fits. Where the first does, nothing else is compiled.
-      memory: bytes that a device has for the step, its arguments among them; None: not known, and everything fits.
+      lower: returns the step lowered for a value of ``--gradient_checkpointing``.
+      gradient_checkpointing: the policy; None: the first of `REMAT_POLICIES` that fits, the last if none fits. No
+        policy after the first that fits is compiled.
+      memory: bytes per device for the step, arguments included; None: unknown, and everything is taken to fit.
 
     Returns:
-      None if the compiler itself finds that the device has too little memory.
+      The compiled step; None if the compiler reports that the device has too little memory.
     """
     found = None
-    for way in WAYS if gradient_checkpointing is None else (gradient_checkpointing,):
-        found = None  # programs are large: not two at a time
-        found = _compile(way, lower(way), memory)
+    for policy in REMAT_POLICIES if gradient_checkpointing is None else (gradient_checkpointing,):
+        found = None  # programs are large: free one before the next is compiled
+        found = _compile(policy, lower(policy), memory)
         if found is not None and found.fits:
             break
     return found
 
 
-def _compile(way: Checkpointing, lowered: jax.stages.Lowered, memory: float | None) -> CompiledStep | None:
+def _compile(policy: Checkpointing, lowered: jax.stages.Lowered, memory: float | None) -> CompiledStep | None:
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -122,24 +123,24 @@ def _compile(way: Checkpointing, lowered: jax.stages.Lowered, memory: float | No
         raise
     sizes = program.memory_analysis()
     assert sizes is not None, "every backend that compiles has it"
-    # Where a result takes the place of an argument, it is counted with both.
+    # A donated argument and its result share memory, but are counted in both sizes.
     arguments = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     temporary, code = sizes.temp_size_in_bytes, sizes.generated_code_size_in_bytes
     fits = memory is None or arguments + temporary + code <= memory
-    return CompiledStep(way, program, arguments, temporary, code, fits)
+    return CompiledStep(policy, program, arguments, temporary, code, fits)
 
 
 def checked(compiled: CompiledStep | None, memory: float | None) -> CompiledStep:
-    """The compiled step, if there is one; with a warning if it takes more than the `memory` in bytes that a device has.
+    """Return the compiled step; warn if it takes more than `memory`, the free bytes of a device.
 
     Raises:
-      InputError: the compiler has found that it cannot fit.
+      InputError: `compiled` is None: the compiler reports that the step does not fit.
     """
     remedy = "give a smaller --train_batch_size (--gradient_accumulation_steps makes up for it) or --resolution"
     if compiled is None or compiled.gradient_checkpointing != "full":
         remedy += ", and leave out --gradient_checkpointing"
     if compiled is None:
-        raise InputError(f"the training step does not fit the device's memory, says the compiler: {remedy}")
+        raise InputError(f"the compiler reports that the training step does not fit in the device's memory: {remedy}")
     if not compiled.fits and memory is not None:
         multihost.log_leader(
             f"warning: the training step takes {compiled.memory / 1e9:.1f} GB with --gradient_checkpointing "

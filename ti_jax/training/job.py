@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh
 
 from ti_jax.config import Checkpointing, TrainConfig
-from ti_jax.data.concept import Concept, Inputs, Say, check_concept, read_inputs, with_rows
+from ti_jax.data.concept import Concept, Inputs, LogLine, check_concept, read_inputs, with_rows
 from ti_jax.data.dataset import make_dataset
 from ti_jax.embeddings import Embedding
 from ti_jax.files import ensure_writable_folder
@@ -26,12 +26,12 @@ from ti_jax.pipeline.model_description import open_model_of
 from ti_jax.training import multihost, run_folder
 from ti_jax.training.checkpoint import Checkpoints, fingerprint
 from ti_jax.training.compile import StepBuilder
-from ti_jax.training.measure import Measuring, make_measuring
+from ti_jax.training.measure import ScoreTracker, make_score_tracker
 from ti_jax.training.multihost import is_leader
 from ti_jax.training.optimizer import make_optimizer, warmup_note
 from ti_jax.training.parallel import make_mesh, replicate, without_copies
 from ti_jax.training.rows import usual_norms
-from ti_jax.training.step import Frozen, TrainState
+from ti_jax.training.step import StepInputs, TrainState
 from ti_jax.training.validation import check_pictures_to_draw
 
 
@@ -61,21 +61,21 @@ class Job:
       frozen: the step's constant arguments. start: the state to begin with, in arrays of the host.
       builder: of the training step. schedule: the learning rate by update. total: updates in the run.
       usual_norms: median norm of the frozen token embeddings, by text encoder.
-      checkpoints, measuring, push: of the first process alone; the last two only where the config asks for them.
+      checkpoints, tracker, push: of the first process alone; the last two only where the config asks for them.
     """
 
     config: TrainConfig
     folder: Path
     sd: StableDiffusion
     concept: Concept
-    frozen: Frozen
+    frozen: StepInputs
     start: TrainState
     builder: StepBuilder
     schedule: optax.Schedule
     total: int
     usual_norms: dict[str, float]
     checkpoints: Checkpoints | None
-    measuring: Measuring | None
+    tracker: ScoreTracker | None
     push: Callable[[Path, Embedding], None] | None
     clock: Clock = field(default_factory=Clock)
 
@@ -132,7 +132,7 @@ def prepare(
     with clock.phase("load"):
         sd, concept = load(config, inputs)
     config = dataclasses.replace(config, resolution=concept.pictures.pixels.shape[1])
-    measuring = make_measuring(config, sd, concept, folder) if is_leader() else None
+    tracker = make_score_tracker(config, sd, concept, folder) if is_leader() else None
     with clock.phase("encode"):
         dataset = make_dataset(config, sd, concept)
 
@@ -145,7 +145,7 @@ def prepare(
     if (note := warmup_note(config, total)) is not None:
         multihost.log_leader(note)
     frozen = replicate(
-        Frozen(
+        StepInputs(
             params=without_copies({name: tree for name, tree in sd.params.items() if name != "vae"}),
             schedule=sd.schedule,
             dataset=dataset,
@@ -173,7 +173,7 @@ def prepare(
         checkpoints = Checkpoints(folder / "checkpoints", config.checkpoints_total_limit)
         holding.enter_context(contextlib.closing(checkpoints))
     return Job(
-        config, folder, sd, concept, frozen, start, builder, schedule, total, usual_norms(sd), checkpoints, measuring,
+        config, folder, sd, concept, frozen, start, builder, schedule, total, usual_norms(sd), checkpoints, tracker,
         push, clock,
     )  # fmt: skip
 
@@ -204,9 +204,9 @@ def _resume(job: Job) -> tuple[TrainState, Checkpointing | None]:
     else:
         multihost.log_leader(f"resuming at step {int(restored.step)} of {job.total}")
     state = jax.device_get(job.start if restored is None else restored)
-    if job.measuring is not None:
+    if job.tracker is not None:
         step = int(state.step)
-        job.measuring.resume(job.concept.embedding(state.rows, step), step)
+        job.tracker.resume(job.concept.embedding(state.rows, step), step)
     return state, job.checkpoints.identity["gradient_checkpointing"]
 
 
@@ -238,24 +238,24 @@ def total_updates(config: TrainConfig, num_pictures: int, global_batch: int) -> 
     return config.num_train_epochs * math.ceil(num_pictures * config.repeats / global_batch)
 
 
-def load_model_and_concept(config: TrainConfig, inputs: Inputs, say: Say) -> tuple[StableDiffusion, Concept]:
+def load_model_and_concept(config: TrainConfig, inputs: Inputs, log: LogLine) -> tuple[StableDiffusion, Concept]:
     """The model and what it is to learn, checked in order of cost: the weights are read last.
 
     Raises:
       InputError: whatever is wrong with the config's words and prompts, the model, or what is to be drawn.
     """
     with open_model_of(config) as model:
-        checked = check_concept(config, model, inputs, say)
-        check_pictures_to_draw(config, model, checked, say)
+        checked = check_concept(config, model, inputs, log)
+        check_pictures_to_draw(config, model, checked, log)
         sd = StableDiffusion.load(model)
     return sd, with_rows(config, checked, inputs, sd)
 
 
-def prepare_concept(config: TrainConfig, sd: StableDiffusion, say: Say) -> Concept:
+def prepare_concept(config: TrainConfig, sd: StableDiffusion, log: LogLine) -> Concept:
     """The concept for a model that is loaded already.
 
     Raises:
       InputError: as `read_inputs` and `check_concept`.
     """
-    inputs = read_inputs(config, say)
-    return with_rows(config, check_concept(config, sd, inputs, say), inputs, sd)
+    inputs = read_inputs(config, log)
+    return with_rows(config, check_concept(config, sd, inputs, log), inputs, sd)

@@ -27,7 +27,7 @@ from ti_jax.training.cpu_devices import use_cores
 from ti_jax.training.job import Job, agree, prepare
 from ti_jax.training.multihost import StopRequests, all_or_raise, is_leader, on_leader
 from ti_jax.training.parallel import replicate
-from ti_jax.training.report import Reporter, say_how_far
+from ti_jax.training.report import Reporter, print_row_figures
 from ti_jax.training.rows import row_figures
 from ti_jax.training.step import TrainState
 
@@ -136,7 +136,7 @@ def _loop(job: Job, step: CompiledStep) -> tuple[TrainState, list[float], bool]:
             on_leader(partial(_act, [each for each in timetable.due(now) if not each.done(now)], now, state, reporter))
         while now < job.total and not stopping:
             end = min(timetable.next(now), now + pace.steps)
-            requests.tell(interrupts.requested())
+            requests.send(interrupts.requested())
             with job.clock.phase("train"):
                 dispatched, count = time.perf_counter(), replicate(np.int32(end - now), job.mesh)
                 with jax.transfer_guard("disallow"):  # everything is on the devices already
@@ -151,12 +151,12 @@ def _loop(job: Job, step: CompiledStep) -> tuple[TrainState, list[float], bool]:
                 pending = None
             if due:
                 on_leader(partial(_act, due, now, state, reporter))
-            stopping = requests.heard(interrupts.requested())
+            stopping = requests.received(interrupts.requested())
         if pending is not None:
             read(*pending)
         on_leader(partial(_save, job, state))
         if stopping and reporter is not None:
-            reporter.say(f"asked to stop: a checkpoint of step {now} is saved")
+            reporter.print_line(f"asked to stop: a checkpoint of step {now} is saved")
     return state, losses, now < job.total
 
 
@@ -197,8 +197,8 @@ def _open_folder(config: TrainConfig, job: Job) -> None:
 def _summary(job: Job, step: CompiledStep) -> str:
     """A line on what is trained, and on what."""
     on_hosts = "" if jax.process_count() == 1 else f" in {jax.process_count()} processes"
-    way = step.gradient_checkpointing
-    checkpointing = "" if way == "none" else f"gradient checkpointing {way}; "
+    policy = step.gradient_checkpointing
+    checkpointing = "" if policy == "none" else f"gradient checkpointing {policy}; "
     return (
         f"{job.sd.name}, {job.mesh.size} x {job.mesh.devices.flat[0].device_kind}{on_hosts}, "
         f"{np.dtype(job.sd.dtype).name}: {len(job.concept.pictures.pixels)} pictures, {len(job.concept.prompts)} "
@@ -242,7 +242,7 @@ def _finish(job: Job, state: TrainState, stopped: bool) -> tuple[Embedding, bool
     """
     last = int(state.step)
     embedding = job.concept.embedding(state.rows, last)
-    say_how_far(row_figures(job.concept, state.rows, job.usual_norms), last)
+    print_row_figures(row_figures(job.concept, state.rows, job.usual_norms), last)
     try:
         if not stopped:
             embedding = _measure(job, embedding, last)
@@ -266,11 +266,11 @@ def _finish(job: Job, state: TrainState, stopped: bool) -> tuple[Embedding, bool
 
 def _measure(job: Job, embedding: Embedding, step: int) -> Embedding:
     """The word that the run ends with: the last, or with ``--keep_best`` the best."""
-    measuring = job.measuring
-    if measuring is None:
+    tracker = job.tracker
+    if tracker is None:
         return embedding
     with job.clock.phase("measure"):
-        found = or_warn("the word", lambda: measuring.finish(job.sd, embedding, step), "measured")
+        found = or_warn("the word", lambda: tracker.finish(job.sd, embedding, step), "measured")
     if found is None:
         return embedding
     embedding, scores = found

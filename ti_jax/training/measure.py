@@ -26,7 +26,7 @@ BEST_FILE = "learned_embeds-best.safetensors"
 
 
 @dataclass
-class Measuring:
+class ScoreTracker:
     """Measures states of the word; with ``keep_best`` it keeps a copy of the best one in the run's folder.
 
     Attributes:
@@ -108,7 +108,7 @@ class Measuring:
         return embedding, scores
 
 
-def make_measuring(config: TrainConfig, sd: StableDiffusion, concept: Concept, folder: Path) -> Measuring | None:
+def make_score_tracker(config: TrainConfig, sd: StableDiffusion, concept: Concept, folder: Path) -> ScoreTracker | None:
     """What the config asks for: None if it asks for no scores.
 
     Raises:
@@ -126,4 +126,4 @@ def make_measuring(config: TrainConfig, sd: StableDiffusion, concept: Concept, f
         scheduler=config.scheduler,
         seed=config.seed,
     )
-    return Measuring(evaluator, concept.others, folder, config.keep_best)
+    return ScoreTracker(evaluator, concept.others, folder, config.keep_best)

@@ -268,7 +268,7 @@ class StopRequests:
             everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
             self._any = jax.jit(lambda asked: asked.any(), out_shardings=everywhere)
 
-    def tell(self, asked: bool) -> None:
+    def send(self, asked: bool) -> None:
         """Say whether this process was asked, in every chunk and before it is given to the devices."""
         if jax.process_count() == 1:
             return
@@ -276,6 +276,6 @@ class StopRequests:
         shape = (jax.device_count(),)
         self._pending = self._any(jax.make_array_from_single_device_arrays(shape, self._sharding, local))
 
-    def heard(self, asked: bool) -> bool:
-        """Whether any process was asked, as of the last `tell`; alone, whether this one was."""
+    def received(self, asked: bool) -> bool:
+        """Whether any process was asked, as of the last `send`; alone, whether this one was."""
         return asked if self._pending is None else bool(np.asarray(self._pending.addressable_data(0)))

@@ -1,4 +1,4 @@
-"""Several devices: the mesh, replication, and the mapped loop of many steps."""
+"""Data parallelism: the mesh, replication, and the mapped loop of many updates."""
 
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ti_jax.training.step import Frozen, TrainState
+from ti_jax.training.step import StepInputs, TrainState
 
 AXIS = "data"
 
-# By itself XLA orders a program for the CPU so that much could run at once, and all that is ready early lies in memory
-# until it is needed: turned kernels, and the very activations that gradient checkpointing computes late. In the order
-# that takes least memory a step is as fast, since each product has all cores already. The option is XLA's own affair:
-# a version that does not know it refuses to compile anything with it.
+# XLA:CPU's default scheduler maximises concurrency, so that transposed kernels and rematerialised activations are live
+# too early. The memory-optimised order costs no time, because each matmul uses all cores already. The option is
+# internal to XLA: a version without it refuses to compile, see `cpu_options`.
 CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
 @functools.cache
 def cpu_options() -> dict[str, str] | None:
-    """`CPU_OPTIONS`, if this version of XLA knows them."""
+    """`CPU_OPTIONS`, or None if this version of XLA does not have the option."""
     try:
         jax.jit(jnp.negative, compiler_options=CPU_OPTIONS).lower(0.0).compile()
     except jax.errors.JaxRuntimeError:
@@ -35,20 +34,20 @@ def cpu_options() -> dict[str, str] | None:
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """All devices in a row, along one data-parallel axis."""
+    """A one-dimensional mesh of the devices (None: all), whose axis is data-parallel."""
     return Mesh(np.asarray(jax.devices() if devices is None else devices), (AXIS,))
 
 
-def share_memory(mesh: Mesh) -> bool:
-    """Whether all devices of the mesh are cores of this process' CPU."""
+def is_single_cpu(mesh: Mesh) -> bool:
+    """Whether all devices of the mesh belong to this process' CPU."""
     return mesh.devices.flat[0].platform == "cpu" and NamedSharding(mesh, P()).is_fully_addressable
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """A whole copy of every leaf on each device of the mesh.
+    """Replicate every leaf on all devices of the mesh.
 
-    Where other processes have some of the devices, each gives its own devices their copies. `jax.device_put` would
-    first send all weights around to see that they are the same.
+    With several processes each one places the copies of its own devices: `jax.device_put` would first send all weights
+    between the processes to check that they are equal.
     """
     everywhere = NamedSharding(mesh, P())
     if everywhere.is_fully_addressable:
@@ -62,15 +61,15 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 
 def replicated_shapes(tree: Any, mesh: Mesh) -> Any:
-    """`jax.ShapeDtypeStruct` of every leaf as `replicate` would place it: to compile before, or without, the arrays."""
+    """`jax.ShapeDtypeStruct` of every leaf, sharded as `replicate` does: to compile without the arrays."""
     everywhere = NamedSharding(mesh, P())
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), tree)
 
 
 def without_copies(tree: Any) -> Any:
-    """`tree` in such a form that `replicate` lets devices of one CPU share it, where it lies on one of them.
+    """NumPy views of CPU arrays, so that `replicate` aliases them on all CPU devices instead of copying.
 
-    For arrays that nothing is donated from: weights.
+    Only for arrays that are never donated, such as the weights.
     """
 
     def shared(leaf: jax.Array) -> jax.Array | np.ndarray:
@@ -80,19 +79,19 @@ def without_copies(tree: Any) -> Any:
 
 
 def make_run_steps(
-    train_step: Callable[[Frozen, TrainState], tuple[TrainState, jax.Array]], mesh: Mesh, max_steps: int
+    train_step: Callable[[StepInputs, TrainState], tuple[TrainState, jax.Array]], mesh: Mesh, max_steps: int
 ) -> jax.stages.Wrapped:
     """``run_steps(frozen, state, count) -> (state, losses)``: up to ``count`` updates in one dispatch, jitted.
 
-    ``count`` (at most ``max_steps``) is traced: one program serves every chunk. The loop ends early at a non-finite
-    loss. ``losses`` is float32 [max_steps]; entries from ``count`` on are NaN. The state is donated.
+    ``count`` (at most ``max_steps``) is traced, so that one program serves every chunk. The loop ends early at a
+    non-finite loss. ``losses`` is float32 [max_steps]; entries from ``count`` on are NaN. The state is donated.
 
-    This is ``jax.jit(jax.shard_map(...))``, which is what ``jax.pmap`` has been since JAX 0.8; everything in and out is
-    replicated, and the devices differ only in the samples that they draw. ``check_vma`` is off because TPU kernels do
-    not take part in it; so a gradient within the step is the device's own, as under `jax.pmap`.
+    This is ``jax.jit(jax.shard_map(...))``, which is what ``jax.pmap`` has been since JAX 0.8. All inputs and outputs
+    are replicated; devices differ only in the samples that they draw. ``check_vma`` is off because TPU kernels do not
+    support it, so that a gradient within the step is per device, as under `jax.pmap`.
     """
 
-    def run_steps(frozen: Frozen, state: TrainState, count: jax.Array) -> tuple[TrainState, jax.Array]:
+    def run_steps(frozen: StepInputs, state: TrainState, count: jax.Array) -> tuple[TrainState, jax.Array]:
         def more(carry):
             index, state, _ = carry
             return (index < count) & state.ok

@@ -30,7 +30,7 @@ from ti_jax.training.compile import StepBuilder, compile_fitting
 from ti_jax.training.flops import least_flops
 from ti_jax.training.optimizer import make_optimizer
 from ti_jax.training.parallel import make_mesh
-from ti_jax.training.step import Frozen, TrainState
+from ti_jax.training.step import StepInputs, TrainState
 from ti_jax.weights.hub import resolve as resolve_model
 from ti_jax.weights.reference_configs import PUBLISHED
 from ti_jax.weights.sources import open_source
@@ -123,8 +123,8 @@ class Plan:
         yield f"{self.model}: {self.batch} a device on {self.devices}, {self.samples} samples an update"
         yield f"  memory         {self.peak_memory / GIGA:.2f} GB{of} a device{fits}"
         yield f"    weights, data  {self.arguments / GIGA:.2f} GB"
-        way = f"--gradient_checkpointing {self.gradient_checkpointing}"
-        yield f"    activations    {self.temporary / GIGA:.2f} GB with {way}"
+        policy = f"--gradient_checkpointing {self.gradient_checkpointing}"
+        yield f"    activations    {self.temporary / GIGA:.2f} GB with {policy}"
         yield f"    program        {self.code / GIGA:.2f} GB"
         least = f"{self.least_flops / TERA:.4g} TFLOP an update and device at least"
         compiled = f"; compiled {self.flops / self.least_flops:.2f} of that" if self.flops else ""
@@ -274,7 +274,7 @@ class Planner:
             for name, module in self.networks.text_encoders
         }
 
-    def _frozen(self) -> Frozen:
+    def _frozen(self) -> StepInputs:
         """The step's constant arguments as shapes."""
         config, networks = self.config, self.networks
         shapes = network_shapes(networks)
@@ -283,7 +283,7 @@ class Planner:
         side, channels = self.resolution // networks.latent_factor, networks.vae.config.latent_channels
         prompts = len(load_templates(config.learnable_property, config.templates))
         number = array((), jnp.float32)
-        return Frozen(
+        return StepInputs(
             params=params,
             schedule=jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), self.schedule),
             dataset=Dataset(

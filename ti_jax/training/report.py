@@ -81,7 +81,7 @@ class Reporter:
         """Leave the time since the last chunk (saving, drawing) out of the speed of the next."""
         self._last_time = time.perf_counter()
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """One line above the progress bar."""
         tqdm.write(text, file=sys.stderr)
 
@@ -112,7 +112,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def say_how_far(figures: list[dict], step: int) -> None:
+def print_row_figures(figures: list[dict], step: int) -> None:
     """Tell on stderr how far each row moved, and warn of rows that did not."""
     for row in figures:
         where = f"row {row['row']}" + ("" if row["encoder"] == "text_encoder" else f" of {row['encoder']}")

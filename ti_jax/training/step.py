@@ -1,7 +1,7 @@
-"""One update of the new rows, written for one device with a named axis; `parallel` maps it over the devices.
+"""One update of the trained rows, written for one device with a named axis; `parallel` maps it over the devices.
 
-Randomness hangs on (seed, step, global sample position) alone, so that a run does not depend on how many devices share
-its batch, nor on where it was interrupted.
+All randomness is derived from (seed, step, global sample position), so that a run's result depends neither on how many
+devices share the batch nor on where the run was interrupted.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ class TrainState(NamedTuple):
     rows: Rows  # float32 [n, D] for each text encoder
     opt_state: optax.OptState
     step: jax.Array  # int32: updates made
-    ok: jax.Array  # bool: false from the first non-finite loss or gradient on; rows and moments stay from before it
+    ok: jax.Array  # bool: false from the first non-finite loss or gradient on; rows and moments are those before it
 
 
-class Frozen(NamedTuple):
-    """Arguments of the compiled loop that never change. As constants XLA would copy them into the program."""
+class StepInputs(NamedTuple):
+    """The constant inputs of the compiled loop. They are arguments: XLA would copy captured constants into the program."""
 
     params: Mapping[str, Any]  # the text encoders' and the UNet's trees
     schedule: NoiseSchedule
     dataset: Dataset
-    row_mask: Mapping[str, jax.Array]  # bool [n] for each text encoder: rows that train
+    row_mask: Mapping[str, jax.Array]  # bool [n] for each text encoder: rows that are trained
     key: jax.Array
 
 
@@ -47,19 +47,20 @@ class Batch(NamedTuple):
     timesteps: jax.Array  # int32 [B]
     ids: Mapping[str, jax.Array]  # int32 [B, L] for each text encoder
     time_ids: jax.Array  # float32 [B, 6]
-    prompts: jax.Array  # int32 [B]: which of the dataset's prompts the ids are
+    prompts: jax.Array  # int32 [B]: each sample's index into the dataset's prompts
 
 
-def draw_sample(frozen: Frozen, step: jax.Array, position: jax.Array, global_batch: int) -> Batch:
+def draw_sample(frozen: StepInputs, step: jax.Array, position: jax.Array, global_batch: int) -> Batch:
     """Picture, mirror, prompt, latent, noise and timestep of one sample (leaves without the batch axis).
 
-    Pictures come in shuffled rounds, so that each is seen equally often. An update's timesteps are spread over the
-    schedule: each comes from an equal part of it of its own, all moved on by one number drawn for the update, so that a
-    timestep is as likely as any other and yet no update is of low noise alone. (Variational Diffusion Models,
-    2107.00630, appendix I.1.) Everything else is drawn independently.
+    Pictures are reshuffled every epoch, so that each is seen equally often. Timesteps are stratified: sample i of a
+    global batch of B gets ``(u + i*T//B) mod T`` with one uniform integer u per update. Each timestep stays uniform,
+    and every batch covers the schedule (Variational Diffusion Models, arXiv 2107.00630, appendix I.1). Everything else
+    is drawn independently.
 
     Args:
-      step: int32 scalar, the update. position: int32 scalar in [0, global_batch), over devices and accumulation.
+      step: int32 scalar, the update's number. position: int32 scalar in [0, global_batch), the sample's index over
+        micro-batches and devices.
     """
     dataset = frozen.dataset
     order_key, sample_key, timestep_key = jax.random.split(frozen.key, 3)
@@ -87,18 +88,18 @@ def draw_sample(frozen: Frozen, step: jax.Array, position: jax.Array, global_bat
     )
 
 
-def draw_batch(frozen: Frozen, step: jax.Array, positions: jax.Array, global_batch: int) -> Batch:
+def draw_batch(frozen: StepInputs, step: jax.Array, positions: jax.Array, global_batch: int) -> Batch:
     """The samples at ``positions`` int32 [B] of an update's global batch."""
     return jax.vmap(lambda position: draw_sample(frozen, step, position, global_batch))(positions)
 
 
 def diffusion_loss(
-    networks: Networks, frozen: Frozen, rows: Rows, batch: Batch, condition: Condition | None = None
+    networks: Networks, frozen: StepInputs, rows: Rows, batch: Batch, condition: Condition | None = None
 ) -> jax.Array:
     """Mean squared error of the UNet's prediction, float32 scalar: Textual Inversion's loss (2208.01618, eq. 2).
 
     Args:
-      condition: the batch's, where it is encoded already; without it, the text encoders see each sample's prompt.
+      condition: the batch's encoded prompts; None: encode each sample's prompt here.
     """
     noisy = add_noise(frozen.schedule, batch.latents, batch.noise, batch.timesteps)
     target = training_target(frozen.schedule, batch.latents, batch.noise, batch.timesteps)
@@ -111,23 +112,22 @@ def diffusion_loss(
 
 
 def encode_once(
-    networks: Networks, frozen: Frozen, rows: Rows, batch: Batch, devices: int, axis_name: str
+    networks: Networks, frozen: StepInputs, rows: Rows, batch: Batch, devices: int, axis_name: str
 ) -> Condition | None:
-    """The batch's condition, from each of the dataset's prompts encoded once; None where that is more than one by one.
+    """The batch's condition, from encoding each of the dataset's prompts once; None if encoding the batch is cheaper.
 
-    Several devices encode a part of the prompts each, and all get the whole. The gradient goes back the same way: the
-    rows' is then that of all devices' losses by way of this device's prompts, and its mean over the devices is what it
-    is where each encodes its own.
+    With ``devices`` > 1 the prompts are sharded over them and the results all-gathered. Backward is a reduce-scatter:
+    each device holds d(sum of losses)/d(rows) by its own prompts, and `pmean` makes of it the mean loss's gradient.
 
     Args:
-      devices: so many along `axis_name` do it together; 1: each does it for itself.
+      devices: number of devices along `axis_name` that share the prompts; 1: each encodes all of them.
     """
     ids = frozen.dataset.ids
     num_prompts = next(iter(ids.values())).shape[0]
     share = -(-num_prompts // devices)
     if share >= batch.prompts.shape[0]:
         return None
-    if devices > 1:  # the last may have places to spare
+    if devices > 1:  # the last shard is padded with the last prompt
         mine = jnp.minimum(lax.axis_index(axis_name) * share + jnp.arange(share), num_prompts - 1)
         ids = {name: each[mine] for name, each in ids.items()}
     encoded = networks.encode_text(frozen.params, ids, rows)
@@ -144,34 +144,34 @@ def make_train_step(
     accumulation: int,
     num_devices: int,
     axis_name: str,
-    shared_memory: bool = False,
+    shard_prompts: bool = False,
 ):
     """The update of one device: ``step(frozen, state) -> (state, loss)``, to run under a mapped axis ``axis_name``.
 
     Args:
       batch_size: samples on this device in one micro-batch; accumulation: micro-batches whose gradients are averaged.
       num_devices: size of the axis.
-      shared_memory: whether the devices are cores of one CPU. Handing over what the text encoder makes costs nothing
-        between them, so that each encodes a part of the prompts (`encode_once`). Elsewhere only rows and scalars cross.
+      shard_prompts: shard the prompts over the devices (`encode_once`). Worth it between devices of one CPU, where the
+        all-gather of the text encoder's output is free. Otherwise only rows and scalars are sent between devices.
 
-    Each device takes the gradient of its own loss, and one ``pmean``, as large as the rows, makes it the global one.
-    That holds where the axis is one of `jax.pmap` or of `jax.shard_map` without ``check_vma``; with it, the gradient
-    with respect to rows that are the same everywhere would be summed over the devices already.
+    Each device takes the gradient of its own loss; one ``pmean``, of the rows' size, averages it over the devices. This
+    is right under `jax.pmap`, or `jax.shard_map` without ``check_vma``: with it, the gradient with respect to
+    replicated rows would already be summed over the devices.
     """
     global_batch = batch_size * accumulation * num_devices
 
-    def micro_batch_gradient(frozen: Frozen, state: TrainState, index: jax.Array) -> tuple[jax.Array, Rows]:
+    def micro_batch_gradient(frozen: StepInputs, state: TrainState, index: jax.Array) -> tuple[jax.Array, Rows]:
         first = (index * num_devices + lax.axis_index(axis_name)) * batch_size
         batch = draw_batch(frozen, state.step, first + jnp.arange(batch_size), global_batch)
 
         def loss(rows: Rows) -> jax.Array:
-            condition = encode_once(networks, frozen, rows, batch, num_devices if shared_memory else 1, axis_name)
+            condition = encode_once(networks, frozen, rows, batch, num_devices if shard_prompts else 1, axis_name)
             return diffusion_loss(networks, frozen, rows, batch, condition)
 
         with exact_products(networks.dtype):  # of the backward pass, too
             return jax.value_and_grad(loss)(state.rows)
 
-    def train_step(frozen: Frozen, state: TrainState) -> tuple[TrainState, jax.Array]:
+    def train_step(frozen: StepInputs, state: TrainState) -> tuple[TrainState, jax.Array]:
         if accumulation == 1:
             loss, grads = micro_batch_gradient(frozen, state, jnp.int32(0))
         else:
@@ -186,8 +186,8 @@ def make_train_step(
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.rows, row_mask=frozen.row_mask)
         updated = TrainState(optax.apply_updates(state.rows, updates), opt_state, state.step + 1, state.ok)
-        # A NaN must not reach the rows: they are what the user keeps.
-        # Nor an overflow: a row whose length is infinite is lost even where its numbers are not.
+        # No NaN may reach the rows, which are what the user keeps, and no overflow: a row whose norm is infinite is
+        # lost even if its entries are finite.
         lengths = jax.tree.map(lambda rows: jnp.linalg.norm(rows, axis=-1), updated.rows)
         finite = jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((loss, grads, lengths))]))
         stopped = state._replace(ok=jnp.bool_(False))

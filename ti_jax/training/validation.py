@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from ti_jax.config import TrainConfig
-from ti_jax.data.concept import CheckedConcept, Concept, Say, check_holds, public_name
+from ti_jax.data.concept import CheckedConcept, Concept, LogLine, check_holds, public_name
 from ti_jax.data.folder import as_uint8
 from ti_jax.embeddings import Embedding
 from ti_jax.errors import InputError
@@ -116,7 +116,7 @@ def save_overview(
     return path
 
 
-def check_pictures_to_draw(config: TrainConfig, model: ModelDescription, concept: CheckedConcept, say: Say) -> None:
+def check_pictures_to_draw(config: TrainConfig, model: ModelDescription, concept: CheckedConcept, log: LogLine) -> None:
     """Build what is drawn and measured later: not after hours of training should it be found that it cannot be.
 
     Raises:
@@ -124,7 +124,7 @@ def check_pictures_to_draw(config: TrainConfig, model: ModelDescription, concept
     """
     assert config.validation_inference_steps is not None, "the config is resolved"
     if (note := model.sampler_choice(config.scheduler).note) is not None:
-        say(f"note: {note}")
+        log(f"note: {note}")
     try:
         model.make_sampler(config.scheduler, config.validation_inference_steps)
     except InputError as error:
@@ -141,4 +141,4 @@ def check_pictures_to_draw(config: TrainConfig, model: ModelDescription, concept
     for _ in model.prompt_tokenizers.groups(prompts, None, words, weighted=True):
         pass
     for word in model.unprovided([*concept.prompts, *prompts], words):
-        say(f"warning: {word} in a prompt is plain text: no file of --embeddings has this word")
+        log(f"warning: {word} in a prompt is plain text: no file of --embeddings has this word")

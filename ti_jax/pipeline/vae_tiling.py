@@ -65,7 +65,7 @@ def choose_tile(
 
 
 def _fits(lowered: jax.stages.Lowered, available: float) -> bool:
-    """Whether the program's temporaries and results fit; most of its arguments, the weights, are on the device already."""
+    """Whether the temporaries and results fit; most arguments, such as weights, are on the device already."""
     try:
         memory: Any = lowered.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:

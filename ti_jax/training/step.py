@@ -30,7 +30,7 @@ class TrainState(NamedTuple):
 
 
 class StepInputs(NamedTuple):
-    """The constant inputs of the compiled loop. They are arguments: XLA would copy captured constants into the program."""
+    """Constant inputs of the compiled loop. As captured constants, XLA would copy them into the program."""
 
     params: Mapping[str, Any]  # the text encoders' and the UNet's trees
     schedule: NoiseSchedule

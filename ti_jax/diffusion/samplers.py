@@ -28,8 +28,8 @@ from ti_jax.errors import InputError
 
 SAMPLERS = ("ddim", "euler", "euler_a", "dpm++")
 
-# The scheduler class that a checkpoint names -> ours. PNDM, which SD1 names, is drawn with DDIM: same timesteps, one
-# evaluation a step.
+# The scheduler class that a checkpoint names -> ours. For PNDM, which SD1 names, ours is DDIM: the same timesteps, and
+# one UNet evaluation a step.
 _OF_CLASS = {
     "DDIMScheduler": "ddim",
     "PNDMScheduler": "ddim",
@@ -40,8 +40,8 @@ _OF_CLASS = {
     "DPMSolverMultistepScheduler": "dpm++",
 }
 
-# Schedulers that clip the denoised sample where the config does not say. Other classes' configs are silent because they
-# never clip, and latents must not be clipped to [-1, 1] because of it: diffusers' pipelines also turn it off.
+# Schedulers that clip the denoised sample by default. Configs of other classes lack the option because they never clip;
+# their latents must not be clipped to [-1, 1]. diffusers' pipelines disable it, too.
 _CLIPS_UNASKED = ("DDIMScheduler", "DDPMScheduler")
 
 # Options that change what a scheduler does and are not implemented: the values that leave them off.
@@ -71,7 +71,7 @@ _MUST_BE_OFF: dict[str, dict[str, tuple[Any, ...]]] = {
 
 
 class SamplerState(NamedTuple):
-    """What goes from step to step: [B, h, w, c] each, float32."""
+    """State carried from step to step: [B, h, w, c] each, float32."""
 
     sample: jax.Array
     previous_x0: jax.Array  # the last step's denoised sample, which dpm++ extrapolates from
@@ -87,8 +87,8 @@ class Sampler:
     """A sampler for a number of steps n.
 
     Attributes:
-      timesteps: float32 [n], what the UNet is given; not whole numbers where the spacing is "linspace".
-      coefficients: float32 [n] each; which ones depends on ``name``.
+      timesteps: float32 [n], passed to the UNet; not integers if the spacing is "linspace".
+      coefficients: float32 [n] each; their names depend on ``name``.
       init_noise_sigma: float32 scalar, the standard deviation of the sample to start from.
       clip_range: the denoised sample is clipped to plus and minus this (ddim with ``clip_sample``), or None.
     """
@@ -102,20 +102,20 @@ class Sampler:
 
     @property
     def uses_noise(self) -> bool:
-        """Whether a step adds fresh noise, so that `step` must be given some."""
+        """Whether a step adds fresh noise, so that `step` needs its argument ``noise``."""
         return self.name == "euler_a"
 
     @property
     def num_steps(self) -> int:
-        """Evaluations of the UNet in a trajectory."""
+        """Number of steps, each one evaluation of the UNet."""
         return self.timesteps.shape[0]
 
     def start(self, noise: jax.Array) -> SamplerState:
-        """State to start from, given standard normal noise [B, h, w, c]."""
+        """Initial state from standard normal noise [B, h, w, c]."""
         return SamplerState(noise * self.init_noise_sigma, jnp.zeros_like(noise))
 
     def scale_model_input(self, sample: jax.Array, i: jax.Array) -> jax.Array:
-        """The sample as the UNet wants it at step i: the Euler samplers work on x0 + sigma noise, the UNet does not."""
+        """The sample scaled for the UNet at step i (``scale_model_input``); Euler samplers have x0 + sigma noise."""
         if self.name in ("euler", "euler_a"):
             return sample / jnp.sqrt(jnp.square(self.coefficients["sigma"][i]) + 1.0)
         return sample
@@ -123,7 +123,7 @@ class Sampler:
     def step(
         self, state: SamplerState, model_output: jax.Array, i: jax.Array, noise: jax.Array | None = None
     ) -> SamplerState:
-        """From step i to the next, given the UNet's output float32 [B, h, w, c].
+        """One step, from i to i + 1, with the UNet's output float32 [B, h, w, c].
 
         Args:
           noise: standard normal [B, h, w, c], where ``uses_noise``.
@@ -171,7 +171,7 @@ class SamplerChoice(NamedTuple):
     Attributes:
       name: one of `SAMPLERS`.
       config: the configuration to build it from: the checkpoint's, or one that differs in the spacing of timesteps.
-      note: why it is not the checkpoint's own scheduler; None if it is.
+      note: why it is not the checkpoint's own scheduler, for the user; None if it is.
     """
 
     name: str
@@ -183,7 +183,7 @@ def choose_sampler(config: Mapping[str, Any], fallback: str = "ddim") -> Sampler
     """The sampler that the checkpoint names, by the scheduler's class, or ``fallback`` where that is not implemented.
 
     Many checkpoints are saved with a scheduler that their author drew with last (UniPC, DEIS, LCM, SDE variants). It
-    says nothing of how the model was trained, so another one draws with it too.
+    is independent of how the model was trained, so another one can draw with it.
     """
     class_name = config.get("_class_name", "DDIMScheduler")
     name, reason = _OF_CLASS.get(class_name), f"{class_name} is not implemented"
@@ -196,14 +196,14 @@ def choose_sampler(config: Mapping[str, Any], fallback: str = "ddim") -> Sampler
         fallback = "ddim"  # which has the fewest options
     how = f"drawing with {fallback}"
     if _starts_without_signal(fallback, config):
-        # A noise prediction says nothing of the picture where there is no signal; "leading" ends before that timestep.
+        # Without signal, a noise prediction has no information about the picture; "leading" avoids that timestep.
         config = {**config, "timestep_spacing": "leading"}
         how += " and timestep_spacing leading"
     return SamplerChoice(fallback, config, f"scheduler_config.json: {reason}; {how} (--scheduler chooses another)")
 
 
 def _not_implemented(name: str, config: Mapping[str, Any]) -> str | None:
-    """The first option of the config that `name` would have to obey and does not, or None."""
+    """The first option of the config that sampler `name` does not implement, or None."""
     for option, off in _MUST_BE_OFF[name].items():
         if option in config and config[option] not in off:
             return f"{option} = {config[option]!r}"
@@ -211,7 +211,7 @@ def _not_implemented(name: str, config: Mapping[str, Any]) -> str | None:
 
 
 def _starts_without_signal(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether ddim would divide by a signal of zero: it predicts noise, and visits the last timestep."""
+    """Whether ddim would divide by a signal of zero: the model predicts noise, and the last timestep is visited."""
     return (
         name == "ddim"
         and bool(config.get("rescale_betas_zero_snr"))
@@ -223,7 +223,7 @@ def _starts_without_signal(name: str, config: Mapping[str, Any]) -> bool:
 def make_sampler(
     name: str | None, config: Mapping[str, Any], num_inference_steps: int, fallback: str = "ddim"
 ) -> Sampler:
-    """Sampler ``name`` for a model with this ``scheduler_config.json``; None: what `choose_sampler` says.
+    """Sampler ``name`` for a model with this ``scheduler_config.json``; None: that of `choose_sampler`.
 
     Raises:
       InputError: an unknown name, a number of steps that the schedule has no timesteps for, or an option of the config
@@ -266,7 +266,7 @@ def make_sampler(
 def _spaced(config: Mapping[str, Any], default: str, steps: int, *, extra: int) -> np.ndarray:
     """Timesteps [steps], from high to low, by the config's ``timestep_spacing`` (arXiv 2305.08891, table 2).
 
-    ``extra`` is 1 for DPM-Solver, which lays out one step more and leaves the last away.
+    ``extra`` is 1 for DPM-Solver, which spaces one step more and drops the last.
     """
     total, spacing = config.get("num_train_timesteps", 1000), config.get("timestep_spacing", default)
     if spacing == "linspace":
@@ -281,7 +281,7 @@ def _spaced(config: Mapping[str, Any], default: str, steps: int, *, extra: int) 
             )
         return timesteps.astype(np.float64)
     if spacing == "trailing":
-        # For some numbers of steps (61, 103, ...) rounding makes arange one longer, and that one would be timestep -1.
+        # For some numbers of steps (61, 103, ...) rounding makes arange one longer, with -1 as the last timestep.
         return np.round(np.arange(total, 0, -total / steps))[:steps] - 1
     raise InputError(f"scheduler_config.json: timestep_spacing {spacing!r}; implemented: leading, linspace, trailing")
 
@@ -303,7 +303,7 @@ def _ddim(name, config, alphas, steps):
 def _all_sigmas(config: Mapping[str, Any], alphas: np.ndarray) -> np.ndarray:
     """Noise over signal at every training timestep, float64 [T]."""
     if config.get("rescale_betas_zero_snr"):
-        # The last sigma would be infinite; diffusers takes the smallest half-precision number for its alpha.
+        # The last sigma would be infinite; diffusers uses the smallest float16 number as its alpha.
         alphas = np.append(alphas[:-1], 2.0**-24)
     return np.sqrt((1.0 - alphas) / alphas)
 
@@ -318,7 +318,7 @@ def _euler(name, config, alphas, steps):
     now, then = sigmas[:-1], sigmas[1:]
     down, up = then, np.zeros_like(then)
     if name == "euler_a":
-        # The noise that is put back, and what remains of the next sigma without it: sqrt(then^2 - up^2).
+        # up: the fresh noise; down: the next sigma without it, sqrt(then^2 - up^2).
         down, up = then**2 / now, then * np.sqrt(1.0 - (then / now) ** 2)
     coefficients = {"sigma": now, "share_of_noise_left": down / now, "sigma_up": up}
     largest = sigmas.max()
@@ -360,8 +360,8 @@ def _dpm_solver(name, config, alphas, steps):
         log_snr = np.log(signal) - np.log(noise)  # lambda in the paper; infinite where no noise is left
     h = np.diff(log_snr)
     of_x0 = -signal[1:] * np.expm1(-h)
-    # Second order from the second step on, with the last denoised sample; to a sigma of zero, or at the end of a short
-    # run, first order.
+    # Second order from the second step on, with the previous denoised sample; first order for the last step if it goes
+    # to a sigma of zero or if there are few steps.
     second = np.arange(steps) > 0
     if final == 0.0 or config.get("euler_at_final", False) or (config.get("lower_order_final", True) and steps < 15):
         second[-1] = False

@@ -1,4 +1,4 @@
-"""The noise schedule that a model was trained with: betas, noisy latents, and what the UNet is asked to predict."""
+"""The noise schedule that a model was trained with: betas, noisy latents, and the training target."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class NoiseSchedule:
     """A discrete diffusion over T timesteps (Ho et al. 2020, arXiv 2006.11239).
 
     Attributes:
-      alphas_cumprod: float32 [T], the share of signal variance left at each timestep.
-      prediction_type: what the UNet gives: "epsilon", "v_prediction" or "sample".
+      alphas_cumprod: float32 [T], the signal's share of the variance at each timestep.
+      prediction_type: what the UNet predicts: "epsilon", "v_prediction" or "sample".
     """
 
     alphas_cumprod: jax.Array
@@ -46,8 +46,8 @@ class NoiseSchedule:
         return cls(jnp.asarray(alphas_cumprod(config)), prediction_type)
 
 
-# Schedulers of diffusers whose configuration describes a discrete diffusion by its betas. Another class counts as one
-# if its configuration has betas.
+# diffusers' schedulers whose configuration describes a discrete diffusion by its betas. Any other class is accepted if
+# its configuration has betas.
 _DISCRETE = (
     "DDIM", "DDIMInverse", "DDIMParallel", "DDPM", "DDPMParallel", "DEISMultistep", "DPMSolverMultistep",
     "DPMSolverMultistepInverse", "DPMSolverSDE", "DPMSolverSinglestep", "EulerAncestralDiscrete", "EulerDiscrete",
@@ -57,7 +57,7 @@ _DISCRETE = (
 
 
 def _refuse_other_diffusions(config: Mapping[str, Any]) -> None:
-    """Raise InputError for a scheduler whose noise is not that of betas: training would use the wrong noise."""
+    """Raise InputError for a scheduler without a beta schedule: training would use the wrong noise."""
     name = str(config.get("_class_name", "DDIMScheduler"))
     kind = None
     if "Flow" in name or config.get("use_flow_sigmas"):
@@ -74,9 +74,9 @@ def _refuse_other_diffusions(config: Mapping[str, Any]) -> None:
 
 
 def alphas_cumprod(config: Mapping[str, Any]) -> np.ndarray:
-    """Cumulative signal variances float32 [T] of a ``scheduler_config.json``, held to diffusers' schedulers.
+    """``alphas_cumprod`` float32 [T] of a ``scheduler_config.json``, held to diffusers' schedulers.
 
-    Betas are rounded to float32 and their product is accumulated in double precision, which is what PyTorch does.
+    Betas are float32 and the cumulative product is accumulated in float64, as PyTorch does.
 
     Raises:
       InputError: a beta schedule that is not implemented.
@@ -108,7 +108,7 @@ def alphas_cumprod(config: Mapping[str, Any]) -> np.ndarray:
 
 
 def _linspace(start: float, end: float, steps: int) -> np.ndarray:
-    """``torch.linspace`` in float32, from both ends, each number rounded once."""
+    """``torch.linspace`` in float32: computed from both ends, each number rounded once."""
     first, last = np.float32(start), np.float32(end)
     step = np.float64((last - first) / np.float32(max(steps - 1, 1)))
     i = np.arange(steps)
@@ -120,10 +120,10 @@ def _cumulative(betas: np.ndarray) -> np.ndarray:
 
 
 def _rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
-    """Shift and scale so that the last timestep is pure noise (Lin et al. 2023, arXiv 2305.08891, algorithm 1).
+    """Shift and scale betas so that the last timestep is pure noise (Lin et al. 2023, arXiv 2305.08891, algorithm 1).
 
-    In float64: nearly equal numbers are subtracted, and in float32 the small alphas at the end would be rounding noise,
-    which differs from processor to processor.
+    In float64, because nearly equal numbers are subtracted: in float32 the small alphas at the end would be rounding
+    errors, which differ between processors.
     """
     roots = np.sqrt(np.cumprod(1.0 - betas.astype(np.float64)))
     first, last = roots[0].copy(), roots[-1].copy()
@@ -145,7 +145,7 @@ def add_noise(schedule: NoiseSchedule, latents: jax.Array, noise: jax.Array, tim
 
 
 def training_target(schedule: NoiseSchedule, latents: jax.Array, noise: jax.Array, timesteps: jax.Array) -> jax.Array:
-    """What the UNet should give for these noisy latents, [B, h, w, c], by the schedule's ``prediction_type``.
+    """The UNet's target for these noisy latents, [B, h, w, c], by the schedule's ``prediction_type``.
 
     Velocity is ``sqrt(a) noise - sqrt(1 - a) x`` (Salimans & Ho 2022, arXiv 2202.00512).
     """

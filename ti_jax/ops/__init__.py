@@ -1,1 +1,1 @@
-"""What differs by platform: each operation in the form that a CPU, a TPU or a GPU runs fastest."""
+"""Operations that differ by platform: each has the implementation that is fastest on a CPU, a TPU or a GPU."""

@@ -1,6 +1,6 @@
-"""Activation functions: float32 inside, rounded once to the dtype of the argument, as PyTorch's own are.
+"""Activation functions: computed in float32 and rounded once to the dtype of the argument, as in PyTorch.
 
-In bfloat16 their intermediate results would cancel: ``1 + erf(x)`` of a negative x has few digits left.
+In bfloat16 the intermediate results would lose their digits: ``1 + erf(x)`` of a negative x cancels.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 def erf(x: jax.Array) -> jax.Array:
     """The error function, with its derivative ``2 / sqrt(pi) exp(-x^2)`` written out.
 
-    JAX 0.12 cannot differentiate its own ``erf`` or ``erfc`` inside ``jax.shard_map``: it takes their series apart and
-    mixes constants with values that differ between devices. Turning that check off would change what a gradient means.
+    JAX 0.12 cannot differentiate its own ``erf`` or ``erfc`` inside ``jax.shard_map``: their series mix constants with
+    values that vary over devices. Disabling that check (``check_vma``) would change what a gradient means.
     """
     return jax.lax.erf(x)
 
@@ -28,13 +28,13 @@ def _erf_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """Exact GELU by `erf`, as PyTorch's: on CPU half the time of `jax.nn.gelu`, which takes ``erfc``."""
+    """Exact GELU with `erf`, as in PyTorch. On CPU it takes half the time of `jax.nn.gelu`, which uses ``erfc``."""
     exact = x.astype(jnp.float32)
     return (0.5 * exact * (1.0 + erf(exact * 0.5**0.5))).astype(x.dtype)
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
-    """``x sigmoid(1.702 x)``, OpenAI's approximation of GELU, with which SD1's text encoder was trained."""
+    """``x sigmoid(1.702 x)``, OpenAI's approximation of GELU. SD1's text encoder was trained with it."""
     exact = x.astype(jnp.float32)
     return (exact * jax.nn.sigmoid(1.702 * exact)).astype(x.dtype)
 

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention in the form that each platform runs fastest.
+"""Scaled dot-product attention, with the fastest implementation for each platform.
 
 Held to PyTorch's ``scaled_dot_product_attention``.
 """
@@ -14,36 +14,36 @@ import jax.numpy as jnp
 from ti_jax.ops.matmul import float32_product
 from ti_jax.ops.platform import current
 
-# XLA on CPU makes whole score matrices, which leave the cache beyond about CPU_WHOLE_SCORES queries and keys. By
-# CPU_QUERY_CHUNK queries at a time, attention and its gradient took half the time at 1024 tokens, a quarter at 4096.
+# XLA:CPU materialises whole score matrices, which do not fit the cache above about CPU_WHOLE_SCORES queries and keys.
+# In chunks of CPU_QUERY_CHUNK queries, attention and its gradient took half the time at 1024 tokens, a quarter at 4096.
 CPU_WHOLE_SCORES = 256
 CPU_QUERY_CHUNK = 512
 
-# Score matrices of so many queries and keys go through a TPU's memory several times, and cost more than the products.
+# From this many queries and keys on, moving the score matrices through a TPU's HBM costs more than the matmuls.
 TPU_LONG = 1024
-# Larger blocks read keys and values less often; 512 x 512 scores in float32 are 1 MB of a core's own memory.
+# Larger blocks read keys and values less often; 512 x 512 scores in float32 take 1 MB of a core's VMEM.
 TPU_BLOCKS = (512, 256, 128)
 TPU_LARGEST_HEAD = 256
 
-# On an NVIDIA GPU cuDNN's kernels take over from so many queries and keys on; below, scores cost little.
+# On an NVIDIA GPU, cuDNN's kernels are used from this many queries and keys on; below, the scores cost little.
 CUDA_LONG = 256
-# The longest heads that cuDNN takes, forward and backward, by the GPU's compute capability. Only what is known: other
-# GPUs get XLA's form. (JAX takes 256 for right on every GPU since Hopper, cuDNN's own table for Blackwell has 128.)
+# The largest head dimension that cuDNN supports, forward and backward, by the GPU's compute capability. Other GPUs get
+# XLA's attention. (JAX allows 256 on every GPU since Hopper; cuDNN's own table for Blackwell has 128.)
 CUDA_LARGEST_HEAD = {8: 128, 9: 256, 10: 128, 12: 128}
 
 
 def dot_product_attention(query: jax.Array, key: jax.Array, value: jax.Array, causal: bool = False) -> jax.Array:
     """``softmax(query key^T / sqrt(D)) value`` for every head (Vaswani et al. 2017, equation 1).
 
-    Scores and softmax are float32 whatever the dtype, so that ``upcast_attention`` of a UNet's config is met always.
+    Scores and softmax are always float32, so ``upcast_attention`` of a UNet's config makes no difference.
 
     Args:
       query: [B, L, H, D].
       key, value: [B, S, H, D].
-      causal: query i attends to keys 0 to i.
+      causal: causal mask: query i attends to keys 0..i.
 
     Returns:
-      [B, L, H, D], of the dtype of `value`.
+      [B, L, H, D], in the dtype of `value`.
     """
     platform = current()
     if platform.name == "cpu":
@@ -58,19 +58,19 @@ def dot_product_attention(query: jax.Array, key: jax.Array, value: jax.Array, ca
 
 
 def _suits_cudnn(query: jax.Array, key: jax.Array, compute_capability: int) -> bool:
-    # JAX does not trace these kernels on a machine without cuDNN, nor for what they do not take.
+    # JAX fails to trace these kernels on a machine without cuDNN, and for shapes or dtypes that they do not support.
     largest = CUDA_LARGEST_HEAD.get(compute_capability, 0)
     half = query.dtype in (jnp.bfloat16, jnp.float16)
     lengths = (query.shape[1], key.shape[1])
-    # JAX refuses gradients of odd lengths.
+    # JAX has no gradient for odd lengths.
     long = min(lengths) >= CUDA_LONG and all(length % 2 == 0 for length in lengths)
     return half and long and query.shape[3] % 8 == 0 and query.shape[3] <= largest
 
 
 def cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """`dot_product_attention` by cuDNN's fused kernels, which never hold a score matrix (Dao 2022, 2205.14135).
+    """`dot_product_attention` by cuDNN's fused kernels, which never store a score matrix (Dao 2022, 2205.14135).
 
-    For bfloat16 or float16 and heads of a multiple of 8 numbers.
+    For bfloat16 or float16, and a head dimension that is a multiple of 8.
     """
     return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
 
@@ -82,11 +82,11 @@ def _suits_flash_attention(query: jax.Array, key: jax.Array) -> bool:
 
 
 def flash_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """`dot_product_attention` by JAX's Pallas kernels for TPU, which never hold a score matrix (Dao 2022, 2205.14135).
+    """`dot_product_attention` by JAX's Pallas kernels for TPU, which never store a score matrix (Dao 2022, 2205.14135).
 
-    For lengths that are multiples of 128. The kernels know nothing of `jax.shard_map`'s ``check_vma``.
+    For lengths that are multiples of 128. The kernels do not support `jax.shard_map`'s ``check_vma``.
     """
-    from jax.experimental.pallas.ops.tpu import flash_attention as kernels  # for TPUs alone
+    from jax.experimental.pallas.ops.tpu import flash_attention as kernels  # needed on TPUs only
 
     block = next(size for size in TPU_BLOCKS if query.shape[1] % size == key.shape[1] % size == 0)
     sizes = {field.name: block for field in dataclasses.fields(kernels.BlockSizes)} | {"block_b": 1}
@@ -103,7 +103,7 @@ def _attention(query: jax.Array, key: jax.Array, value: jax.Array, causal: bool)
 
 
 def _softmax(scores: jax.Array, causal: bool) -> jax.Array:
-    """Over the keys of scores [..., L, S]."""
+    """Softmax over the keys of scores [..., L, S], with a causal mask if asked."""
     if causal:
         seen = jnp.tril(jnp.ones(scores.shape[-2:], bool))
         scores = jnp.where(seen, scores, jnp.finfo(scores.dtype).min)
@@ -121,10 +121,10 @@ def _from_heads(x: jax.Array, heads: int) -> jax.Array:
 
 
 def _attention_in_matrices(query: jax.Array, key: jax.Array, value: jax.Array, causal: bool) -> jax.Array:
-    """`_attention` with its gradient written out, for CPU; float32 inside, as XLA computes bfloat16 there anyway.
+    """`_attention` with its gradient written out, for CPU; float32 inside, as XLA:CPU computes bfloat16 anyway.
 
-    XLA on CPU works the softmax and its gradient into the products that read them, and so computes them many times.
-    Behind barriers they are computed once, and a transformer block over 64 places goes almost twice as fast.
+    XLA:CPU fuses the softmax and its gradient into the matmuls that read them, and so recomputes them many times. With
+    optimization barriers they are computed once, and a transformer block over 64 positions is almost twice as fast.
     """
     exact = (x.astype(jnp.float32) for x in (query, key, value))
     return _float32_attention(causal, *exact).astype(value.dtype)
@@ -147,7 +147,7 @@ def _float32_attention_forward(
 def _float32_attention_backward(
     causal: bool, kept: tuple[jax.Array, ...], gradient: jax.Array
 ) -> tuple[jax.Array, ...]:
-    query, key, value, weights = kept  # the query scaled
+    query, key, value, weights = kept  # the query is already scaled
     heads, scale = gradient.shape[2], gradient.shape[3] ** -0.5
     gradient = _by_head(gradient)
     to_value = weights.swapaxes(1, 2) @ gradient
@@ -162,9 +162,9 @@ _float32_attention.defvjp(_float32_attention_forward, _float32_attention_backwar
 
 
 def _attention_in_chunks(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """`_attention`, one head and some queries at a time; the gradient makes each block of weights again.
+    """`_attention`, one head and one chunk of queries at a time; the backward pass recomputes each chunk's weights.
 
-    Plain matrices, because XLA on CPU is several times slower at products with batch dimensions, even of size 1.
+    Plain 2-D matmuls, because XLA:CPU is several times slower at matmuls with batch dimensions, even of size 1.
     """
     batch, length, heads, dim = query.shape
     chunks = -(-length // CPU_QUERY_CHUNK)
@@ -214,7 +214,7 @@ _one_head.defvjp(_one_head_forward, _one_head_backward)
 def _transposed_product(matrix: jax.Array, thin: jax.Array) -> jax.Array:
     """``matrix^T thin`` of [L, S] and [L, D], float32 [S, D].
 
-    As ``thin^T matrix``, turned: XLA on CPU takes ten times as long to read the large matrix against its rows. It would
-    see through the turning without a barrier.
+    Computed as the transpose of ``thin^T matrix``: XLA:CPU takes ten times as long to read the large matrix by columns.
+    The barrier stops XLA from folding the transpose into the matmul.
     """
     return jax.lax.optimization_barrier(float32_product(thin, matrix, (0, 0))).T

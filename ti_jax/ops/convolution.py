@@ -1,17 +1,17 @@
-"""2-D convolution in the form that each platform runs fastest.
+"""2-D convolution, with the fastest implementation for each platform.
 
-GPU and TPU get XLA's convolution. XLA on CPU has four weak spots, seen with jax 0.10 on 2 cores; the forms here go
-around them and are the same function:
+GPU and TPU use XLA's convolution. XLA:CPU has four slow cases (seen with jax 0.10 on 2 cores). The implementations here
+avoid them and compute the same function:
 
-- Where the kernel is large and the picture small, the convolution runs at a few percent of a matrix product's speed (16
-  ms against 0.6 ms for 512 -> 256 channels at 2 x 2): there the 3 x 3 neighbourhoods are laid side by side and
-  multiplied with the kernel as a matrix (im2col).
-- The gradient with respect to the input is a convolution whose kernel is flipped and transposed by its layout. Inside
-  a ``while`` loop XLA finds no fast routine for that layout (10 times slower); with a kernel that really is flipped and
-  transposed it does.
-- The gradient of a strided convolution is a dilated one, with no fast routine at all: im2col again.
-- bfloat16 convolutions are computed in float32. As products of the kernel's taps with the shifted picture, asked
-  for in float32, they use the bfloat16 instructions that newer CPUs have (`ti_jax.ops.matmul`).
+- im2col, where the kernel is large and the picture small. XLA's convolution runs there at a few percent of a matmul's
+  speed (16 ms against 0.6 ms for 512 -> 256 channels at 2 x 2). im2col concatenates the 3 x 3 neighbourhoods and
+  multiplies them by the kernel as one matrix.
+- The gradient with respect to the input is a convolution whose kernel is flipped and transposed by its layout only.
+  Inside a ``while`` loop XLA has no fast routine for that layout (10 times slower). So the kernel is really flipped and
+  transposed first.
+- The gradient of a strided convolution is a dilated convolution, for which there is no fast routine: im2col again.
+- XLA computes bfloat16 convolutions in float32. As one matmul for each kernel tap, with float32 results, they use the
+  bfloat16 instructions of newer CPUs (see `ti_jax.ops.matmul`).
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ Padding = tuple[tuple[int, int], tuple[int, int]]  # (top, bottom), (left, right
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
-# im2col wins where a kernel tap (in x out numbers) outweighs the output (height x width) by more than this.
+# im2col is faster where in_channels * out_channels > this * output height * output width.
 IM2COL_KERNEL_PER_PIXEL = 2048
-# Taps with fewer numbers in or out make products too thin to be fast.
+# With fewer channels in or out, the matmul of a kernel tap is too thin to be fast.
 TAPS_LEAST_CHANNELS = 32
 
 
 def conv2d(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: Padding = ((0, 0), (0, 0))) -> jax.Array:
-    """Cross-correlate, as ``torch.nn.functional.conv2d`` does, with zero padding.
+    """Cross-correlation with zero padding, as ``torch.nn.functional.conv2d``.
 
     Args:
       x: [B, H, W, C].
-      kernel: [kh, kw, C, O], of the dtype of `x`.
-      stride: pixels from one output to the next, both ways.
+      kernel: [kh, kw, C, O], in the dtype of `x`.
+      stride: pixels from one output to the next, along both axes.
       padding: zeros around the picture.
 
     Returns:
-      [B, H', W', O], of the dtype of `x`.
+      [B, H', W', O], in the dtype of `x`.
     """
     if kernel.shape[:2] == (1, 1) and stride == 1 and padding == ((0, 0), (0, 0)):
         return matmul(x, kernel[0, 0])
@@ -80,7 +80,7 @@ def _conv2d_backward(
         (to_x,) = jax.linear_transpose(lambda x: _im2col(stride, padding, x, kernel), x)(gradient)
     else:
         to_x = _convolution_with_flipped_kernel(padding, gradient, kernel)
-    # Of no use to frozen weights, and then dropped by the compiler.
+    # Frozen weights need no gradient; the compiler then removes this as dead code.
     (to_kernel,) = jax.linear_transpose(lambda kernel: _convolution(stride, padding, x, kernel), kernel)(gradient)
     return to_x, to_kernel
 
@@ -108,14 +108,14 @@ def _convolution_with_flipped_kernel(padding: Padding, gradient: jax.Array, kern
 
 
 def _transposed_padding(padding: Padding, kernel: jax.Array) -> Padding:
-    """What the gradient of a convolution of stride 1 is padded with."""
+    """Padding of the transposed convolution (stride 1)."""
     height, width = kernel.shape[:2]
     (top, bottom), (left, right) = padding
     return (height - 1 - top, height - 1 - bottom), (width - 1 - left, width - 1 - right)
 
 
 def _seen_by_taps(stride: int, padding: Padding, x: jax.Array, kernel: jax.Array) -> list[jax.Array]:
-    """The part of the picture that each tap of the kernel meets, row by row: [B, H', W', C] each."""
+    """Slices of the padded picture that the kernel taps multiply, in row-major order: [B, H', W', C] each."""
     height, width = kernel.shape[:2]
     padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     rows, columns = (
@@ -128,9 +128,9 @@ def _seen_by_taps(stride: int, padding: Padding, x: jax.Array, kernel: jax.Array
 
 
 def _im2col(stride: int, padding: Padding, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Neighbourhoods [B * H' * W', kh * kw * C] times kernel [kh * kw * C, O].
+    """im2col: neighbourhoods [B * H' * W', kh * kw * C] times kernel [kh * kw * C, O].
 
-    In float32, so that the transpose, too, sums overlapping neighbourhoods in float32, as a convolution would.
+    In float32, so that its transpose also sums overlapping neighbourhoods in float32, as a convolution does.
     """
     seen = jnp.concatenate(_seen_by_taps(stride, padding, x.astype(jnp.float32), kernel), axis=-1)
     product = seen.reshape(-1, seen.shape[-1]) @ kernel.reshape(-1, kernel.shape[-1]).astype(jnp.float32)
@@ -138,9 +138,9 @@ def _im2col(stride: int, padding: Padding, x: jax.Array, kernel: jax.Array) -> j
 
 
 def _by_taps(stride: int, padding: Padding, x: jax.Array, kernel: jax.Array, transposed: bool = False) -> jax.Array:
-    """The sum over the kernel's taps [C, O] of the picture, shifted, times the tap; in float32, then rounded.
+    """Sum over the kernel taps [C, O] of the shifted picture times the tap; in float32, then rounded.
 
-    With `transposed` the taps are taken in the opposite order and from [O, C]: no second kernel has to be made.
+    With `transposed` the taps are read in reverse order and as [O, C], without a transposed copy of the kernel.
     """
     seen = _seen_by_taps(stride, padding, x, kernel)
     total = jnp.float32(0)
@@ -153,7 +153,7 @@ def _by_taps(stride: int, padding: Padding, x: jax.Array, kernel: jax.Array, tra
 def _gradient_by_taps(
     stride: int, padding: Padding, shape: tuple[int, ...], gradient: jax.Array, kernel: jax.Array
 ) -> jax.Array:
-    """Transpose of `_by_taps` for pictures of `shape`."""
+    """Gradient of `_by_taps` with respect to pictures of `shape`."""
     if stride == 1:
         return _by_taps(1, _transposed_padding(padding, kernel), gradient, kernel, transposed=True)
     (top, bottom), (left, right) = padding

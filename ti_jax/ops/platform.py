@@ -1,7 +1,7 @@
-"""The kind of device that a program is compiled for, and by which operations choose their form.
+"""The platform that a program is compiled for; operations choose their implementation by it.
 
-While a program is traced, `compiling_for` says for which platform; `current` asks. So a form is a plain ``if``, and
-modules need not hand the platform down to each layer.
+`compiling_for` sets the platform while a program is traced, `current` reads it. So the choice is a plain ``if``, and
+modules need not pass the platform to each layer.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ BFLOAT16_SINCE = 8  # Ampere: older GPUs have no bfloat16 units, and XLA emulate
 
 @dataclass(frozen=True)
 class Platform:
-    """What an operation may choose its form by.
+    """What an operation may choose its implementation by.
 
     Attributes:
-      name: "cpu", "tpu", "cuda" (NVIDIA), "rocm" (AMD), or what else JAX calls it.
-      compute_capability: of an NVIDIA GPU, its first digits: 8 for Ampere and Ada, 9 for Hopper, 10 and 12 for
+      name: "cpu", "tpu", "cuda" (NVIDIA), "rocm" (AMD), or another name that JAX has.
+      compute_capability: major compute capability of an NVIDIA GPU: 8 for Ampere and Ada, 9 for Hopper, 10 and 12 for
         Blackwell; 0 for anything else.
     """
 
@@ -34,23 +34,23 @@ class Platform:
 
     @classmethod
     def of(cls, device: Any) -> Platform:
-        """The platform of a device of JAX, which need not be there (a device of a topology)."""
+        """The platform of a JAX device; it may be a device of a topology, which is only compiled for."""
         name, capability = device.platform, str(getattr(device, "compute_capability", ""))
         if name not in ("gpu", "cuda", "rocm"):
             return cls(name)
-        # AMD's are called gfx90a and the like.
+        # AMD GPUs have gfx90a and the like.
         digits = re.fullmatch(r"(\d+)\.\d+", capability)
         return cls("cuda", int(digits[1])) if digits else cls("rocm")
 
     @property
     def dtype(self) -> Any:
-        """The precision to compute in where none is asked for: bfloat16 where the hardware has it, but on a CPU."""
+        """The default dtype to compute in: bfloat16 on TPUs and on GPUs that have it, float32 on a CPU."""
         slow = self.name == "cpu" or (self.name == "cuda" and self.compute_capability < BFLOAT16_SINCE)
         return jnp.float32 if slow else jnp.bfloat16
 
 
 PLAIN = Platform("plain")
-"""No platform in particular: every operation in the form in which it is written down, products and convolutions."""
+"""No particular platform: every operation in its plain form, one matmul or convolution."""
 
 _chosen: ContextVar[Platform | None] = ContextVar("platform", default=None)
 
@@ -66,10 +66,10 @@ def current() -> Platform:
 
 @contextlib.contextmanager
 def compiling_for(platform: Platform | None) -> Iterator[None]:
-    """While tracing: operations take the forms of this platform. With None nothing changes.
+    """While tracing, operations use the implementations for this platform. None changes nothing.
 
-    To be used inside a function that `jax.jit` traces, with a platform that is among its static arguments: the choice
-    is no part of what JAX knows a compiled program by.
+    Use it inside a function that `jax.jit` traces, and make the platform one of its static arguments: JAX's cache key
+    of a compiled program does not contain this choice.
     """
     token = _chosen.set(_chosen.get() if platform is None else platform)
     try:

@@ -1,4 +1,4 @@
-"""Gradient checkpointing (Chen et al. 2016, arXiv 1604.06174): what a block keeps for the backward pass."""
+"""Gradient checkpointing, or rematerialisation (Chen et al. 2016, arXiv 1604.06174): what the backward pass saves."""
 
 from __future__ import annotations
 
@@ -12,22 +12,21 @@ _PRODUCT = "product"
 
 
 def product(x: jax.Array) -> jax.Array:
-    """`x` itself, marked as what a convolution or a dense layer has made: ``policy`` keeps it.
+    """`x` itself, marked as the output of a convolution or dense layer, which ``policy`` saves.
 
-    By name, because a policy that looks at operations sees none within the forms that `conv2d` has for each platform,
-    and cannot tell a dense layer, which costs much and is small, from attention's scores, which cost little and are
-    large.
+    Marked by name, because a policy on primitives does not see inside the custom gradients of `conv2d`, and cannot
+    tell a dense layer (expensive and small) from attention scores (cheap and large).
     """
     return checkpoint_name(x, _PRODUCT)
 
 
 def checkpointed(block: Any, gradient_checkpointing: str) -> Any:
-    """A block, a Flax module's class, that keeps no more for its backward pass than it is told to.
+    """A block (a Flax module class) with the given rematerialisation policy.
 
     Args:
-      gradient_checkpointing: ``none``: all that the backward pass reads is kept. ``policy``: the block's inputs, and
-        what its convolutions and dense layers make; norms, nonlinearities and attention's scores are computed again.
-        ``full``: the inputs alone; everything is computed again.
+      gradient_checkpointing: what is saved for the backward pass. ``none``: everything that it reads. ``policy``: the
+        block's inputs and the outputs of its convolutions and dense layers; norms, nonlinearities and attention scores
+        are recomputed. ``full``: the inputs alone; everything is recomputed.
     """
     if gradient_checkpointing == "none":
         return block

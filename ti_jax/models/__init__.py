@@ -1,1 +1,1 @@
-"""The networks of Stable Diffusion in Flax Linen: what the checkpoints of diffusers and transformers describe."""
+"""The networks of Stable Diffusion in Flax Linen, with the structure and names of diffusers and transformers."""

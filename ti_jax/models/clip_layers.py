@@ -19,7 +19,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"quick_gelu": quick_
 
 
 class CLIPTransformerConfig(Protocol):
-    """The sizes of a transformer, in a text encoder's configuration or in a vision tower's."""
+    """The sizes of a transformer, as the configurations of the text encoder and of the vision tower have them."""
 
     @property
     def hidden_size(self) -> int: ...  # noqa: D102
@@ -36,7 +36,7 @@ class CLIPTransformerConfig(Protocol):
 
 
 class CLIPEncoder(nn.Module):
-    """The transformer: [B, L, D] -> what its last layer was given, and what that made of it."""
+    """The transformer: [B, L, D] -> input and output of its last layer, [B, L, D] each."""
 
     config: CLIPTransformerConfig
     dtype: Any
@@ -53,7 +53,7 @@ class CLIPEncoder(nn.Module):
 
 
 class CLIPEncoderLayer(nn.Module):
-    """Attention and feed-forward, each after a layer norm: [B, L, D] -> [B, L, D]."""
+    """Attention and feed-forward with pre-norm and residual connections: [B, L, D] -> [B, L, D]."""
 
     config: CLIPTransformerConfig
     dtype: Any
@@ -70,7 +70,7 @@ class CLIPEncoderLayer(nn.Module):
 
 
 class CLIPAttention(nn.Module):
-    """Self-attention: [B, L, D] -> [B, L, D]; a causal one lets a token see itself and those before it."""
+    """Self-attention: [B, L, D] -> [B, L, D]; with `causal`, token i attends to tokens 0..i."""
 
     config: CLIPTransformerConfig
     dtype: Any
@@ -96,12 +96,12 @@ class CLIPMLP(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:
-        """Widen, activate, narrow."""
+        """Run both dense layers, with the activation in between."""
         hidden = Dense(self.config.intermediate_size, dtype=self.dtype, name="fc1")(hidden)
         hidden = ACTIVATIONS[self.config.hidden_act](hidden)
         return Dense(self.config.hidden_size, dtype=self.dtype, name="fc2")(hidden)
 
 
 def layer_norm(config: CLIPTransformerConfig, dtype: Any, name: str) -> nn.LayerNorm:
-    """Layer norm over D, its statistics in float32 and its variance taken about the mean, as PyTorch takes it."""
+    """Layer norm over D; statistics in float32 and the two-pass variance, as in PyTorch."""
     return nn.LayerNorm(epsilon=config.layer_norm_eps, dtype=dtype, use_fast_variance=False, name=name)

@@ -1,4 +1,4 @@
-"""Layers that the UNet and the VAE share: convolution, group norm, time embedding, residual block, up and down.
+"""Layers that the UNet and the VAE share: convolution, group norm, time embedding, residual block, resampling.
 
 Pictures are [B, H, W, C]. Held to diffusers' ``models/resnet.py``, ``upsampling.py``, ``downsampling.py`` and
 ``embeddings.py`` on PyTorch; attribute names are theirs.
@@ -42,23 +42,23 @@ class Conv2d(nn.Module):
 
 
 class Dense(nn.Dense):
-    """Dense layer whose result gradient checkpointing knows: [..., C] -> [..., features]."""
+    """Dense layer whose output the ``policy`` of gradient checkpointing saves: [..., C] -> [..., features]."""
 
     dot_general: Any = dot_general
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Multiply, and add the bias if there is one."""
+        """Apply the layer."""
         return product(super().__call__(inputs))
 
 
 class GroupNorm(nn.Module):
     """Normalise groups of channels over the picture, then scale and shift each channel (Wu & He 2018).
 
-    With `silu`, SiLU follows, before the result is rounded to `dtype`. Statistics are float32 whatever the dtype.
+    With `silu`, SiLU is applied before the result is rounded to `dtype`. Statistics are always float32.
 
-    Sums are taken for each channel and only then for each group, and the norm is one multiply-add over the picture:
-    fewer and simpler passes than over a [B, H, W, G, C / G] view.
+    The sums are taken per channel first and then per group, and normalising is one multiply-add over the picture: fewer
+    and simpler passes than over a [B, H, W, G, C / G] view.
     """
 
     num_groups: int
@@ -68,23 +68,23 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, ..., C] -> [B, ..., C], of `dtype`."""
+        """[B, ..., C] -> [B, ..., C], in `dtype`."""
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,)).astype(jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (channels,)).astype(jnp.float32)
         picture = x.reshape(x.shape[0], -1, channels).astype(jnp.float32)
 
         def group_mean(of_channels: jax.Array) -> jax.Array:
-            """[B, C] -> [B, C]: every channel has its group's mean."""
+            """[B, C] -> [B, C]: each channel gets the mean of its group."""
             grouped = of_channels.reshape(-1, self.num_groups, channels // self.num_groups)
             return jnp.broadcast_to(grouped.mean(axis=-1, keepdims=True), grouped.shape).reshape(-1, channels)
 
-        # E[d^2] - E[d]^2 cancels where the mean is far from 0. The first pixel's mean over a group is about as near to
-        # the group's mean as one standard deviation; the result does not depend on it, so neither does the gradient.
+        # E[d^2] - E[d]^2 cancels if the mean is far from 0. So subtract the first pixel's mean over the group, which is
+        # about one standard deviation from the group's mean. The result, and so the gradient, do not depend on it.
         deviation = picture - jax.lax.stop_gradient(group_mean(picture[:, 0]))[:, None]
         mean = group_mean(jnp.mean(deviation, axis=1))
         variance = group_mean(jnp.mean(jnp.square(deviation), axis=1)) - jnp.square(mean)
-        # Rounding can take the variance of a constant group below 0.
+        # Rounding can make the variance of a constant group negative.
         factor = jax.lax.rsqrt(jnp.maximum(variance, 0.0) + self.epsilon) * scale
         normed = deviation * factor[:, None] + (bias - mean * factor)[:, None]
         return (silu(normed) if self.silu else normed).astype(self.dtype).reshape(x.shape)
@@ -110,7 +110,7 @@ def timestep_embedding(
 
 
 class TimestepEmbedding(nn.Module):
-    """Two dense layers with SiLU between: [B, C] -> [B, features]."""
+    """Dense, SiLU, dense: [B, C] -> [B, features]."""
 
     features: int
     dtype: Any = jnp.float32
@@ -123,7 +123,7 @@ class TimestepEmbedding(nn.Module):
 
 
 class ResnetBlock2D(nn.Module):
-    """Norm, SiLU, convolution, twice, beside a shortcut; the time embedding is added in the middle.
+    """Norm, SiLU, convolution, twice, plus a shortcut; the time embedding is added in between.
 
     The shortcut is a 1x1 convolution where the number of channels changes.
     """
@@ -151,7 +151,7 @@ class ResnetBlock2D(nn.Module):
 class Downsample2D(nn.Module):
     """3x3 convolution of stride 2: [B, H, W, C] -> about [B, H / 2, W / 2, C].
 
-    `padding` 0 means one row and column of zeros at the bottom and right alone, as in diffusers.
+    `padding` 0 means one row and column of zeros at the bottom and right only, as in diffusers.
     """
 
     padding: int = 1
@@ -159,7 +159,7 @@ class Downsample2D(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Halve the picture."""
+        """Halve height and width."""
         side = (0, 1) if self.padding == 0 else (self.padding, self.padding)
         return Conv2d(x.shape[-1], stride=2, padding=(side, side), dtype=self.dtype, name="conv")(x)
 
@@ -171,16 +171,16 @@ class Upsample2D(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, height: int, width: int) -> jax.Array:
-        """Bring the picture to `height` x `width`."""
+        """Resize to `height` x `width`."""
         x = upsample_nearest(upsample_nearest(x, height, axis=1), width, axis=2)
         return Conv2d(x.shape[-1], dtype=self.dtype, name="conv")(x)
 
 
 def upsample_nearest(x: jax.Array, size: int, axis: int) -> jax.Array:
-    """Stretch one axis to `size`: element ``i * old_size // size`` at place i, as PyTorch's ``nearest``."""
+    """Resize one axis to `size`: position i gets element ``i * old_size // size``, as PyTorch's ``nearest``."""
     old_size = x.shape[axis]
     if size == 2 * old_size:
-        # A broadcast, which compiles to something far cheaper than a gather and its scatter in the gradient.
+        # A broadcast is far cheaper than a gather, whose gradient is a scatter.
         doubled = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), (*x.shape[: axis + 1], 2, *x.shape[axis + 1 :]))
         return doubled.reshape(*x.shape[:axis], size, *x.shape[axis + 1 :])
     return jnp.take(x, jnp.arange(size) * old_size // size, axis=axis)

@@ -24,7 +24,7 @@ Rows = Mapping[str, Any]  # trained rows, float32 [n, D], by text encoder
 
 
 class Condition(NamedTuple):
-    """What the UNet is told: the text, and for SDXL also a pooled text vector and the picture's sizes."""
+    """The UNet's conditioning: the encoded text, and for SDXL also the pooled text and the picture's sizes."""
 
     context: jax.Array  # [B, L, D]
     pooled: jax.Array | None = None  # [B, P]
@@ -33,37 +33,37 @@ class Condition(NamedTuple):
 
 @dataclass(frozen=True)
 class Networks:
-    """The networks of one Stable Diffusion as pure functions of a parameter tree. Hashable, so that it can be static.
+    """The networks of one Stable Diffusion as pure functions of a parameter tree. Hashable, to be a static argument.
 
-    ``params`` holds one tree for each network: ``text_encoder``, perhaps ``text_encoder_2``, ``unet``, ``vae``.
+    ``params`` has one tree for each network: ``text_encoder``, for SDXL ``text_encoder_2``, ``unet``, ``vae``.
     """
 
     text_encoders: tuple[tuple[str, CLIPTextModel], ...]
     unet: UNet2DConditionModel
     vae: AutoencoderKL
     platform: Platform | None = None
-    """What they are compiled for; None: JAX's default device."""
+    """The platform to compile for; None: that of JAX's default device."""
 
     @property
     def dtype(self) -> Any:
-        """Of weights and activations."""
+        """The dtype of weights and activations."""
         return self.unet.dtype
 
     @property
     def latent_factor(self) -> int:
-        """Pixels to a latent, along one side (8 for every published Stable Diffusion)."""
+        """Pixels for each latent, along one side (8 for every published Stable Diffusion)."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def with_gradient_checkpointing(self, gradient_checkpointing: str) -> Networks:
-        """The same functions, whose UNet keeps no more for a backward pass than it is told to; see `checkpointed`."""
+        """The same functions, with this rematerialisation policy in the UNet; see `checkpointed`."""
         return dataclasses.replace(self, unet=self.unet.clone(gradient_checkpointing=gradient_checkpointing))
 
     def compiled_for(self, platform: Platform) -> Networks:
-        """The same functions, in the forms that are fast on `platform`."""
+        """The same functions, with the operations that are fast on `platform`."""
         return dataclasses.replace(self, platform=platform)
 
     def _apply(self, module: Any, params: Any, *args: Any, **keywords: Any) -> Any:
-        """The module as a function; Flax types its result as a tuple that only mutable collections would make it."""
+        """Apply a module. (Typed as Any: Flax also annotates the tuple that only mutable collections return.)"""
         with compiling_for(self.platform), exact_products(module.dtype):
             return module.apply({"params": params}, *args, **keywords)
 
@@ -73,7 +73,7 @@ class Networks:
         """Token ids int32 [B, L] by encoder -> `Condition`, with trained rows spliced in after the frozen table.
 
         One encoder (SD1, SD2): its last hidden state, as diffusers' ``encode_prompt`` without clip_skip. Two (SDXL):
-        the penultimate states of both side by side, and the pooled projection of the second.
+        the penultimate states of both, concatenated, and the pooled projection of the second.
         """
         states, pooled = self.text_states(params, ids, rows)
         return Condition(jnp.concatenate(list(states.values()), axis=-1), pooled)
@@ -81,7 +81,7 @@ class Networks:
     def text_states(
         self, params: Params, ids: Mapping[str, jax.Array], rows: Mapping[str, jax.Array] | None
     ) -> tuple[dict[str, jax.Array], jax.Array | None]:
-        """The states [B, L, D] of each encoder that the UNet is given, and pooled text [B, P] for SDXL."""
+        """The states [B, L, D] of each encoder that are passed to the UNet, and pooled text [B, P] for SDXL."""
         outputs = {
             name: self._apply(module, params[name], ids[name], None if rows is None else rows[name])
             for name, module in self.text_encoders
@@ -113,8 +113,7 @@ class Networks:
     def decode_latents(self, params: Params, latents: jax.Array, tile: int | None = None) -> jax.Array:
         """Scaled latents [B, h, w, c] -> pixels, float32 [B, H, W, 3], about [-1, 1].
 
-        Whole pictures and all at once, or with `tile` one tile of that side in latents after the other
-        (`decode_in_tiles`).
+        All pictures at once, or with `tile` (a side in latents) one tile after the other (`decode_in_tiles`).
         """
         config = self.vae.config
 
@@ -147,7 +146,7 @@ def make_networks(configs: Mapping[str, Mapping[str, Any]], dtype: Any) -> Netwo
 
 
 def network_shapes(networks: Networks) -> dict[str, Any]:
-    """The parameter trees that the modules want, as `jax.ShapeDtypeStruct`; nothing is allocated."""
+    """The parameter trees of the modules as `jax.ShapeDtypeStruct`; nothing is allocated."""
     unet, vae = networks.unet, networks.vae
     ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
     shapes = {name: param_shapes(module, ids) for name, module in networks.text_encoders}

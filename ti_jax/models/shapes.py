@@ -1,4 +1,4 @@
-"""The parameter tree of a module as shapes: nothing is computed."""
+"""The parameter tree of a module as shapes, by `jax.eval_shape`."""
 
 from __future__ import annotations
 

@@ -46,29 +46,29 @@ class GEGLU(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:
-        """Project and gate."""
+        """Apply the projection and the gate."""
         projected, gate = jnp.split(Dense(2 * self.features, dtype=self.dtype, name="proj")(hidden), 2, axis=-1)
-        # Float32 up to the one rounding, as PyTorch does within its own GELU.
+        # Float32 until the final rounding, as inside PyTorch's GELU.
         return (projected * gelu(gate.astype(jnp.float32))).astype(self.dtype)
 
 
 class FeedForward(nn.Module):
-    """Four times as wide, gated, and back: [B, L, C] -> [B, L, C]."""
+    """Gated feed-forward of four times the width: [B, L, C] -> [B, L, C]."""
 
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:
-        """Widen and narrow."""
+        """Apply both layers."""
         width = hidden.shape[-1]
         hidden = GEGLU(4 * width, self.dtype, name="net_0")(hidden)
         return Dense(width, dtype=self.dtype, name="net_2")(hidden)
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, attention to the text, feed-forward, each after a layer norm: [B, L, C] -> [B, L, C].
+    """Self-attention, cross-attention to the text, feed-forward, each with pre-norm: [B, L, C] -> [B, L, C].
 
-    With `only_cross_attention` the first attention, too, is to the text.
+    With `only_cross_attention` the first attention is a cross-attention, too.
     """
 
     heads: int
@@ -93,7 +93,7 @@ class Transformer2DModel(nn.Module):
     Attributes:
       num_layers: number of transformer blocks.
       use_linear_projection: project by dense layers (SD2, SDXL) rather than 1x1 convolutions (SD1).
-      gradient_checkpointing: of each transformer block, see `checkpointed`.
+      gradient_checkpointing: policy of each transformer block, see `checkpointed`.
     """
 
     heads: int

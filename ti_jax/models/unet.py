@@ -20,12 +20,12 @@ __all__ = ["UNet2DConditionModel", "UNetConfig"]
 
 
 class UNet2DConditionModel(nn.Module):
-    """Noisy latents, timesteps and text -> what the model predicts of the noise.
+    """Noisy latents, timesteps and text -> predicted noise, velocity or sample.
 
     Attributes:
       config: sizes and options.
-      dtype: of activations; norms and softmax are float32 inside whatever it is.
-      gradient_checkpointing: what residual and transformer blocks keep for the backward pass: ``none``, ``policy`` or
+      dtype: of activations; norms and softmax are always float32 inside.
+      gradient_checkpointing: rematerialisation policy of residual and transformer blocks: ``none``, ``policy`` or
         ``full``, see `checkpointed`.
     """
 
@@ -51,7 +51,7 @@ class UNet2DConditionModel(nn.Module):
             ``time_ids`` [B, 6]: original height and width, crop top and left, target height and width, in pixels.
 
         Returns:
-          [B, h, w, out_channels], of `dtype`.
+          [B, h, w, out_channels], in `dtype`.
         """
         config = self.config
         sample, context = (array.astype(self.dtype) for array in (sample, encoder_hidden_states))
@@ -69,7 +69,7 @@ class UNet2DConditionModel(nn.Module):
         for index, level in enumerate(config.up_levels):
             own_skips = tuple(skips[-level.num_resnets :])
             del skips[-level.num_resnets :]
-            # Twice the size, unless halving had rounded up.
+            # Twice the size, unless the downsampler had rounded up.
             size = (skips[-1].shape[1], skips[-1].shape[2]) if level.resample else None
             up = UpBlock2D(config, level, self.gradient_checkpointing, self.dtype, name=f"up_blocks_{index}")
             x = up(x, own_skips, time, context, size)
@@ -94,7 +94,7 @@ class UNet2DConditionModel(nn.Module):
             raise ValueError(
                 "this UNet needs added_cond with text_embeds and time_ids: its addition_embed_type is text_time"
             )
-        assert config.addition_time_embed_dim is not None  # goes with text_time, or the config is refused
+        assert config.addition_time_embed_dim is not None  # required with text_time, see UNetConfig
         text_embeds, time_ids = added_cond["text_embeds"], added_cond["time_ids"]
         sizes = waves(time_ids.reshape(-1), config.addition_time_embed_dim).reshape(text_embeds.shape[0], -1)
         added = jnp.concatenate([text_embeds.astype(self.dtype), sizes], axis=-1)

@@ -1,4 +1,4 @@
-"""Down, mid and up blocks of the UNet: residual blocks, each perhaps with a transformer behind it.
+"""Down, mid and up blocks of the UNet: residual blocks, each optionally followed by a transformer.
 
 Held to diffusers' ``models/unets/unet_2d_blocks.py`` on PyTorch; attribute names are theirs.
 """
@@ -18,12 +18,12 @@ from ti_jax.ops.rematerialisation import checkpointed
 
 
 class UNetBlock(nn.Module):
-    """The parts that down, mid and up blocks are made of.
+    """Base class of down, mid and up blocks: makes their residual blocks and transformers.
 
     Attributes:
       config: of the whole UNet.
-      level: what this block is built of.
-      gradient_checkpointing: of residual and transformer blocks, see `checkpointed`.
+      level: sizes of this block.
+      gradient_checkpointing: policy of residual and transformer blocks, see `checkpointed`.
     """
 
     config: UNetConfig
@@ -38,7 +38,7 @@ class UNetBlock(nn.Module):
         return block(self.level.channels, config.norm_num_groups, config.norm_eps, self.dtype, name=f"resnets_{index}")
 
     def attention(self, index: int) -> Transformer2DModel:
-        """The transformer behind residual block number `index`."""
+        """The transformer after residual block number `index`."""
         return Transformer2DModel(
             heads=self.level.heads,
             num_layers=self.level.depths[index],
@@ -56,7 +56,7 @@ class DownBlock2D(UNetBlock):
 
     @nn.compact
     def __call__(self, x: jax.Array, time: jax.Array, context: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """[B, H, W, C], time embedding [B, T], text [B, S, D] -> the block's output, and all that up blocks see."""
+        """[B, H, W, C], time embedding [B, T], text [B, S, D] -> the block's output, and its skips."""
         skips = []
         for index in range(self.level.num_resnets):
             x = self.resnet(index)(x, time)
@@ -93,7 +93,7 @@ class UpBlock2D(UNetBlock):
         context: jax.Array,
         size: tuple[int, int] | None,
     ) -> jax.Array:
-        """Join the skips, last first, and bring the picture to the size that the next block's skips have.
+        """Concatenate the skips, last first, and upsample to the size of the next block's skips.
 
         Args:
           x: [B, H, W, C].

@@ -1,4 +1,4 @@
-"""The VAE's decoder on one tile of one picture after another, so that its memory is that of a tile."""
+"""Tiled VAE decoding: one tile of one picture at a time, so that it needs the memory of one tile."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ OVERLAP = 4  # a tile shares a quarter of its side with the next
 
 
 def decode_in_tiles(decode: Callable[[jax.Array], jax.Array], latents: jax.Array, tile: int, factor: int) -> jax.Array:
-    """Decode overlapping tiles and blend them, linearly over the overlap. Pure, to be used inside ``jax.jit``.
+    """Decode overlapping tiles and blend them linearly over the overlap. Pure, for use inside ``jax.jit``.
 
-    A tile's group norms and attention see the tile alone, so the picture is near that of the whole decoder and is not
-    it. Held to ``AutoencoderKL.tiled_decode`` of diffusers' ``autoencoder_kl.py``; where pictures are no larger than a
-    tile, to its ``use_slicing``: they are decoded whole, one after the other.
+    Group norms and attention see one tile only, so the picture is close to that of the whole decoder but not equal to
+    it. Held to ``AutoencoderKL.tiled_decode`` of diffusers' ``autoencoder_kl.py``; for pictures no larger than a tile,
+    to its ``use_slicing``: they are decoded whole, one after the other.
 
     Args:
       decode: unscaled latents [1, h, w, c] of any h and w -> pixels [1, factor * h, factor * w, C].
       latents: unscaled, [B, h, w, c].
-      tile: side of a tile in latents, 4 or more. diffusers' pictures come out in another size, were it not divisible by
-        4; ours do not.
-      factor: pixels to a latent, along one side.
+      tile: side of a tile in latents, 4 or more. (If it is not a multiple of 4, diffusers returns pictures of another
+        size; this function does not.)
+      factor: pixels for each latent, along one side.
 
     Returns:
       Pixels [B, factor * h, factor * w, C].
@@ -32,12 +32,12 @@ def decode_in_tiles(decode: Callable[[jax.Array], jax.Array], latents: jax.Array
     _, height, width, channels = latents.shape
     if max(height, width) <= tile:
         return _decode_equal(decode, latents, [(0, 0)], (height, width, channels))[0]
-    # As diffusers has it: a tile begins at every step, along the side that is not longer than a tile, too.
+    # As in diffusers, a tile begins at every step, even along a side that is no longer than a tile.
     step = tile - tile // OVERLAP
     tops, lefts = _spans(height, tile, step), _spans(width, tile, step)
 
-    # One compiled decoder, and one loop, for all tiles of a size. The last of a row or column are smaller: if they were
-    # filled up, or moved inwards, their norms would see something else.
+    # One compiled decoder and one loop for all tiles of the same size. The last tile of a row or column is smaller:
+    # padding it or moving it inwards would change what its norms see.
     decoded: dict[tuple[int, int], jax.Array] = {}
     for rows in sorted({length for _, length in tops}):
         for columns in sorted({length for _, length in lefts}):
@@ -52,7 +52,7 @@ def decode_in_tiles(decode: Callable[[jax.Array], jax.Array], latents: jax.Array
         line: list[jax.Array] = []
         for j, (left, _) in enumerate(lefts):
             pixels = decoded[top, left]
-            # A neighbour is blended before it is blended into, as diffusers does.
+            # As in diffusers, each neighbour has been blended itself before it is used here.
             if i > 0:
                 pixels = _blend(decoded[tops[i - 1][0], left], pixels, factor * (tile - step), axis=1)
             if j > 0:
@@ -74,14 +74,14 @@ def _decode_equal(
     corners: list[tuple[int, int]],
     shape: tuple[int, int, int],
 ) -> list[jax.Array]:
-    """Pixels [B, H, W, C] of the tiles of one shape [h, w, c] with these upper left corners, one tile at a time."""
+    """Pixels [B, H, W, C] of the tiles of shape [h, w, c] at these upper left corners, one tile at a time."""
     starts = np.array([(index, *corner, 0) for corner in corners for index in range(len(latents))], np.int32)
     pixels = lax.map(lambda start: decode(lax.dynamic_slice(latents, start, (1, *shape)))[0], jnp.asarray(starts))
     return list(pixels.reshape(len(corners), len(latents), *pixels.shape[1:]))
 
 
 def _blend(before: jax.Array, pixels: jax.Array, overlap: int, axis: int) -> jax.Array:
-    """`pixels`, going over from the end of the tile `before` into its own within `overlap` rows (axis 1) or columns."""
+    """Cross-fade from the end of tile `before` to the start of `pixels` over `overlap` rows (axis 1) or columns."""
     extent = min(overlap, before.shape[axis], pixels.shape[axis])
     weights = jnp.expand_dims(jnp.arange(extent) / extent, [each for each in range(4) if each != axis])
     end = lax.slice_in_dim(before, before.shape[axis] - extent, None, axis=axis)

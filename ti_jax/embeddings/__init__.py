@@ -1,4 +1,4 @@
-"""Learned words: in memory, and in the file formats of the programs that use them."""
+"""Learned words in memory, and the file formats of the programs that use them."""
 
 from ti_jax.embeddings.embedding import Embedding, check_fits
 

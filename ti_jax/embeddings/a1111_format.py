@@ -1,8 +1,8 @@
-"""AUTOMATIC1111's ``.pt`` and image card, and the paper's ``.pt``, from which they come: ``string_to_param``.
+"""``string_to_param``: AUTOMATIC1111's ``.pt`` and image card, and the ``.pt`` of the paper's code.
 
-Held to AUTOMATIC1111's ``create_embedding_from_data`` and ``Embedding.save``. It takes the file's name for the word
-(of a card, ``name``), diffusers takes ``name``, and the key in ``string_to_param`` is ``*`` in every file that it
-writes; the paper's code has no ``name``, and may have several words, each under its own key.
+Held to AUTOMATIC1111's ``create_embedding_from_data`` and ``Embedding.save``. AUTOMATIC1111 uses the file's name as the
+word (for a card, ``name``), diffusers uses ``name``. The key in ``string_to_param`` is ``*`` in every file that
+AUTOMATIC1111 writes. The paper's code has no ``name`` and may have several words, each under its own key.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from ti_jax.errors import InputError
 _KEY = "*"
 _ID_OF_KEY = 265  # of "*" in CLIP's vocabulary
 
-# Its names for what our metadata has too.
+# AUTOMATIC1111's entry -> our metadata entry.
 _METADATA = {"step": "steps", "sd_checkpoint": "sd_checkpoint", "sd_checkpoint_name": "base_model"}
 
 CARD_SIDE = 512  # pixels
-SMALLEST = 14  # size of the letters
+SMALLEST = 14  # font size
 
 
 def read_card(content: Content, token: str | None) -> Embedding | None:
@@ -36,7 +36,7 @@ def read_card(content: Content, token: str | None) -> Embedding | None:
 
 
 def read(content: Content, token: str | None) -> Embedding | None:
-    """The word in a file, or the one that ``token`` names where it has several; None if it is not this format."""
+    """The word in a file, or the one named ``token`` if it has several; None if it is not this format."""
     parameters = content.data.get("string_to_param") if isinstance(content.data, dict) else None
     if not isinstance(parameters, dict):
         return None
@@ -53,7 +53,7 @@ def read(content: Content, token: str | None) -> Embedding | None:
     if content.container in PICTURES:
         name = stored or content.path.stem
     else:
-        # What AUTOMATIC1111, Forge, ComfyUI, kohya and invoke go by; the paper's code has the key for the word.
+        # AUTOMATIC1111, Forge, ComfyUI, kohya and invoke use the file's name; the paper's code uses the key.
         name = str(key) if stored is None and key != _KEY else content.path.stem
     vectors = vectors_of(parameters[key], str(key))
     metadata = {
@@ -75,7 +75,7 @@ def write_card(embedding: Embedding, path: Path, picture: Image.Image | None = N
     """The image card, a ``.png``, of a word for SD1.x or SD2.x.
 
     Args:
-      picture: what it shows. None: the word, its number of vectors and its family on a plain ground.
+      picture: the picture of the card. None: the word, its number of vectors and its family on a plain background.
     """
     if path.suffix.lower() != ".png":
         raise InputError(f"{path}: an image card is a .png file")
@@ -115,9 +115,9 @@ def _plain_picture(embedding: Embedding) -> Image.Image:
 
 
 def drawable(text: str) -> str:
-    """A text with the code point of each character that Pillow's own font has no picture of, as ``[U+30AB]``."""
+    """The text with each character that Pillow's font lacks replaced by its code point, as ``[U+30AB]``."""
     font = _font(SMALLEST)
-    box = bytes(font.getmask("\U0010ffff"))  # what is drawn for an unknown character
+    box = bytes(font.getmask("\U0010ffff"))  # the glyph of an unknown character
 
     def known(character: str) -> bool:
         mask = font.getmask(character)
@@ -127,7 +127,7 @@ def drawable(text: str) -> str:
 
 
 def fitted(text: str, width: int, largest: int) -> tuple[list[str], ImageFont.FreeTypeFont]:
-    """The lines and the font in which a text fits: smaller first, then on up to 12 lines, then cut short."""
+    """Lines and font with which a text fits: a smaller font first, then up to 12 lines, then cut off."""
     for size in range(largest, SMALLEST - 1, -2):
         font = _font(size)
         if font.getlength(text) <= width:

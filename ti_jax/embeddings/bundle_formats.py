@@ -1,8 +1,8 @@
-"""Words among other things, or without a name, which are only read: cog-sdxl's, lists, bare tensors, LoRA bundles.
+"""Read-only formats, with other data or without a name: cog-sdxl's, lists, bare tensors, LoRA bundles.
 
 Held to cog-sdxl's ``TokenEmbeddingsHandler`` (``embeddings.pti``: ``text_encoders_0`` and ``text_encoders_1``, the
-trigger in ``special_params.json`` beside it), to ComfyUI's ``load_embed`` (lists of dicts: all tensors of an encoder's
-width, one after the other; ``bundle_emb.NAME.*`` in a LoRA), and to diffusers (a bare tensor has no name).
+trigger in ``special_params.json`` beside it), to ComfyUI's ``load_embed`` (lists of dicts: all tensors of one
+encoder's width are concatenated; ``bundle_emb.NAME.*`` in a LoRA), and to diffusers (a bare tensor has no name).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _cog_trigger(path: Path) -> str | None:
 
 
 def read_list(content: Content, token: str | None) -> Embedding | None:
-    """The word in a list of dicts of tensors: those of one width follow each other; None if it is not this format."""
+    """The word in a list of dicts of tensors; those of one width are concatenated. None if it is not this format."""
     data = content.data
     if not isinstance(data, list) or not data or not all(isinstance(item, dict) for item in data):
         return None
@@ -61,7 +61,7 @@ def read_list(content: Content, token: str | None) -> Embedding | None:
 
 
 def read_tensor(content: Content, token: str | None) -> Embedding | None:
-    """The word in a file that is one tensor and nothing else; None if it is not this format."""
+    """The word in a file that is a single bare tensor; None if it is not this format."""
     if not isinstance(content.data, np.ndarray):
         return None
     if token is None:
@@ -71,7 +71,7 @@ def read_tensor(content: Content, token: str | None) -> Embedding | None:
 
 
 def read_bundle(content: Content, token: str | None) -> Embedding | None:
-    """The word that a LoRA file brings along, or the one that ``token`` names of several; None if there is none."""
+    """The word bundled in a LoRA file, or the one named ``token`` if there are several; None if there is none."""
     data = content.data
     if not isinstance(data, dict) or not data or not all(str(key).startswith(BUNDLE) for key in data):
         return None

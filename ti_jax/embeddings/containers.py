@@ -1,4 +1,4 @@
-"""The kinds of file that words come in, safetensors, PyTorch pickles, pictures: from bytes to named arrays and back."""
+"""File containers of words (safetensors, PyTorch pickles, pictures): bytes to named arrays and back."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from ti_jax.embeddings.image_card import is_picture, read_card
 from ti_jax.errors import InputError, listed, one_line, utf8
 from ti_jax.weights.files import DTYPES, refuse_git_lfs_pointer, safe_classes
 
-OURS = "ti_jax."  # how the names of header entries begin that are about a file of ours and not about its word
+OURS = "ti_jax."  # prefix of header entries about one of our files rather than its word
 
-BUNDLE = "bundle_emb."  # how the names of words in a LoRA file begin
+BUNDLE = "bundle_emb."  # prefix of words in a LoRA file
 
 PICKLE_SUFFIXES = (".bin", ".pt")
 
 SAFETENSORS, PICKLE = "safetensors", "PyTorch pickle"
 PICTURES = {"text chunk": "text chunk of a picture", "pixels": "pixels of a picture"}
 
-# Words have one tensor or two (one flavour 16); a file with more is a model or a LoRA, and need not be read to say so.
+# A word has one or two tensors (XTI: 16); a file with more is a model or a LoRA, and is refused without reading it.
 MAX_TENSORS = 64
 MAX_NUMBERS = 10_000_000
 MAX_PICKLE_BYTES = 100_000_000
 
-# What `torch.load` raises on a file that is cut short or damaged.
+# What `torch.load` raises for a truncated or damaged file.
 _BROKEN = (
     RuntimeError,
     EOFError,
@@ -55,12 +55,12 @@ _BROKEN = (
 
 @dataclass(frozen=True)
 class Content:
-    """What a file holds.
+    """The contents of a file.
 
     Attributes:
       container: the kind of file: `SAFETENSORS`, `PICKLE`, or a key of `PICTURES`.
-      data: usually a dict; tensors in it are NumPy arrays in the file's own precision (bfloat16 by ``ml_dtypes``).
-      metadata: text to text, of a safetensors header.
+      data: usually a dict; its tensors are NumPy arrays in the file's own precision (bfloat16 of ``ml_dtypes``).
+      metadata: of a safetensors header, str to str.
     """
 
     path: Path
@@ -70,11 +70,11 @@ class Content:
 
 
 def read_content(path: Path) -> Content:
-    """Read a file, whose first bytes tell its kind; its suffix does not matter.
+    """Read a file. Its first bytes decide its kind; the suffix does not matter.
 
     Raises:
-      InputError: no such file, or it cannot be read; broken; of another kind; a pickle with more in it than tensors,
-        text and numbers; a picture without a word; many tensors, as a model has.
+      InputError: no such file, or it cannot be read; broken; of another kind; a pickle with anything but tensors, text
+        and numbers; a picture without a word; many tensors, as in a model.
     """
     try:
         with path.open("rb") as file:
@@ -117,7 +117,7 @@ def _read_safetensors(path: Path) -> Content:
     try:
         with safe_open(path, framework="np") as file:
             names = list(file.keys())
-            # Of a LoRA that brings words along, these alone are read.
+            # From a LoRA with bundled words, only the words are read.
             names = [name for name in names if name.startswith(BUNDLE)] or names
             _refuse_many(path, names)
             for name in names:
@@ -142,14 +142,14 @@ def _import_torch(path: Path) -> Any:
 
 
 def _unpacked_size(path: Path) -> int:
-    """Bytes that a PyTorch file takes in memory: PyTorch never packs them, but unpacks what another hand has packed."""
+    """Bytes that a PyTorch file takes in memory: PyTorch never compresses it, but also reads compressed archives."""
     size = path.stat().st_size
     if size > MAX_PICKLE_BYTES:
         return size
     try:
         with zipfile.ZipFile(path) as archive:
             return max(size, sum(entry.file_size for entry in archive.infolist()))
-    except (*_BROKEN, zipfile.BadZipFile):  # an old file, which is no archive; or a broken one, which PyTorch refuses
+    except (*_BROKEN, zipfile.BadZipFile):  # an old file, not an archive; or a broken one, which PyTorch refuses
         return size
 
 
@@ -158,9 +158,8 @@ def _read_pickle(path: Path) -> Any:
         raise InputError(f"{path}: more than {MAX_PICKLE_BYTES:,} bytes, far too large for a learned word")
     torch = _import_torch(path)
     try:
-        # The paper's code saves a ParameterDict. One class more is harmless: only its dict of tensors is looked at.
-        # An open file, because of a path torch.load also looks at the suffix. Before it refuses a pickle, it may warn
-        # that it might.
+        # The paper's code saves a ParameterDict. One more class is harmless: only its dict of tensors is used.
+        # Pass an open file, because torch.load also looks at a path's suffix. Before refusing a pickle, it may warn.
         with (
             safe_classes(torch, [torch.nn.ParameterDict]),
             warnings.catch_warnings(action="ignore"),
@@ -185,9 +184,9 @@ def _read_pickle(path: Path) -> Any:
 
 
 def _with_arrays(path: Path, value: Any, torch: Any, depth: int) -> Any:
-    """``value`` with a NumPy array, of memory of its own, for each tensor in dicts down to ``depth`` below it."""
+    """``value`` with each tensor, in dicts up to ``depth`` levels deep, replaced by a NumPy copy."""
     if isinstance(value, torch.nn.ParameterDict):
-        # Not by its methods: they want attributes that the releases of the paper's day did not write.
+        # Not by its methods: they need attributes that PyTorch releases of the paper's time did not write.
         value = vars(value).get("_parameters", {})
     if isinstance(value, list) and depth > 0:
         return [_with_arrays(path, item, torch, depth - 1) for item in value[: MAX_TENSORS + 1]]
@@ -206,20 +205,20 @@ def _with_arrays(path: Path, value: Any, torch: Any, depth: int) -> Any:
 
 
 def word_metadata(content: Content, word: str) -> dict[str, str]:
-    """What a file says of its word, less what only concerns the file; ``token`` is the word that it is read under."""
+    """Metadata of a file about its word, without entries about the file; ``token`` is the word that it is read as."""
     metadata = {key: value for key, value in content.metadata.items() if key != "format" and not key.startswith(OURS)}
     return {**metadata, "token": word} if "token" in metadata else metadata
 
 
 def safetensors_bytes(tensors: Mapping[str, np.ndarray], word: str, metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file. ``format: pt`` is what transformers and diffusers write."""
+    """A safetensors file with ``format: pt``, as transformers and diffusers write it."""
     arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     texts = {utf8(name): utf8(text) for name, text in metadata.items()}
     return safetensors.numpy.save(arrays, {**texts, "token": word, "format": "pt"})
 
 
 def pickle_bytes(path: Path, data: dict[str, Any]) -> bytes:
-    """A PyTorch file, with a tensor for each array in ``data``.
+    """A PyTorch file; each array in ``data`` becomes a tensor.
 
     Raises:
       InputError: PyTorch is not installed (``path`` is for this message).

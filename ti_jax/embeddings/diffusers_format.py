@@ -23,27 +23,27 @@ from ti_jax.models.components import TEXT_ENCODERS
 FILE_NAMES = ("learned_embeds.safetensors", "learned_embeds.bin")
 _BASE = "learned_embeds"
 
-# In the header of our files. The pair is a hash of both halves: it tells halves that belong together from a file
-# that an earlier run left behind.
+# Entries in the header of our files. The pair is a hash of both halves: it distinguishes the matching half from a file
+# left by an earlier run.
 _PAIR, _ENCODER = f"{OURS}pair", f"{OURS}encoder"
 
 
 def second_path(path: Path) -> Path:
-    """Where the half for the second text encoder lies, as diffusers' SDXL script names it."""
+    """Path of the half for the second text encoder, as diffusers' SDXL script names it."""
     if path.name.startswith(_BASE):
         return path.with_name(f"{_BASE}_2{path.name.removeprefix(_BASE)}")
     return path.with_name(f"{path.stem}_2{path.suffix}")
 
 
 def first_path(path: Path) -> Path | None:
-    """The inverse of `second_path`: None where ``path`` is not named like a second half."""
+    """The inverse of `second_path`; None if ``path`` is not named like a second half."""
     if path.name.startswith(f"{_BASE}_2"):
         return path.with_name(_BASE + path.name.removeprefix(f"{_BASE}_2"))
     return path.with_name(path.stem.removesuffix("_2") + path.suffix) if path.stem.endswith("_2") else None
 
 
 def read(content: Content, token: str | None) -> Embedding | None:
-    """A word from its file, or an SDXL word from either of its two files; None if ``content`` is not this format."""
+    """A word from its file, or an SDXL word from either of its two files; None if it is not this format."""
     own = _single(content)
     if own is None:
         return None
@@ -52,7 +52,7 @@ def read(content: Content, token: str | None) -> Embedding | None:
 
 
 def _single(content: Content) -> tuple[str, np.ndarray] | None:
-    """The only entry of a file, if that is an array."""
+    """The file's only entry, if it has one entry and that is an array."""
     if not isinstance(content.data, dict) or len(content.data) != 1:
         return None
     ((word, array),) = content.data.items()
@@ -63,7 +63,7 @@ def halves_of(content: Content) -> dict[str, tuple[Path, np.ndarray]] | None:
     """Files and vectors of an SDXL word by text encoder, if the file at hand is one of its two.
 
     Raises:
-      InputError: the file says that it is one of two, and its other half is not there or another word's.
+      InputError: the file says that it is one of two, and its other half is missing or belongs to another word.
     """
     for encoder, path in ((TEXT_ENCODERS[0], second_path(content.path)), (TEXT_ENCODERS[1], first_path(content.path))):
         if path is None or not _is_half(content, encoder):

@@ -14,7 +14,7 @@ from ti_jax.files import write_together
 from ti_jax.models.components import TEXT_ENCODERS
 from ti_jax.words import check_token
 
-# What a file's reader has to say of the word that it made of it, in the metadata.
+# Metadata entry in which a format's reader says what was lost.
 CAVEAT = "caveat"
 
 
@@ -25,9 +25,9 @@ class Embedding:
     Attributes:
       token: the word, e.g. "<cat-toy>".
       vectors: float32 [n, D] by text encoder, "text_encoder" and for SDXL "text_encoder_2"; the same n for both.
-      metadata: where it comes from (base model, steps, initializer, ...), text to text. Kept where the format can.
-      stored_name: another name that its file has for it, or None; `infer` takes it for the word too. Not saved.
-      notes: what a reader of its file has to say of its name. Not saved.
+      metadata: where it comes from (base model, steps, initializer, ...), str to str. Saved if the format can.
+      stored_name: another name for it in its file, or None; `infer` accepts it for the word, too. Not saved.
+      notes: notes of the reader about its name. Not saved.
 
     Raises:
       InputError: an empty word or one with spaces; vectors that are not [n, D], or not all finite; a number of vectors
@@ -44,7 +44,7 @@ class Embedding:
         check_token(self.token, "token")
         if not self.vectors or not set(self.vectors) <= set(TEXT_ENCODERS):
             raise InputError(f"a word has vectors for {' and '.join(TEXT_ENCODERS)}, not for {list(self.vectors)}")
-        # Copies: nobody else can change a learned word.
+        # Copies, so that the caller cannot change them later.
         vectors = {name: np.array(self.vectors[name], np.float32) for name in TEXT_ENCODERS if name in self.vectors}
         for name, value in vectors.items():
             if value.ndim != 2 or 0 in value.shape:
@@ -66,7 +66,7 @@ class Embedding:
 
     @property
     def num_vectors(self) -> int:
-        """Rows that the word takes in a prompt."""
+        """Number of vectors, and of tokens that the word takes in a prompt."""
         return len(next(iter(self.vectors.values())))
 
     @property
@@ -76,27 +76,27 @@ class Embedding:
 
     @property
     def family(self) -> str | None:
-        """The model family that it is for: "SD1.x", "SD2.x", "SDXL", or None for no published one."""
+        """The model family that it is for: "SD1.x", "SD2.x", "SDXL", or None if it fits none of them."""
         return family_of(self.dims, self.metadata)
 
     @property
     def caveat(self) -> str:
-        """What was lost when it was read from its file, in words; empty if nothing was."""
+        """Says what was lost when its file was read; empty if nothing was lost."""
         return self.metadata.get(CAVEAT, "")
 
     @property
     def remarks(self) -> list[str]:
-        """What a user should be told of the file that it was read from, a line each."""
+        """Notes for the user about the file that it was read from, one per line."""
         return [*([f"read as {self.caveat}"] if self.caveat else []), *self.notes]
 
     @classmethod
     def load(cls, path: str | Path, token: str | None = None) -> Embedding:
-        """Read a word from a file of any known format, which its content tells; see `ti_jax.embeddings.formats`.
+        """Read a word from a file of any known format, detected by content; see `ti_jax.embeddings.formats`.
 
         Args:
           path: the file, or a folder with a ``learned_embeds.safetensors`` or ``.bin``.
-          token: the word to read it under. None: what the file says, or its name without suffix if it says nothing
-            and in AUTOMATIC1111's pickles, with hyphens in the place of spaces.
+          token: the word to read it as. None: the word in the file; if there is none, and for AUTOMATIC1111's
+            pickles, the file's name without suffix, with hyphens for spaces.
 
         Raises:
           InputError: no such file, broken, of no known format, or not a word.
@@ -106,10 +106,10 @@ class Embedding:
         return read(Path(path), token)
 
     def save(self, path: str | Path, format: str = "diffusers") -> None:
-        """Write the word in one of the formats of `ti_jax.embeddings.formats`; a file that is there is replaced, whole.
+        """Write the word in one of the formats of `ti_jax.embeddings.formats`; an existing file is replaced atomically.
 
         Args:
-          path: its suffix must be one that the format has.
+          path: its suffix must be one of the format's.
           format: "diffusers" (``.safetensors``, ``.bin``; the two halves of an SDXL word are two files, beside
             ``learned_embeds.safetensors`` also ``learned_embeds_2.safetensors``), "comfyui" (``.safetensors`` with
             ``emb_params``, or ``clip_l`` and ``clip_g``), "a1111" (``.pt``) or "card" (AUTOMATIC1111's ``.png``).
@@ -127,7 +127,7 @@ def check_fits(embedding: Embedding, dims: Mapping[str, int], where: object) -> 
     """Raise `InputError` unless a word is for a model with these embedding lengths.
 
     Args:
-      dims: length of a token embedding by text encoder (`StableDiffusion.embedding_dims`).
+      dims: token-embedding width by text encoder (`StableDiffusion.embedding_dims`).
       where: the word's file, for the message.
     """
     if embedding.dims == dict(dims):

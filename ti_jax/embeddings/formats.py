@@ -1,4 +1,4 @@
-"""The formats that words are read from and written in. A new one is a module beside this and a line in `FORMATS`."""
+"""The file formats of words. A new one is a module beside this one and a line in `FORMATS`."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from ti_jax.errors import InputError
 
 @dataclass(frozen=True)
 class Format:
-    """One program's way to keep a word.
+    """A program's file format for words.
 
     Attributes:
-      name: as `Embedding.save` takes it.
-      looks_like: what its files hold, in a few words.
-      read: content and the wanted word (or None) -> the word, or None if this is not the format.
-      write: the word and a path -> the files to write, by path; `InputError` if the format cannot hold it. None for a
-        format that is only read.
-      suffixes: of files that are in this format unless another one is asked for.
+      name: the name that `Embedding.save` takes.
+      looks_like: short description of its files.
+      read: content and the wanted token (or None) -> the word, or None if the file has another format.
+      write: word and path -> bytes of the files to write, by path; `InputError` if the format cannot represent the
+        word. None: the format is read-only.
+      suffixes: file suffixes for which it is the default format.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Format:
     suffixes: tuple[str, ...] = ()
 
 
-# In the order in which they are tried: diffusers' is any single tensor, so the others go first.
+# In the order in which they are tried. diffusers' format is any single tensor, so more specific ones come first.
 FORMATS = (
     Format("card", "a picture with string_to_param in it", a1111_format.read_card, a1111_format.write_card, (".png",)),
     Format("a1111", "string_to_param", a1111_format.read, a1111_format.write, (".pt",)),
@@ -58,7 +58,7 @@ WRITTEN = tuple(form.name for form in FORMATS if form.write is not None)
 
 
 def format_for(path: Path) -> str:
-    """Name of the format that a file with this suffix is written in unless another one is asked for.
+    """Name of the default format for a file with this suffix.
 
     Raises:
       InputError: no format has the suffix.
@@ -70,10 +70,10 @@ def format_for(path: Path) -> str:
 
 
 def render(embedding: Embedding, path: Path, format_name: str) -> dict[Path, bytes]:
-    """The files of a word in the format of that name, by path; nothing is written yet.
+    """The files of a word in the format of that name: bytes by path; nothing is written.
 
     Raises:
-      InputError: no such format, or one that is only read; a suffix that it does not have, a word that it cannot hold.
+      InputError: no such format, or a read-only one; a suffix that it does not have; a word that it cannot represent.
     """
     for form in FORMATS:
         if form.name == format_name and form.write is not None:
@@ -82,12 +82,12 @@ def render(embedding: Embedding, path: Path, format_name: str) -> dict[Path, byt
 
 
 def word_file(path: Path) -> Path:
-    """``path``, or in a folder the file that diffusers' scripts, and our runs, leave the word in.
+    """``path``; for a folder, the file in it that diffusers' scripts and our runs save the word in.
 
     Raises:
       InputError: a folder without such a file.
     """
-    # Not Path's methods: where the folder above may not be entered, those raise.
+    # Not Path's methods: they raise if the parent folder is not accessible.
     if not os.path.isdir(path):
         return path
     for name in diffusers_format.FILE_NAMES:
@@ -102,7 +102,7 @@ def read(path: Path, token: str | None = None) -> Embedding:
 
 
 def read_as_found(path: Path, token: str | None = None) -> tuple[Embedding, Format, Content]:
-    """As `read`, with the format that the file was found to have, and all that it holds."""
+    """As `read`, with the detected format and the file's contents."""
     path = word_file(path)
     content = read_content(path)
     for form in FORMATS:
@@ -119,7 +119,7 @@ def read_as_found(path: Path, token: str | None = None) -> tuple[Embedding, Form
 
 
 def _found(data: Any, limit: int = 4) -> str:
-    """What a file holds, in words."""
+    """Short description of a file's contents, for a message."""
     if not isinstance(data, dict):
         return f"an array {list(data.shape)}" if isinstance(data, np.ndarray) else f"a {type(data).__name__}"
     if not data:

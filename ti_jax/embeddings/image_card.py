@@ -1,11 +1,11 @@
-"""AUTOMATIC1111's image cards: a picture that carries a word, in a text chunk of the PNG and in its own pixels.
+"""AUTOMATIC1111's image cards: a picture that stores a word in a PNG text chunk and in its pixels.
 
-Held to the layout of AUTOMATIC1111's ``image_embedding.py``. Both channels carry the dict of its ``.pt`` files as JSON,
-a tensor being ``{"TORCHTENSOR": [[...], ...]}``; float32 numbers pass through JSON without loss. The text chunk
-``sd-ti-embedding`` is base64 of it. The pixels are zlib of it: the picture stands between two blocks, from which a
-black column on each side sets it apart. In the low four bits of each channel, row by row, the left block has the low
-halves of the bytes and the right block the high halves, both xored with the low halves of a pseudo-random sequence.
-The high four bits of the blocks are ornament. So the pixels survive what drops text chunks, but not lossy compression.
+Held to the layout of AUTOMATIC1111's ``image_embedding.py``. Both places have the dict of its ``.pt`` files as JSON,
+with tensors as ``{"TORCHTENSOR": [[...], ...]}``; float32 numbers are exact in JSON. The text chunk
+``sd-ti-embedding`` is base64 of it. In the pixels it is compressed with zlib: the picture is between two blocks, with a
+black column on each side. In the low four bits of each channel, row by row, the left block has the low nibbles of the
+bytes and the right block the high nibbles, both xored with the low nibbles of a pseudo-random sequence. The high four
+bits of the blocks are decoration. So the pixels keep the word if text chunks are removed, but not in lossy formats.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from ti_jax.errors import InputError, one_line
 TEXT_CHUNK = "sd-ti-embedding"
 TENSOR = "TORCHTENSOR"
 
-# Far more than any card has. They bound what a hostile one can take: some 200 MB, and seconds.
+# Far more than any card has. They limit a hostile one to about 200 MB and seconds.
 MAX_PIXELS = 32_000_000
 MAX_JSON_BYTES = 8_000_000
 
-# Pillow raises all of these on files that are cut short or damaged.
+# What Pillow raises for truncated or damaged files.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, struct.error, zlib.error)
 
 _BLACK = 1  # columns between a block and the picture
 
 
 def is_picture(start: bytes) -> bool:
-    """Whether a file that begins with these 12 bytes is a PNG or a WebP."""
+    """Whether a file with these first 12 bytes is a PNG or a WebP."""
     return start.startswith(b"\x89PNG\r\n\x1a\n") or (start[:4] == b"RIFF" and start[8:12] == b"WEBP")
 
 
@@ -49,12 +49,12 @@ def is_picture(start: bytes) -> bool:
 
 
 def read_card(path: Path) -> tuple[dict[str, Any], str]:
-    """What a card holds, tensors as float64 arrays, and which of "text chunk" and "pixels" it was read from.
+    """The dict of a card, with tensors as float64 arrays, and where it was read from: "text chunk" or "pixels".
 
-    The text chunk goes first; where it is missing or broken, the pixels are read.
+    The pixels are read if the text chunk is missing or broken.
 
     Raises:
-      InputError: a picture that cannot be read, is too large for a card, or holds no word.
+      InputError: a picture that cannot be read, is too large for a card, or has no word.
     """
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=("PNG", "WEBP")) as image:
@@ -88,8 +88,8 @@ def _from_text(text: str) -> dict[str, Any] | None:
 
 
 def _from_pixels(pixels: np.ndarray) -> dict[str, Any] | None:
-    """The dict in the edges of a picture uint8 [H, W, 3]; None if there is none."""
-    # A frame of black around the whole, as some programs leave, has no pixel with light in all channels.
+    """The dict in the side blocks of a picture uint8 [H, W, 3]; None if there is none."""
+    # Crop the black frame that some programs add: it has no pixel that is nonzero in all channels.
     light = np.all(pixels > 0, axis=2)
     rows, columns = np.flatnonzero(light.any(axis=1)), np.flatnonzero(light.any(axis=0))
     if not len(rows):
@@ -112,7 +112,7 @@ def _from_pixels(pixels: np.ndarray) -> dict[str, Any] | None:
 
 
 def _parse(content: bytes) -> dict[str, Any] | None:
-    """JSON to a dict with arrays; None if it is too long, or not that."""
+    """JSON to a dict with arrays; None if it is too long or anything else."""
     if len(content) > MAX_JSON_BYTES:
         return None
     try:
@@ -127,7 +127,7 @@ def _with_array(item: dict[str, Any]) -> Any:
         return item
     value = item[TENSOR]
     rows = value if isinstance(value, list) and value and isinstance(value[0], list) else [value]
-    # Checked number by number: NumPy would make text of text, and of ragged lists something else than numbers.
+    # Check each number: NumPy would also accept text, and make object arrays of ragged lists.
     for row in rows:
         if not isinstance(row, list) or len(row) != len(rows[0]) or not all(type(x) in (float, int) for x in row):
             raise ValueError("a tensor that is not rows of numbers")
@@ -138,10 +138,10 @@ def _with_array(item: dict[str, Any]) -> Any:
 
 
 def _mask(count: int) -> np.ndarray:
-    """The low halves of the first ``count`` numbers of the sequence, uint8 [count].
+    """The low nibbles of the first ``count`` numbers of the pseudo-random sequence, uint8 [count].
 
-    A linear congruential generator from 0, ``s <- 1664525 s + 1013904223 mod 2**32``, each number being ``s mod 255``.
-    In closed form s is the increment times a partial sum of the multiplier's powers, which uint32 takes mod 2**32.
+    A linear congruential generator from 0, ``s <- 1664525 s + 1013904223 mod 2**32``; each number is ``s mod 255``.
+    In closed form, s is the increment times a partial sum of the multiplier's powers; uint32 computes mod 2**32.
     """
     powers = np.full(count, 1664525, np.uint32)
     powers[:1] = 1
@@ -154,7 +154,7 @@ def _mask(count: int) -> np.ndarray:
 
 
 def card_png(picture: Image.Image, data: Mapping[str, Any]) -> bytes:
-    """A PNG of ``picture`` that carries ``data`` (a dict as in an AUTOMATIC1111 ``.pt``, tensors as float32 arrays)."""
+    """A PNG of ``picture`` that stores ``data`` (a dict as in an AUTOMATIC1111 ``.pt``, tensors as float32 arrays)."""
     content = json.dumps(data, default=_as_json).encode()
     info = PngInfo()
     info.add_text(TEXT_CHUNK, base64.b64encode(content).decode())
@@ -172,14 +172,14 @@ def _as_json(value: Any) -> Any:
 
 
 def _with_edges(pixels: np.ndarray, content: bytes) -> np.ndarray:
-    """A picture uint8 [H, W, 3] between two blocks that hold ``content``."""
+    """A picture uint8 [H, W, 3] between two blocks that store ``content``."""
     height = len(pixels)
     width = -(-len(content) // (3 * height))
     numbers = np.frombuffer(content, np.uint8)
-    # AUTOMATIC1111 fills up the same way; behind the end of the stream nothing is read.
+    # AUTOMATIC1111 pads in the same way; readers stop at the end of the zlib stream.
     numbers = np.resize(numbers, 3 * height * width)
     mask = _mask(numbers.size)
-    # No ornament of ours has a dark spot: a dark row or column at the edge would be taken for a frame and cut off.
+    # The decoration has no dark spot: a dark row or column at the edge would be cropped as a frame.
     shade = np.linspace(1, 15, height).astype(np.uint8)[:, None, None] << 4
     low, high = ((half ^ mask).reshape(height, width, 3) | shade for half in (numbers & 0x0F, numbers >> 4))
     black = np.zeros((height, _BLACK, 3), np.uint8)

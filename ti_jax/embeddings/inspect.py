@@ -1,4 +1,4 @@
-"""What is in a word's file: format, family, norms of the vectors against the vocabulary's, nearest words, metadata."""
+"""Report on a word's file: format, family, norms of the vectors against the vocabulary's, nearest words, metadata."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ti_jax.embeddings.formats import read_as_found, word_file
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The words that a text encoder knows.
+    """The whole words in a text encoder's vocabulary.
 
     Attributes:
-      model: what the model is called.
+      model: the model's name.
       words: V of them. table: their rows of the token-embedding table, float32 [V, D].
-      usual_norm: median Euclidean norm of the whole table's rows.
+      usual_norm: median Euclidean norm over all rows of the table.
     """
 
     model: str
@@ -36,7 +36,7 @@ class VectorReport:
 
     Attributes:
       norm: Euclidean.
-      nearest: vocabulary words with the cosines to their rows, the nearest first; empty without a vocabulary.
+      nearest: vocabulary words with the cosine similarity to their rows, nearest first; empty without a vocabulary.
     """
 
     norm: float
@@ -45,11 +45,11 @@ class VectorReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What `load_for_inspection` found, and `compare` added; as text, a few lines for a reader.
+    """The result of `load_for_inspection`, extended by `compare`; ``str`` of it is a few lines for the user.
 
     Attributes:
-      container: kind of file. format: as `ti_jax.embeddings.formats` calls it, and what its files look like.
-      encoders: reports of the vectors by text encoder. vocabularies: what they were compared with, by text encoder.
+      container: kind of file. format: name in `ti_jax.embeddings.formats`, and a description.
+      encoders: reports of the vectors by text encoder. vocabularies: those they were compared with, by text encoder.
     """
 
     path: Path
@@ -95,7 +95,7 @@ class Report:
 
 
 def load_for_inspection(path: str | Path, token: str | None = None) -> Report:
-    """Format, family and metadata of a file, without a comparison; see `Embedding.load` for arguments and errors."""
+    """Format, family and metadata of a file, without comparison; see `Embedding.load` for arguments and errors."""
     path = word_file(Path(path))
     embedding, form, content = read_as_found(path, token)
     encoders = {
@@ -107,7 +107,7 @@ def load_for_inspection(path: str | Path, token: str | None = None) -> Report:
 
 
 def compare(report: Report, vocabularies: dict[str, Vocabulary], count: int = 5) -> Report:
-    """The report with each vector's ``count`` nearest words, by text encoder in ``vocabularies``."""
+    """The report with each vector's ``count`` nearest words, for each text encoder in ``vocabularies``."""
     encoders = {
         name: tuple(
             VectorReport(vector.norm, nearest_words(row, vocabularies[name], count))
@@ -119,7 +119,7 @@ def compare(report: Report, vocabularies: dict[str, Vocabulary], count: int = 5)
 
 
 def nearest_words(row: np.ndarray, vocabulary: Vocabulary, count: int) -> tuple[tuple[str, float], ...]:
-    """The words whose rows have the largest cosine to ``row`` float32 [D], with it; none to a row of length 0."""
+    """The words whose rows have the largest cosine to ``row`` float32 [D], with the cosine; empty for a zero row."""
     norm = np.linalg.norm(row)
     if norm == 0:
         return ()

@@ -1,4 +1,4 @@
-"""One word out of several: their weighted sum, their vectors one behind the other, or a point on the arc between."""
+"""Merge several words into one: weighted sum, concatenation of the vectors, or spherical interpolation."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ def merge(
     weights: Sequence[float] | None = None,
     names: Sequence[object] | None = None,
 ) -> Embedding:
-    """A new word from several for the same model family; vectors are computed in float64.
+    """A new word from several words of the same model family; computed in float64.
 
     Args:
       token: the new word.
       method: "sum": ``w_1 v_1 + ... + w_k v_k``, vector by vector; all words have the same number of vectors.
-        "concat": all vectors one behind the other, unchanged, so their numbers add up.
-        "slerp": vector by vector along the great circle (Shoemake 1985): the direction is interpolated at constant
-        angle, the length linearly; of more than two words each next one is taken into what came before it.
-      weights: for "sum" used as they are, and 1/k each if None; for "slerp" shares of the whole, none negative,
-        equal if None; none for "concat".
-      names: where the words come from, for messages and the metadata; None: the words themselves.
+        "concat": all vectors after each other, unchanged; their numbers add up.
+        "slerp": vector by vector on the great circle (Shoemake 1985): the direction is interpolated at constant angular
+        speed, the length linearly; with more than two words, each is interpolated with the result so far.
+      weights: for "sum" as they are, None: 1/k each; for "slerp" shares of their sum, not negative, None: equal; none
+        for "concat".
+      names: sources of the words, for messages and the metadata; None: the words themselves.
 
     Raises:
-      InputError: fewer than two words, of different families, of different numbers of vectors; weights that cannot be;
-        vectors that point in opposite directions, or have no direction, for "slerp".
+      InputError: fewer than two words, different families, different numbers of vectors; invalid weights; for "slerp"
+        zero vectors, or vectors in opposite directions.
     """
     labels = [str(name) for name in names] if names is not None else [embedding.token for embedding in embeddings]
     if len(embeddings) < 2:
@@ -76,7 +76,7 @@ def merge(
     caveats = [f"{label}: {e.caveat}" for label, e in zip(labels, embeddings, strict=True) if e.caveat]
     if caveats:
         metadata[CAVEAT] = "; ".join(caveats)
-    # What all words have in common holds for the new one too.
+    # Metadata that all words share is valid for the new one, too.
     for entry in ("base_model", "base_model_hash"):
         if entry in first.metadata and all(e.metadata.get(entry) == first.metadata[entry] for e in embeddings):
             metadata[entry] = first.metadata[entry]
@@ -100,8 +100,8 @@ def _checked_weights(method: str, weights: Sequence[float] | None, count: int) -
 
 
 def _arc(parts: list[np.ndarray], shares: Sequence[float], labels: Sequence[str]) -> np.ndarray:
-    """Words float64 [n, D] taken one after the other into the one before, each by its share of the sum so far."""
-    # A word of no weight takes no part; nor must its direction.
+    """Interpolate words float64 [n, D] one after the other, each by its share of the sum of weights so far."""
+    # A word with weight 0 is skipped, even if it has no valid direction.
     kept = [(part, share, label) for part, share, label in zip(parts, shares, labels, strict=True) if share]
     result, total, _ = kept[0]
     for part, share, label in kept[1:]:
@@ -114,10 +114,10 @@ def slerp(start: np.ndarray, end: np.ndarray, t: float, label: object) -> np.nda
     """From ``start`` (t = 0) to ``end`` (t = 1), float64 [n, D], row by row.
 
     Args:
-      label: what to call ``end`` in a message.
+      label: name of ``end`` for a message.
 
     Raises:
-      InputError: a row that is zero, or two that point in opposite directions: no arc is the shortest.
+      InputError: a zero row, or two rows in opposite directions, between which no arc is the shortest.
     """
     rows = []
     for number, (a, b) in enumerate(zip(start, end, strict=True)):
@@ -125,7 +125,7 @@ def slerp(start: np.ndarray, end: np.ndarray, t: float, label: object) -> np.nda
         if length_a == 0 or length_b == 0:
             raise InputError(f"{label}: vector {number} has no direction to turn to or from; use sum")
         unit_a, unit_b = a / length_a, b / length_b
-        # By the half chords, which are exact where the cosine loses the small angles.
+        # From the half chords, which are exact for small angles, where the cosine is not.
         angle = 2 * np.arctan2(np.linalg.norm(unit_a - unit_b), np.linalg.norm(unit_a + unit_b))
         if angle > np.pi - 1e-6:
             raise InputError(f"{label}: vector {number} points the opposite way; there is no arc between them, use sum")

@@ -1,4 +1,4 @@
-"""Under which word a file is read, and how a command line names a file with a word of the user's own."""
+"""The word that a file is read as, and ``FILE=word`` arguments of the command line."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def named(
     metadata: Mapping[str, str] | None = None,
     stored_name: str | None = None,
 ) -> Embedding:
-    """A word as its file names it, or as the caller does.
+    """A word named by the caller, or by its file.
 
     Args:
-      token: what the caller wants; None: ``name``, with hyphens for spaces, of which a note is made.
-      metadata: None: what the file's header says.
+      token: the caller's name; None: ``name``, with hyphens for spaces and a note about it.
+      metadata: None: that of the file's header.
       stored_name: another name in the file, for `Embedding.stored_name`.
     """
     word = token or "-".join(name.split()) or "-".join(content.path.stem.split()) or "word"
@@ -39,7 +39,7 @@ def named(
 
 
 def split_word(text: str) -> tuple[str, str | None]:
-    """``FILE`` or ``FILE=word`` -> the file, and the word or None; where a path itself has ``=``, what exists wins.
+    """``FILE`` or ``FILE=word`` -> the file, and the word or None. If a path itself has ``=``, an existing file wins.
 
     Raises:
       InputError: the word is empty or has spaces.
@@ -47,7 +47,7 @@ def split_word(text: str) -> tuple[str, str | None]:
     places = [place for place, character in enumerate(text) if character == "="]
     if not places or os.path.exists(text):
         return text, None
-    # From the right: "a=b.pt=<x>" is the file a=b.pt if that exists. Else the word may have an = itself.
+    # From the right: "a=b.pt=<x>" is the file a=b.pt if that exists. Else the word may contain "=" itself.
     place = next((place for place in reversed(places) if os.path.exists(text[:place])), places[0])
     path, word = text[:place], text[place + 1 :]
     check_token(word, f"{text}: the word")
@@ -64,9 +64,9 @@ def load_given(texts: Sequence[str]) -> list[Embedding]:
 
 
 def with_stored_name(embedding: Embedding, prompts: Sequence[str]) -> tuple[list[str], str | None]:
-    """Prompts in which the name that is stored in a word's file is written for its word, and a note if there is one.
+    """Prompts with the name stored in a word's file replaced by the word, and a note if any was replaced.
 
-    The stored name counts only where no prompt has the word itself.
+    Replaced only if no prompt has the word itself.
     """
     name = embedding.stored_name
     counts = {embedding.token: embedding.num_vectors}

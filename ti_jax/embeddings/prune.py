@@ -1,4 +1,4 @@
-"""Fewer vectors for a word: which can go, and what the text encoder's output loses with them."""
+"""Prune the vectors of a word: which to drop, and how much the text encoder's output changes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 from ti_jax.embeddings.embedding import Embedding
 from ti_jax.errors import InputError
 
-# Numbers of the vectors that stay, several selections of them -> what each text encoder makes of a prompt with them:
-# its output at the end-of-text token, float32 [B, D] by text encoder.
+# B selections of the vectors to keep -> by text encoder, its output at the end-of-text token of a prompt with only
+# these vectors, float32 [B, D].
 EndStates = Callable[[Sequence[Sequence[int]]], Mapping[str, np.ndarray]]
 
 
@@ -19,13 +19,13 @@ EndStates = Callable[[Sequence[Sequence[int]]], Mapping[str, np.ndarray]]
 class Loss:
     """How far the text encoder's output moves when vectors are dropped.
 
-    The output is the one at the end-of-text token, which all of the prompt has gone into, and which the padding behind
-    it repeats. ``moved`` is the Euclidean distance from the output with the whole word; for SDXL that of both text
-    encoders together (root of the sum of squares).
+    Measured at the end-of-text token, which attends to the whole prompt and which the padding after it repeats.
+    ``moved`` is the Euclidean distance from the output with the whole word; for SDXL over both text encoders (root of
+    the sum of squares).
 
     Attributes:
-      relative: ``moved`` over the norm of the output with the whole word.
-      of_the_word: ``moved`` over what dropping the word altogether would move it.
+      relative: ``moved`` divided by the norm of the output with the whole word.
+      of_the_word: ``moved`` divided by its value if the whole word is dropped.
     """
 
     relative: float
@@ -39,7 +39,7 @@ class Loss:
 
 
 def losses(num_vectors: int, selections: Sequence[Sequence[int]], states: EndStates) -> list[Loss]:
-    """What is lost with each selection of the vectors that stay."""
+    """The loss for each selection of vectors to keep."""
     found = states([list(range(num_vectors)), [], *selections])
     outputs = np.concatenate([np.asarray(value, np.float64) for value in found.values()], axis=1)
     whole, without = outputs[0], outputs[1]
@@ -50,10 +50,10 @@ def losses(num_vectors: int, selections: Sequence[Sequence[int]], states: EndSta
 
 
 def choose(num_vectors: int, keep: int, states: EndStates) -> list[int]:
-    """Numbers of the ``keep`` vectors that stay when, one by one, the one goes whose loss moves the output least.
+    """Indices of the ``keep`` vectors to keep: greedily drops the one that moves the output least.
 
     Raises:
-      InputError: none would stay, or none go.
+      InputError: ``keep`` would drop all vectors, or none.
     """
     check_keep(num_vectors, keep)
     staying = list(range(num_vectors))
@@ -65,7 +65,7 @@ def choose(num_vectors: int, keep: int, states: EndStates) -> list[int]:
 
 
 def check_keep(num_vectors: int, keep: int) -> None:
-    """Raise `InputError` unless of ``num_vectors`` some stay and some go."""
+    """Raise `InputError` unless some of ``num_vectors`` are kept and some dropped."""
     if num_vectors == 1:
         raise InputError("the word has one vector; there is nothing to prune")
     if not 1 <= keep < num_vectors:
@@ -73,10 +73,10 @@ def check_keep(num_vectors: int, keep: int) -> None:
 
 
 def staying_without(num_vectors: int, drop: Sequence[int]) -> list[int]:
-    """Numbers of the vectors that stay without those in ``drop``, which are counted from 0.
+    """Indices of the vectors that are not in ``drop``, counted from 0.
 
     Raises:
-      InputError: there is no such vector, or none would stay.
+      InputError: there is no such vector, or none would be left.
     """
     for number in drop:
         if not 0 <= number < num_vectors:
@@ -88,7 +88,7 @@ def staying_without(num_vectors: int, drop: Sequence[int]) -> list[int]:
 
 
 def select(embedding: Embedding, numbers: Sequence[int]) -> Embedding:
-    """The word with only the vectors of these numbers, counted from 0."""
+    """The word with only the vectors of these indices, counted from 0."""
     vectors = {name: value[list(numbers)] for name, value in embedding.vectors.items()}
     metadata = {**embedding.metadata, "pruned_to": f"{' '.join(map(str, numbers))} of {embedding.num_vectors} vectors"}
     if "num_vectors" in metadata:

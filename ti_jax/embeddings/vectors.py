@@ -27,7 +27,7 @@ def vectors_of(array: object, name: str) -> np.ndarray:
         raise InputError(f"{name!r} has vectors of {T5_WIDTH} numbers: {T5_WORD}")
     if array.ndim not in (1, 2) or 0 in array.shape:
         raise InputError(f"{name!r} has the shape {list(array.shape)}; the vectors of a word are [n, D]")
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below
+    with np.errstate(over="ignore"):  # numbers too large for float32 become infinite and are refused below
         vectors = array.astype(np.float32)
     if not np.isfinite(vectors).all():
         raise InputError(f"{name!r} holds NaN or infinite numbers; the word is spoilt, get or train it again")
@@ -35,5 +35,5 @@ def vectors_of(array: object, name: str) -> np.ndarray:
 
 
 def encoder_of(vectors: np.ndarray) -> str:
-    """The text encoder that a single tensor is for: only SDXL's second one has vectors of 1280 numbers."""
+    """The text encoder that a single tensor is for: only SDXL's second one has width 1280."""
     return TEXT_ENCODERS[1] if vectors.shape[1] == FAMILIES["SDXL"]["text_encoder_2"] else TEXT_ENCODERS[0]

@@ -1,4 +1,4 @@
-"""Words that other programs will stumble over."""
+"""Warnings about words that other programs do not handle well."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from ti_jax.words import fold
 
 
 def capital_fault(token: str, num_vectors: int) -> str | None:
-    """What diffusers on transformers 5 makes of a word of several vectors with a capital letter, and what to do.
+    """The problem of diffusers with transformers 5 with a capital letter in a word of several vectors, and its remedy.
 
-    It lower-cases the prompt before it looks for words to expand, so that only the first vector is used.
+    It lower-cases the prompt before it expands words, so that only the first vector is used.
     """
     if num_vectors == 1 or fold(token) == token:
         return None
@@ -22,7 +22,7 @@ def capital_fault(token: str, num_vectors: int) -> str | None:
 
 
 def word_warnings(embedding: Embedding) -> list[str]:
-    """What to warn of before others get this word."""
+    """Warnings to show before this word is shared."""
     warnings = []
     fault = capital_fault(embedding.token, embedding.num_vectors)
     if fault is not None:

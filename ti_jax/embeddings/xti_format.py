@@ -1,8 +1,8 @@
-"""kohya's XTI files, which are only read: a word for each of the UNet's 16 cross-attention layers.
+"""kohya's XTI files (read-only): one word for each of the UNet's 16 cross-attention layers.
 
 Held to ``save_weights`` of sd-scripts' ``train_textual_inversion_XTI.py``. Extended Textual Inversion (Voynov et al.
-2023, arXiv 2303.09522) conditions each layer on a word of its own. A prompt has one word for all layers; what comes
-nearest to the 16 is their mean.
+2023, arXiv 2303.09522) conditions each layer on its own word. Here a prompt has one word for all layers, so the 16 are
+averaged.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Weighted prompts in AUTOMATIC1111's notation: ``(word:1.2)``, ``(word)``, ``[word]``, ``BREAK``, and any length.
 
-A prompt is read into pieces of text with a weight each, the pieces are cut into chunks that the text encoder can read,
-and the encoder's output is multiplied by the weights (`ti_jax.models.networks`). Semantics are those of that
-program's default ("original") emphasis; the code is our own.
+A prompt is parsed into pieces of text with one weight each, their tokens are split into chunks of the text encoder's
+length, and the encoder's output is multiplied by the weights (`ti_jax.models.networks`). The semantics are those of
+AUTOMATIC1111's default ("original") emphasis; the code is our own.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from ti_jax.words import Words, find_words
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
-BRACKET = 1.1  # what ( ) multiply by, and [ ] divide by
-# A chunk that is full ends at its last comma, if that is not farther back than this.
+BRACKET = 1.1  # ( ) multiply by it, [ ] divide by it
+# A full chunk ends at its last comma, if that is at most this many tokens back.
 COMMA_REACH = 20
 
 
@@ -41,17 +41,17 @@ _NOTATION = re.compile(
 
 
 class Piece(NamedTuple):
-    """Text of one weight; None stands for BREAK."""
+    """Text with one weight; text None is BREAK."""
 
     text: str | None
     weight: float
 
 
 def parse(prompt: str, words: Words) -> list[Piece]:
-    """Read the notation.
+    """Parse the notation.
 
-    Brackets nest and multiply; a bracket that is never closed holds to the end, one that was never opened is text, and
-    so is a bracket behind a backslash. Brackets inside a placeholder word are a part of it.
+    Brackets nest and multiply. An unclosed bracket reaches to the end; an unopened one is text, and so is a bracket
+    after a backslash. Brackets inside a placeholder word are part of the word.
 
     Args:
       words: placeholder words with their numbers of vectors.
@@ -97,10 +97,10 @@ def parse(prompt: str, words: Words) -> list[Piece]:
 
 
 def _symbols(prompt: str, words: Words) -> Iterator[re.Match[str] | str]:
-    """The notation's symbols between placeholder words, and the words as they are written."""
+    """Split into the notation's symbols and placeholder words; the words are not parsed."""
     end = 0
     for found in find_words(prompt, words):
-        # A match up to `endpos` looks no farther: what stands there is the end of the text for it.
+        # With `endpos` a match treats the start of the next word as the end of the text.
         yield from _NOTATION.finditer(prompt, end, found.start)
         yield prompt[found.start : found.end]
         end = found.end
@@ -108,7 +108,7 @@ def _symbols(prompt: str, words: Words) -> Iterator[re.Match[str] | str]:
 
 
 class Chunk(NamedTuple):
-    """Token ids of one pass through a text encoder, int32 [L], and what to multiply its output by, float32 [L]."""
+    """Token ids for one pass of a text encoder, int32 [L], and the weights of its output, float32 [L]."""
 
     ids: np.ndarray
     weights: np.ndarray
@@ -126,7 +126,7 @@ class _Chunker:
     chunks: list[tuple[list[int], list[float]]] = field(default_factory=list)
 
     def add(self, group: Sequence[int], weight: float) -> None:
-        """A token, or all rows of a word, which stay together."""
+        """Add a token, or all ids of a word, which stay in one chunk."""
         if len(self.ids) + len(group) > self.room:
             self.end(self._cut() if len(group) == 1 else None)
         self.ids += group
@@ -139,14 +139,14 @@ class _Chunker:
         return self.after_comma if near else None
 
     def end(self, cut: int | None = None) -> None:
-        """Close the chunk; what stands behind `cut` goes into the next."""
+        """Close the chunk; tokens after `cut` go into the next one."""
         cut = len(self.ids) if cut is None else cut
         self.chunks.append((self.ids[:cut], self.weights[:cut]))
         self.ids, self.weights, self.after_comma = self.ids[cut:], self.weights[cut:], None
 
 
 def chunks(tokenizer: CLIPTokenizer, prompt: str, words: Words, vocab_size: int, max_length: int) -> list[Chunk]:
-    """Cut a weighted prompt into chunks of `max_length` tokens: start, text, end, padding; one at least.
+    """Split a weighted prompt into at least one chunk of `max_length` tokens: start, text, end, padding.
 
     Args:
       words, vocab_size, max_length: as for `tokens.tokenize`.
@@ -180,7 +180,7 @@ def _padded(tokenizer: CLIPTokenizer, ids: list[int], weights: list[float], max_
 
 
 def stack(prompts: Sequence[Sequence[Chunk]], count: int, empty: Chunk) -> Chunk:
-    """Prompts of at most `count` chunks -> ids and weights [B, count, L]; short ones are filled up with `empty`."""
+    """Prompts of at most `count` chunks -> ids and weights [B, count, L]; shorter ones are padded with `empty`."""
     filled = [[*prompt, *[empty] * (count - len(prompt))] for prompt in prompts]
     return Chunk(
         np.stack([[chunk.ids for chunk in prompt] for prompt in filled]),
@@ -189,12 +189,12 @@ def stack(prompts: Sequence[Sequence[Chunk]], count: int, empty: Chunk) -> Chunk
 
 
 def plain(prompts: Mapping[str, Sequence[Sequence[Chunk]]]) -> bool:
-    """Whether prompts, by text encoder, are of one chunk each and without weights."""
+    """Whether all prompts (by text encoder) have one chunk and no weights."""
     return all(len(prompt) == 1 and (prompt[0].weights == 1.0).all() for each in prompts.values() for prompt in each)
 
 
 class Reader(NamedTuple):
-    """What prompts are cut for: a text encoder's tokenizer, rows of its token table, and tokens it reads at once."""
+    """A text encoder's tokenizer, number of rows of its token table, and maximum length in tokens."""
 
     tokenizer: CLIPTokenizer
     vocab_size: int
@@ -205,8 +205,8 @@ class Group(NamedTuple):
     """Prompts that can be drawn together.
 
     Attributes:
-      numbers: which of the prompts. ids: of them by text encoder, int32 [N, L] or `Chunk` of [N, K, L].
-      negative_ids: likewise, of their negative prompts; None if they have none.
+      numbers: indices of the prompts. ids: by text encoder, int32 [N, L] or `Chunk` of [N, K, L].
+      negative_ids: the same for their negative prompts; None if they have none.
     """
 
     numbers: list[int]
@@ -217,10 +217,10 @@ class Group(NamedTuple):
 def groups(
     readers: Mapping[str, Reader], prompts: Sequence[str], negatives: Sequence[str] | None, words: Words
 ) -> Iterator[Group]:
-    """Weighted prompts as ids, by text encoder, in as many groups as there are lengths in chunks.
+    """Weighted prompts as ids by text encoder, grouped by their number of chunks.
 
-    So padding after a short prompt never depends on the length of another. Prompts of one chunk without weights are a
-    group of their own, of plain ids: a picture does not depend on which others are drawn in the call.
+    So the padding of a short prompt never depends on the length of another. Prompts of one chunk without weights are a
+    separate group with plain ids. So a picture does not depend on which others are drawn in the same call.
 
     Raises:
       InputError: a word with more vectors than a chunk has room for.
@@ -231,7 +231,7 @@ def groups(
         for name, reader in readers.items()
     }
     pairs = [(number,) if negatives is None else (number, len(prompts) + number) for number in range(len(prompts))]
-    # 0 chunks stand for plain ids.
+    # 0 chunks mean plain ids.
     lengths = []
     for pair in pairs:
         of_pair = {name: [each[number] for number in pair] for name, each in cut.items()}

@@ -9,8 +9,8 @@ from ti_jax.errors import InputError
 
 PLACEHOLDER = "{}"
 
-# Many framings of one thing, so that what all pictures share goes into the word and what differs does not. They speak
-# of the picture (its light, distance, place, medium) and hardly of the thing, whose properties the word is to learn.
+# Many framings of one thing, so that the word learns what all pictures share and not what differs. They describe the
+# picture (light, distance, place, medium) and hardly the thing itself, whose properties the word is to learn.
 OBJECT_TEMPLATES = (
     "a picture of {}",
     "a photograph of {}",
@@ -69,17 +69,17 @@ TEMPLATES = {"object": OBJECT_TEMPLATES, "style": STYLE_TEMPLATES}
 
 
 def load_templates(learnable_property: str, templates_file: str | Path | None = None) -> list[str]:
-    """The templates of a run, ``{}`` where the new word goes (`ti_jax.words.fill` puts it in; other braces are text).
+    """The templates of a run, with ``{}`` for the new word (`ti_jax.words.fill` replaces it; other braces are text).
 
     Args:
-      learnable_property: "object" or "style", which chooses one of our own lists: as many sentences as diffusers'
-        ``textual_inversion.py`` has for either, in other words.
-      templates_file: a text file that replaces the list: UTF-8, one template a line; blank lines and lines that begin
+      learnable_property: "object" or "style" selects one of our lists. Each has as many sentences as that of diffusers'
+        ``textual_inversion.py``, with other wording.
+      templates_file: a text file that replaces the list: UTF-8, one template per line; blank lines and lines that start
         with # are skipped.
 
     Raises:
       InputError: an unknown property; a file that cannot be read, is not UTF-8, or holds no template; a line without
-        ``{}`` (named by its number), from which the word would not learn anything.
+        ``{}`` (given by its number), from which the word could not learn.
     """
     if templates_file is not None:
         return _read_templates(Path(templates_file))
@@ -96,12 +96,12 @@ def _read_templates(path: Path) -> list[str]:
     except OSError as error:
         raise InputError(f"templates {path}: cannot be read ({error.strerror}); give a text file") from error
     try:
-        text = content.decode("utf-8-sig")  # Windows editors put a mark in front
+        text = content.decode("utf-8-sig")  # Windows editors write a byte order mark
     except UnicodeDecodeError as error:
         number = content.count(b"\n", 0, error.start) + 1
         raise InputError(f"templates {path}, line {number}: not UTF-8 text; save the file as UTF-8") from error
     templates = []
-    # Not splitlines, which also splits at characters that may stand inside a sentence.
+    # Not splitlines, which also splits at characters that may be inside a sentence.
     for number, line in enumerate(re.split(r"\r\n|\n|\r", text), start=1):
         template = line.strip()
         if not template or template.startswith("#"):

@@ -1,4 +1,4 @@
-"""A model's tokenizers, and its text encoders alone: what prompts and words need, without the gigabytes of its UNet."""
+"""A model's tokenizers and text encoders: enough for prompts and words, without loading the UNet."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ti_jax.words import fill
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
-BATCH = 8  # prompts encoded at once; a fixed number, so that one program serves all
+BATCH = 8  # prompts encoded at once; a fixed number, so that it compiles once
 
 
 @partial(jax.jit, static_argnums=0)
@@ -38,7 +38,7 @@ def _encode(module: CLIPTextModel, params: Any, ids: jax.Array, rows: jax.Array)
 
 @dataclass(frozen=True)
 class PromptTokenizers:
-    """Tokenizers and sizes of a model's text encoders: prompts are checked with them before any weights are read.
+    """Tokenizers and sizes of a model's text encoders, to check prompts before any weights are read.
 
     Attributes:
       modules, tokenizers: by text encoder: "text_encoder", and for SDXL "text_encoder_2".
@@ -49,17 +49,17 @@ class PromptTokenizers:
 
     @property
     def vocab_sizes(self) -> dict[str, int]:
-        """Rows of each text encoder's frozen token table; ids from there on are trained rows."""
+        """Number of rows of each text encoder's frozen token table; ids from there on are trained rows."""
         return {name: module.config.vocab_size for name, module in self.modules.items()}
 
     @property
     def embedding_dims(self) -> dict[str, int]:
-        """Length of a token embedding, by text encoder."""
+        """Token-embedding width, by text encoder."""
         return {name: module.config.hidden_size for name, module in self.modules.items()}
 
     @property
     def max_lengths(self) -> dict[str, int]:
-        """Tokens that each text encoder reads at once, start and end among them."""
+        """Maximum length in tokens by text encoder, including start and end."""
         return {
             name: min(module.config.max_position_embeddings, self.tokenizers[name].model_max_length)
             for name, module in self.modules.items()
@@ -69,7 +69,7 @@ class PromptTokenizers:
         """Token ids int32 [B, L] for each text encoder; ``words`` are placeholders with their numbers of vectors.
 
         Raises:
-          InputError: a prompt is longer than the text encoder reads.
+          InputError: a prompt is longer than the text encoder's maximum.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         return {
@@ -80,7 +80,7 @@ class PromptTokenizers:
         }
 
     def readers(self) -> dict[str, prompt_weights.Reader]:
-        """What `prompt_weights` needs of each text encoder."""
+        """Tokenizer and sizes of each text encoder, for `prompt_weights`."""
         return {
             name: prompt_weights.Reader(tokenizer, self.vocab_sizes[name], self.max_lengths[name])
             for name, tokenizer in self.tokenizers.items()
@@ -93,10 +93,10 @@ class PromptTokenizers:
         words: Mapping[str, int],
         weighted: bool,
     ) -> Iterator[prompt_weights.Group]:
-        """Prompts as ids, in groups that can be drawn together; all in one group unless they are ``weighted``.
+        """Prompts as ids, in groups that can be drawn together: a single group unless ``weighted``.
 
         Raises:
-          InputError: a prompt that is too long, or with weights a word that is.
+          InputError: a prompt is too long, or with ``weighted`` a word is.
         """
         if weighted:
             yield from prompt_weights.groups(self.readers(), prompts, negatives, words)
@@ -107,7 +107,7 @@ class PromptTokenizers:
     def without(
         self, token: str, prompts: Sequence[str], words: Mapping[str, int], weighted: bool = False
     ) -> list[str]:
-        """Prompts in which not all vectors of ``token``, one of ``words``, are left once they are tokenized.
+        """Prompts that, once tokenized, lack some vectors of ``token``, which is one of ``words``.
 
         Raises:
           InputError: as `groups`.
@@ -129,8 +129,8 @@ class TextEncoders(PromptTokenizers):
     """The text encoders of one Stable Diffusion with their tokenizers.
 
     Attributes:
-      params: by text encoder, as its module and its tokenizer.
-      name: what the user called the model, or "mini-sd" for the embedded default.
+      params: parameter tree by text encoder.
+      name: the model as the user gave it, or "mini-sd" for the embedded default.
     """
 
     params: Mapping[str, Any]
@@ -143,7 +143,7 @@ class TextEncoders(PromptTokenizers):
         """Read them from a diffusers folder, hub repository or single file; ``None`` is the embedded default.
 
         Raises:
-          InputError: as `StableDiffusion.from_pretrained`, of the text encoders.
+          InputError: as `StableDiffusion.from_pretrained`, for the text encoders.
         """
         path = resolve(path_or_hub_id, revision, variant)
         with open_source(path, variant, text_only=True) as source:
@@ -173,7 +173,7 @@ class TextEncoders(PromptTokenizers):
             if not token.endswith("</w>") or number >= len(table):
                 continue
             word = str(tokenizer.decode([number])).strip()
-            if word.isprintable() and word and "\ufffd" not in word:  # else a byte that is no character by itself
+            if word.isprintable() and word and "\ufffd" not in word:  # else a byte that is not a character
                 words.append(word)
                 numbers.append(number)
         usual = float(np.median(np.linalg.norm(table, axis=1)))
@@ -182,15 +182,15 @@ class TextEncoders(PromptTokenizers):
     def end_states(
         self, prompt: str, embedding: Embedding, selections: Sequence[Sequence[int]]
     ) -> dict[str, np.ndarray]:
-        """What the text encoders make of a prompt with a word of which only some vectors are there.
+        """Encode a prompt with only some of a word's vectors, for several selections of them.
 
         Args:
-          prompt: holds the word, or ``{}`` in its place.
-          selections: for each result, the numbers of the vectors that are there.
+          prompt: contains the word, or ``{}`` for it.
+          selections: for each result, the indices of the vectors to keep.
 
         Returns:
-          By text encoder, float32 [B, D]: the state that the UNet is given at the end-of-text token (the last one for
-          SD1.x and SD2.x; the penultimate ones for SDXL).
+          By text encoder, float32 [B, D]: the hidden state that is passed to the UNet, at the end-of-text token (of the
+          last layer for SD1.x and SD2.x, of the penultimate one for SDXL).
 
         Raises:
           InputError: the word does not fit the model, is not in the prompt, or makes it too long.
@@ -217,7 +217,7 @@ class TextEncoders(PromptTokenizers):
         return states
 
     def _hidden(self, name: str, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Ids int32 [B, L] and rows [n, D] -> states that the UNet is given, float32 [B, L, D]."""
+        """Ids int32 [B, L] and rows [n, D] -> hidden states that are passed to the UNet, float32 [B, L, D]."""
 
         def encode(batch: np.ndarray) -> jax.Array:
             output = _encode(self.modules[name], self.params[name], jnp.asarray(batch), jnp.asarray(rows))

@@ -1,9 +1,9 @@
-"""Placeholder words: from prompts to token ids, and the rows that stand behind the new ids.
+"""Placeholder words: prompts to token ids, and the embedding rows of the new ids.
 
-A new word takes ids past the end of the frozen token table: id ``vocab_size + r`` is row ``r`` of the trained rows. The
-tokenizer itself is never changed. A prompt is cut at its placeholder words *before* it is tokenized, and each word
-becomes its ids, so that no string of an expanded word ever passes through byte-pair encoding, and words that contain
-each other cannot be confused.
+New words get ids beyond the frozen token table: id ``vocab_size + r`` is row ``r`` of the trained rows. The tokenizer
+itself is never changed. A prompt is split at its placeholder words *before* it is tokenized, and each word is replaced
+by its ids. So placeholder words never pass through byte-pair encoding, and words that contain each other cannot be
+confused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def check_new_word(tokenizer: CLIPTokenizer, word: str) -> None:
-    """Raise `InputError` unless ``word`` can be a placeholder: not empty, without spaces, not known already."""
+    """Raise `InputError` unless ``word`` can be a placeholder: not empty, no spaces, not in the vocabulary."""
     check_token(word)
     if is_known(tokenizer, word):
         raise InputError(
@@ -35,7 +35,7 @@ def check_new_word(tokenizer: CLIPTokenizer, word: str) -> None:
 
 
 def is_known(tokenizer: CLIPTokenizer, word: str) -> bool:
-    """Whether ``word`` is one token of the tokenizer's own."""
+    """Whether ``word`` is a single token of the tokenizer's own vocabulary."""
     vocabulary = tokenizer.get_vocab()
     return word in vocabulary or fold(word) + "</w>" in vocabulary
 
@@ -44,8 +44,8 @@ def initializer_ids(tokenizer: CLIPTokenizer, initializer: str) -> list[int]:
     """Token ids of the words in ``initializer``, each of which must be one token of the vocabulary.
 
     Raises:
-      InputError: no word given, or a word that the tokenizer would break into pieces (a row that starts from a piece of
-        a word starts from no meaning at all); names the nearest known words.
+      InputError: no word, or a word that the tokenizer splits into several tokens (a piece of a word is a meaningless
+        start); the message has the nearest known words.
     """
     ids: list[int] = []
     for word in initializer.split():
@@ -65,10 +65,10 @@ def initializer_ids(tokenizer: CLIPTokenizer, initializer: str) -> list[int]:
 
 
 def initial_rows(table: np.ndarray, ids: Sequence[int], num_vectors: int) -> np.ndarray:
-    """Start values of ``num_vectors`` rows from the initializer's tokens: float32 [num_vectors, D].
+    """Initial values of ``num_vectors`` rows from the initializer's tokens: float32 [num_vectors, D].
 
-    With as many tokens as vectors each row takes one; more vectors than tokens take them in turn; fewer vectors take
-    the means of contiguous groups of tokens, so that no word of the initializer is lost.
+    With as many tokens as vectors, each row gets one. More vectors than tokens: the tokens are repeated in turn. Fewer:
+    each row is the mean of a contiguous group of tokens, so that no word of the initializer is lost.
     """
     rows = np.asarray(table[np.asarray(ids)], np.float32)
     if num_vectors >= len(ids):
@@ -77,10 +77,10 @@ def initial_rows(table: np.ndarray, ids: Sequence[int], num_vectors: int) -> np.
 
 
 def combine(embeddings: Sequence[Embedding]) -> tuple[dict[str, int], dict[str, np.ndarray]]:
-    """Words with their numbers of vectors, and their rows stacked in that order, from several learned embeddings.
+    """Several learned embeddings -> words with their numbers of vectors, and the rows stacked in that order.
 
     Returns:
-      ``({"<cat>": 2, "<dog>": 1}, {"text_encoder": float32 [3, D], ...})``: what `tokenize` and the text encoders take.
+      ``({"<cat>": 2, "<dog>": 1}, {"text_encoder": float32 [3, D], ...})``: inputs of `tokenize` and the text encoders.
 
     Raises:
       InputError: two embeddings have the same word.
@@ -104,7 +104,7 @@ def prompt_ids(tokenizer: CLIPTokenizer, prompt: str, words: Words, vocab_size: 
 
 
 def token_groups(tokenizer: CLIPTokenizer, prompt: str, words: Words, vocab_size: int) -> list[list[int]]:
-    """`prompt_ids` in groups that belong together: all rows of a word; any other token is a group by itself."""
+    """`prompt_ids` in groups: all ids of a placeholder word are one group, any other token is a group by itself."""
     first_row, offset = {}, 0
     for word, count in words.items():
         first_row[word] = vocab_size + offset
@@ -129,10 +129,10 @@ def tokenize(
 
     Args:
       words: placeholder word -> its number of vectors, in the order of the rows.
-      vocab_size: rows of the frozen token table; row r of the new rows has id ``vocab_size + r``.
+      vocab_size: number of rows of the frozen token table; row r of the new rows has id ``vocab_size + r``.
 
     Raises:
-      InputError: a prompt does not fit. It would be cut, and with it perhaps the new word, and nobody would be told.
+      InputError: a prompt is too long. Truncating it silently could remove the new word.
     """
     batch = np.full((len(prompts), max_length), tokenizer.pad_token_id, np.int32)
     for row, prompt in enumerate(prompts):

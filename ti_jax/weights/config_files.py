@@ -11,7 +11,7 @@ from ti_jax.errors import InputError
 
 MODEL_INDEX = "model_index.json"
 
-# Pipeline class -> the components that it must have; what else it has (safety checker) does not take part.
+# Pipeline class -> its required components. Others (the safety checker) are not read.
 STABLE_DIFFUSION = ("text_encoder", "tokenizer", "unet", "vae", "scheduler")
 PIPELINES = {
     "StableDiffusionPipeline": STABLE_DIFFUSION,
@@ -27,23 +27,23 @@ def config_name(component: str | None) -> str:
 
 
 def read_component_config(folder: Path, component: str | None) -> dict[str, Any]:
-    """Configuration of one component of a diffusers folder (``scheduler``, ``unet``, ...), or its ``model_index.json``.
+    """Configuration of one component of a diffusers folder (``scheduler``, ``unet``, ...); None: ``model_index.json``.
 
     Raises:
-      InputError: the file is not there, cannot be read, or holds no JSON object.
+      InputError: the file is missing, cannot be read, or is not a JSON object.
     """
     return read_json(Path(folder) / config_name(component))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """JSON object in the file at `path`; InputError if that is not what it holds."""
+    """The JSON object in the file at `path`; InputError if it is missing or holds anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; a diffusers model has its configuration there") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:  # of JSON, and of bytes that are no text
+    except ValueError as error:  # not JSON, or not UTF-8
         raise InputError(f"{path}: not a JSON file ({error}); download it again") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a JSON object, found a {type(content).__name__}; download it again")
@@ -58,7 +58,7 @@ def pipeline_components(index: Mapping[str, Any], where: object) -> tuple[str, .
     """
     pipeline = index.get("_class_name")
     if isinstance(pipeline, list) and len(pipeline) == 2:
-        # Of a pipeline with code of its own diffusers saves the module's name too: ["pipeline_custom", class].
+        # For a pipeline with custom code, diffusers saves [module, class].
         pipeline = pipeline[1]
     if not isinstance(pipeline, str) or pipeline not in PIPELINES:
         raise InputError(f"{where}: a {pipeline}, which ti_jax does not read; it reads {' and '.join(PIPELINES)}")

@@ -1,4 +1,4 @@
-"""Which family a single-file checkpoint is of, by its tensors, and what the family's models have in common."""
+"""The family of a single-file checkpoint, identified by its tensors, and what all models of a family share."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class TextEncoder:
     Attributes:
       name: of the component: ``text_encoder`` or ``text_encoder_2``.
       prefix: of its tensors in the file.
-      layout: whose names follow the prefix.
-      pad_token: what its tokenizer fills a prompt up with.
+      layout: naming scheme of its tensors after the prefix.
+      pad_token: padding token of its tokenizer.
       with_projection: the pooled state is projected.
-      layers_unused: the published model ends this many layers before the file's last one.
+      layers_unused: number of last layers in the file that the published model does not use.
     """
 
     name: str
@@ -40,16 +40,16 @@ class TextEncoder:
 
 @dataclass(frozen=True)
 class Family:
-    """What all models of a family have in common, as far as their tensors cannot tell.
+    """What all models of a family share and their tensors do not show.
 
     Attributes:
-      name: as people call it.
-      head_channels: channels of an attention head of the UNet; None: there are 8 heads, however wide.
+      name: for messages.
+      head_channels: channels of an attention head of the UNet; None: always 8 heads.
       scaling_factor: of the VAE.
       scheduler: ``scheduler_config.json`` as the original model was published with.
       prediction_type: what the UNet predicts; None: models of both kinds are published.
-      sample_size: side of the latents it was trained on, by prediction type.
-      zeros_for_empty_prompt: guidance starts from zeros.
+      sample_size: side of the latents that it was trained on, by prediction type.
+      zeros_for_empty_prompt: without a negative prompt, guidance uses zeros (``force_zeros_for_empty_prompt``).
     """
 
     name: str
@@ -110,11 +110,11 @@ SDXL = Family(
     zeros_for_empty_prompt=True,
 )
 
-# Number of channels that a UNet takes where a text-to-image model takes 4 -> what it is.
+# UNet input channels (4 for a text-to-image model) -> kind of model.
 OTHER_INPUTS = {5: "a depth-to-image model", 7: "an upscaler", 8: "an image-editing model", 9: "an inpainting model"}
 
-# What else is published as a .safetensors or .ckpt file: words of which any shows it, where in a tensor's name it
-# stands, and what it is.
+# Other kinds of .safetensors and .ckpt files: substrings of tensor names, any of which identifies the kind; where in
+# the name they occur; and what to say.
 _OTHER_KINDS: tuple[tuple[tuple[str, ...], Literal["start", "anywhere"], str], ...] = (
     (
         ("lora_", "lycoris_", ".hada_w", ".lokr_w", ".oft_blocks"),

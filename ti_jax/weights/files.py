@@ -1,4 +1,4 @@
-"""The weight files of one component: which of the published layouts a folder has, and their tensors one by one."""
+"""The weight files of one component: find them in any published layout, and read their tensors one by one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from ti_jax.errors import InputError, listed, one_line
 
-# Format -> base names: diffusers' for unet and vae, transformers' for text encoders.
+# Format -> base file names: diffusers' for unet and vae, transformers' for text encoders.
 BASE_NAMES = {"safetensors": ("diffusion_pytorch_model", "model"), "bin": ("diffusion_pytorch_model", "pytorch_model")}
 
 GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -29,7 +29,7 @@ VARIANT = r"(?:\.((?!index\.)[^.]+?(?<!-of-\d{5})))?"  # shards are not variants
 
 LARGE = 1 << 16  # bytes
 
-# safetensors' names of the dtypes that are read.
+# The dtypes that are read, by their safetensors names.
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -44,7 +44,7 @@ def file_names(base: str, extension: str, variant: str | None) -> tuple[tuple[st
         return (f"{base}.{extension}",), (f"{base}.{extension}.index.json",)
     return (
         (f"{base}.{variant}.{extension}",),
-        # As transformers, as diffusers and as earlier diffusers name it.
+        # The names of transformers, of diffusers and of earlier diffusers.
         (
             f"{base}.{extension}.index.{variant}.json",
             f"{base}.{variant}.{extension}.index.json",
@@ -54,7 +54,7 @@ def file_names(base: str, extension: str, variant: str | None) -> tuple[tuple[st
 
 
 def variants_in(names: list[str]) -> list[str | None]:
-    """Variants that a list of file names has weights of; None is the plain one."""
+    """Variants for which a list of file names has weights; None is the plain one."""
     found: set[str | None] = set()
     for extension, bases in BASE_NAMES.items():
         for base in bases:
@@ -69,7 +69,7 @@ def variants_in(names: list[str]) -> list[str | None]:
 def select_files(names: list[str], variant: str | None) -> tuple[str, bool] | None:
     """The file among `names` to read weights of `variant` from, and whether it is an index of shards.
 
-    safetensors goes before pickles, a single file before shards. None if there is no such file.
+    safetensors is preferred to pickles, a single file to shards. None if there is no such file.
     """
     for extension, bases in BASE_NAMES.items():
         for base in bases:
@@ -82,7 +82,7 @@ def select_files(names: list[str], variant: str | None) -> tuple[str, bool] | No
 
 
 def choose_file(names: list[str], variant: str | None, where: object) -> tuple[str, bool]:
-    """As `select_files`, but raises InputError if there is no such file, and lists the variants that are there."""
+    """As `select_files`, but raises InputError, which lists the available variants, if there is no such file."""
     selected = select_files(names, variant)
     if selected is not None:
         return selected
@@ -99,11 +99,11 @@ def choose_file(names: list[str], variant: str | None, where: object) -> tuple[s
 
 
 def weight_files(folder: Path, variant: str | None) -> list[Path]:
-    """Files with the weights of the component in `folder`: one, or the shards that an index names.
+    """Files with the weights of the component in `folder`: one file, or the shards listed in an index.
 
     Raises:
-      InputError: no such folder, no weights, no weights of this variant, or an index that is broken or names shards
-        that are not there.
+      InputError: no such folder, no weights, no weights of this variant, or an index that is broken or lists shards
+        that are missing.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; a diffusers model has its weights there")
@@ -112,7 +112,7 @@ def weight_files(folder: Path, variant: str | None) -> list[Path]:
 
 
 def shards(index: Path) -> list[Path]:
-    """Files that an ``.index.json`` names, each checked to be there."""
+    """Files listed in an ``.index.json``; each is checked to exist."""
     refuse_git_lfs_pointer(index)
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -130,16 +130,16 @@ def shards(index: Path) -> list[Path]:
 
 
 class Tensors:
-    """Tensors of one weight file: `shapes` and `dtypes` at once, the numbers one tensor at a time."""
+    """Tensors of one weight file: `shapes` and `dtypes` of all, values one tensor at a time."""
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, np.dtype | str]
-    """A dtype that is read, or the name of one that is not."""
+    """A supported dtype, or the name of one that is not supported."""
     metadata: Mapping[str, str] = {}
-    """What the file says beside its tensors."""
+    """Metadata of the file's header."""
 
     def label(self, name: str) -> str:
-        """What a message calls a tensor."""
+        """The tensor's name in messages."""
         return name
 
     def read(self, name: str) -> np.ndarray:
@@ -148,10 +148,10 @@ class Tensors:
 
 
 class SafetensorsFile(Tensors):
-    """A safetensors file that `safe_open` has found to be whole.
+    """A safetensors file that `safe_open` has validated.
 
-    The numbers are read past that library: what it reads through its memory map stays resident until the file is
-    closed, and its other way of reading keeps the last tensor.
+    Values are read without that library: pages of its memory map stay resident until the file is closed, and its other
+    reader keeps the last tensor.
     """
 
     def __init__(self, path: Path, file: io.BufferedReader) -> None:
@@ -188,9 +188,9 @@ class PickleFile(Tensors):
         """One tensor, in memory of its own."""
         import torch
 
-        # Dropped from the state dict: where the file could not be mapped, it holds the tensors in memory.
+        # Popped, to free its memory: if the file could not be memory-mapped, the state dict holds all tensors.
         stored = self._state_dict.pop(name).detach()
-        # A few stored numbers can be declared a tensor of any size (stride 0), which would fill the memory.
+        # With stride 0, a few stored numbers can pretend to be a tensor of any size and fill the memory.
         if stored.numel() * stored.itemsize > stored.untyped_storage().nbytes():
             raise InputError(f"{self._path}: {name} has more numbers than the file; get it as .safetensors")
         if stored.dtype == torch.bfloat16:  # which PyTorch cannot hand to NumPy
@@ -203,10 +203,10 @@ class PickleFile(Tensors):
 
 
 def page_aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Array like `np.empty`'s, in pages of its own where it is large.
+    """As `np.empty`, but a large array gets its own memory pages (mmap).
 
-    The C library would keep freed memory of large tensors for later, tens of megabytes here and there; pages go back to
-    the system. And JAX on the CPU takes an aligned array as it is, where it would copy another.
+    Freed pages go back to the system at once; malloc would keep tens of megabytes of freed tensors. They are also
+    aligned, so that JAX on CPU aliases the array instead of copying it.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if size < LARGE:
@@ -243,15 +243,15 @@ def open_safetensors(path: Path) -> Iterator[SafetensorsFile]:
 
 
 def safe_classes(torch: Any, classes: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
-    """``torch.serialization.safe_globals`` that leaves what the caller had allowed: PyTorch's own takes that away."""
+    """``torch.serialization.safe_globals`` that keeps the caller's own globals; PyTorch's removes them on exit."""
     allowed = torch.serialization.get_safe_globals()
     return torch.serialization.safe_globals([each for each in classes if each not in allowed])
 
 
 def load_pickle(path: Path, stand_ins: Sequence[Any] = ()) -> Any:
-    """Contents of a PyTorch pickle; its tensors are mapped from the file where its format allows.
+    """Contents of a PyTorch pickle; its tensors are memory-mapped if the format allows.
 
-    `stand_ins` are the classes beside PyTorch's that it may name, as `torch.serialization.safe_globals` takes them.
+    `stand_ins` are further classes that it may contain, in the form that `torch.serialization.safe_globals` takes.
     """
     try:
         import torch
@@ -262,15 +262,15 @@ def load_pickle(path: Path, stand_ins: Sequence[Any] = ()) -> Any:
         ) from error
     try:
         with warnings.catch_warnings(), safe_classes(torch, stand_ins):
-            # Of pickles that PyTorch did not write; if it cannot read one, an error says so.
+            # Warnings about pickles that PyTorch did not write; if it cannot read one, an error follows.
             warnings.simplefilter("ignore", UserWarning)
-            # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
+            # Files from before PyTorch 1.6 are no zip archives and cannot be memory-mapped.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip(path))
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{path}: refused, it is broken or holds more than tensors ({one_line(error)}); get it as .safetensors"
         ) from error
-    except Exception as error:  # a file cut short fails wherever the unpickler was just then, with IndexError and all
+    except Exception as error:  # a truncated file can raise anything, IndexError too
         raise InputError(f"{path}: not a complete PyTorch file ({one_line(error)}); download it again") from error
 
 

@@ -1,4 +1,4 @@
-"""Where a model is: the embedded default, a folder, or a repository of the Hugging Face Hub brought to a folder."""
+"""Find a model: the embedded default, a folder or file, or a Hugging Face Hub repository, which is downloaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ti_jax.weights.tokenizers import TOKENIZER_FILES
 
 logger = logging.getLogger(__name__)
 
-# No repository is called so; a name like this is that of a file, and the hub need not be asked for it.
+# No repository has such a name; it is the name of a file, and the hub is not asked.
 CHECKPOINT_SUFFIXES = (".safetensors", ".ckpt")
 
 EMBEDDED_DEFAULT = ASSETS / "mini-sd"
@@ -28,9 +28,9 @@ def resolve(
 ) -> Path:
     """Local diffusers folder or single-file checkpoint of a model, downloaded first if it is on the Hugging Face Hub.
 
-    Of a hub repository only what ti_jax reads comes down: the components' configurations, tokenizers, and one set of
-    weight files, safetensors if there are any. It stays in the hub's cache, and is used from there where the hub cannot
-    be asked (``HF_HUB_OFFLINE=1``, no network, a proxy or a login page in between).
+    Only what ti_jax reads is downloaded from a repository: the components' configurations, tokenizers, and one set of
+    weight files, preferably safetensors. It stays in the hub's cache, and is read from there if the hub cannot be
+    reached (``HF_HUB_OFFLINE=1``, no network, a proxy or a login page in between).
 
     Args:
       path_or_hub_id: a folder or a file; else a hub id (``stable-diffusion-v1-5/stable-diffusion-v1-5``); None: the
@@ -40,7 +40,7 @@ def resolve(
       token: for the hub. None: HF_TOKEN, or the one that ``hf auth login`` has stored.
 
     Raises:
-      InputError: nothing there, no access, no network and nothing in the cache, or another kind of model.
+      InputError: not found, no access, no network and no copy in the cache, or another kind of model.
     """
     if path_or_hub_id is None:
         return EMBEDDED_DEFAULT
@@ -66,11 +66,11 @@ def resolve(
 
 
 class HubError(Exception):
-    """The hub, or its client on this machine, did not give what was asked for; the cause says why."""
+    """The hub, or its client on this machine, failed; the ``__cause__`` says why."""
 
 
 class Fault(NamedTuple):
-    """What is wrong with the hub, in words, and what to do; `answered`: it is the hub itself that says so."""
+    """What is wrong with the hub and what to do; `answered`: the hub itself replied so."""
 
     what: str
     remedy: str
@@ -83,7 +83,7 @@ LOG_IN = "log in with  hf auth login  (or set HF_TOKEN; train.py also takes --hu
 def download(repo_id: str, revision: str | None, variant: str | None, token: str | None) -> Path:
     """Snapshot of a hub repository in the hub's cache; see `resolve`.
 
-    Whatever is wrong with the hub, a complete copy in the cache is used, and a warning says so.
+    If the hub fails in any way and the cache has a complete copy, that is used, with a warning.
     """
     from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RevisionNotFoundError
 
@@ -104,36 +104,36 @@ def download(repo_id: str, revision: str | None, variant: str | None, token: str
             absent = "" if fault.answered else "no such folder, not in the hub's cache either, and "
             raise InputError(f"{where}: {absent}{fault.what}; {fault.remedy}") from error
         folder = cached(repo_id, revision, variant, where, fault)
-        if not isinstance(error, OfflineModeIsEnabled):  # which the user has asked for
+        if not isinstance(error, OfflineModeIsEnabled):  # offline mode is the user's choice
             logger.warning("%s: %s; going on with the copy in the cache", where, fault.what)
         return folder
 
 
 def from_hub(repo_id: str, revision: str | None, variant: str | None, token: str | None, where: str) -> Path:
-    """As `download`, from the hub alone: HubError if it does not answer, InputError if it has no model of ours."""
+    """As `download`, without the cache: HubError if the hub fails, InputError if it has no model that we read."""
     from huggingface_hub import HfApi, constants, snapshot_download
 
     def ask(function: Callable[..., Any], **arguments: Any) -> Any:
         try:
             return function(repo_id, revision=revision, token=token, **arguments)
-        # Far more than HTTP errors: ImportError of a proxy without its package, KeyError of JSON that is something
-        # else, invalid URLs. None is a fault of ours: the arguments are an id and names of files.
+        # More than HTTP errors: ImportError of a SOCKS proxy without its package, KeyError of unexpected JSON, invalid
+        # URLs. None is a bug of ours: the arguments are an id and names of files.
         except Exception as error:
             raise HubError from error
 
-    # Not list_repo_files: without network that one tries for half a minute. And by itself this one waits for ever.
+    # Not list_repo_files, which retries for half a minute without network. This one has no timeout by default.
     info = ask(HfApi().model_info, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     names = [file.rfilename for file in info.siblings or ()]
     if MODEL_INDEX not in names:
         raise InputError(f"{where}: no {MODEL_INDEX} on the hub, so not a diffusers model; give the id of one")
-    # Alone at first, because it says whether the gigabytes after it are of any use.
+    # First, because it decides whether the gigabytes of weights are of any use.
     index = Path(ask(snapshot_download, allow_patterns=[MODEL_INDEX])) / MODEL_INDEX
     components = pipeline_components(read_json(index), where)
     return Path(ask(snapshot_download, allow_patterns=wanted(names, components, variant, where)))
 
 
 def describe(error: BaseException, repo_id: str) -> Fault:
-    """What went wrong with the hub, from what its client raised."""
+    """Classify an exception of the hub's client."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         FileMetadataError,
@@ -174,7 +174,7 @@ def describe(error: BaseException, repo_id: str) -> Fault:
 
 
 def wanted(names: list[str], components: tuple[str, ...], variant: str | None, where: str) -> list[str]:
-    """Which files of a repository to download, out of the `names` that it has.
+    """Files to download out of all `names` in a repository.
 
     Raises:
       InputError: a component without weights, or without weights of this variant.
@@ -196,14 +196,14 @@ def wanted(names: list[str], components: tuple[str, ...], variant: str | None, w
 
 
 def is_shard(name: str, index: str, variant: str | None) -> bool:
-    """Whether a file can be one of the shards of `index`, to judge by its name (the variant stands before or after)."""
+    """Whether a file name can be a shard of `index` (the variant is before or after the shard number)."""
     extension = "safetensors" if ".safetensors" in index else "bin"
     base, word = index.split(".")[0], "" if variant is None else re.escape(f".{variant}")
     return re.fullmatch(rf"{base}({word}-\d+-of-\d+|-\d+-of-\d+{word})\.{extension}", name) is not None
 
 
 def is_cached(repo_id: str, revision: str | None) -> bool:
-    """Whether the hub's cache has anything of a repository at this revision."""
+    """Whether the hub's cache has any file of a repository at this revision."""
     from huggingface_hub import try_to_load_from_cache
 
     return isinstance(try_to_load_from_cache(repo_id, MODEL_INDEX, revision=revision), str)

@@ -1,7 +1,7 @@
-"""The configuration of each component of a single-file checkpoint, from the shapes of its tensors.
+"""Derive the configuration of each component of a single-file checkpoint from the shapes of its tensors.
 
-What comes out are the contents of the ``config.json`` files that a diffusers folder of the same model has. Sizes are
-counted from the tensors; what they cannot tell, such as the number of attention heads, is the family's (see `Family`).
+The results are the contents of the ``config.json`` files in a diffusers folder of the same model. Sizes come from the
+tensors; what these do not show, such as the number of attention heads, comes from the family (see `Family`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from ti_jax.errors import InputError, listed
 from ti_jax.weights.families import SDXL, UNET, VAE, Family, Shapes, TextEncoder
 
-# Far beyond any Stable Diffusion. A damaged header may name a million layers, and a tensor of no numbers any size.
+# Far more than any Stable Diffusion has. A damaged header may list a million layers, or an empty tensor of any size.
 MAX_LAYERS = 200
 MAX_SIZE = 1 << 20
 
@@ -20,14 +20,14 @@ CLIP_HEAD_CHANNELS = 64  # of every text encoder of the three families
 NUM_TIME_IDS = 6  # of SDXL: original size, crop, target size
 
 END_OF_TEXT_ID = 49407
-"""Of the tokenizer that comes with the package."""
+"""End token id of the tokenizer that comes with the package."""
 
 
 def text_encoder_config(shapes: Shapes, encoder: TextEncoder) -> dict[str, Any]:
     """``config.json`` of one text encoder.
 
     Raises:
-      InputError: a tensor that tells a size is missing or misshapen; names it.
+      InputError: a tensor that determines a size is missing or has the wrong rank; names it.
     """
     prefix = encoder.prefix
     if encoder.layout == "open_clip":
@@ -59,16 +59,16 @@ def text_encoder_config(shapes: Shapes, encoder: TextEncoder) -> dict[str, Any]:
 
 
 def layers_unused(encoder: TextEncoder, num_layers: int) -> int:
-    """How many of the file's last layers the published model leaves away.
+    """Number of the file's last layers that the published model does not use.
 
-    Stable Diffusion 2 was trained on what the 23rd of OpenCLIP's 24 layers gives. Most files have the last one all the
-    same; one with 23 has been cut already.
+    Stable Diffusion 2 was trained on the output of the 23rd of OpenCLIP's 24 layers. Most files have the last layer all
+    the same; a file with 23 has been cut already.
     """
     return 0 if num_layers == 23 else encoder.layers_unused
 
 
 def unet_config(shapes: Shapes, family: Family, prediction_type: str) -> dict[str, Any]:
-    """``config.json`` of the UNet. Errors as `text_encoder_config`."""
+    """``config.json`` of the UNet. Raises as `text_encoder_config`."""
     channels, num_layers, depths = _down_levels(shapes)
     heads: int | list[int] = 8
     if family.head_channels is not None:
@@ -87,7 +87,7 @@ def unet_config(shapes: Shapes, family: Family, prediction_type: str) -> dict[st
         "layers_per_block": num_layers,
         "down_block_types": down_types,
         "up_block_types": [kind.replace("Down", "Up") for kind in reversed(down_types)],
-        # The mid block has as many as the last level, which may have none of its own.
+        # The last number is also the mid block's; the last level itself may have no transformer.
         "transformer_layers_per_block": [*(max(1, depth) for depth in depths[:-1]), mid_depth],
         "cross_attention_dim": _shape(shapes, first, 2)[1],
         "attention_head_dim": heads,
@@ -111,7 +111,7 @@ def unet_config(shapes: Shapes, family: Family, prediction_type: str) -> dict[st
 
 
 def _down_levels(shapes: Shapes) -> tuple[list[int], list[int], list[int]]:
-    """Of each level on the way down: channels, number of residual blocks, depth of its transformers (0: none)."""
+    """For each down level: channels, number of residual blocks, depth of its transformers (0: none)."""
     levels: list[list[tuple[int, int]]] = [[]]
     for number in range(1, MAX_LAYERS):
         block = f"{UNET}input_blocks.{number}"
@@ -128,7 +128,7 @@ def _down_levels(shapes: Shapes) -> tuple[list[int], list[int], list[int]]:
 
 
 def vae_config(shapes: Shapes, family: Family, prediction_type: str) -> dict[str, Any]:
-    """``config.json`` of the VAE. Errors as `text_encoder_config`."""
+    """``config.json`` of the VAE. Raises as `text_encoder_config`."""
     levels = _count(shapes, f"{VAE}encoder.down.{{}}.block.0.conv2.weight")
     channels = [_shape(shapes, f"{VAE}encoder.down.{level}.block.0.conv2.weight", 4)[0] for level in range(levels)]
     return {
@@ -155,7 +155,7 @@ def _shape(shapes: Shapes, name: str, ndim: int) -> tuple[int, ...]:
 
 
 def _count(shapes: Shapes, name: str, least: int = 1) -> int:
-    """How many tensors are called as `name` with 0, 1, 2, ... in it."""
+    """Number of consecutive tensors named `name` with 0, 1, 2, ... in it."""
     count = next(number for number in itertools.count() if name.format(number) not in shapes)
     if not least <= count <= MAX_LAYERS:
         raise InputError(f"{name.format('*')} is there {count} times")

@@ -1,9 +1,9 @@
 """Names of the original latent-diffusion layout -> those of a diffusers folder, for each component of a checkpoint.
 
-A single-file checkpoint is the state dict of the program that Stable Diffusion was trained with (CompVis'
-latent-diffusion; Stability AI's generative-models for SDXL). The UNet there is one list of blocks down and one up, with
-the samplers counted in; the VAE's decoder counts its levels from the picture and not from the latents; and OpenCLIP's
-text encoder keeps query, key and value in one tensor.
+A single-file checkpoint is the state dict of the code that Stable Diffusion was trained with (CompVis'
+latent-diffusion; Stability AI's generative-models for SDXL). Its UNet has one list of down blocks and one of up blocks,
+in which down- and upsamplers are counted, too; the VAE's decoder numbers its levels from the picture, not from the
+latents; and OpenCLIP's text encoder stores query, key and value in one tensor.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 from ti_jax.models.unet_config import Level, UNetConfig
 from ti_jax.models.vae import VAEConfig
 
-# Of a residual block: the same in both, under other names.
+# Parts of a residual block: the same in both, under other names.
 RESNET = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
@@ -36,12 +36,12 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
 class Part(NamedTuple):
-    """What a tensor of a diffusers folder is of a tensor in the file.
+    """How a tensor of a diffusers folder is taken from a tensor in the file.
 
     Attributes:
       name: as in a diffusers folder.
       third: 0, 1, 2: that third of the rows; None: all of them.
-      transposed: rows are columns in the file.
+      transposed: the file has its transpose.
     """
 
     name: str
@@ -77,7 +77,7 @@ def unet_modules(config: UNetConfig) -> dict[str, str]:
             modules |= _unet_layer(f"output_blocks.{number}", f"up_blocks.{index}", layer, level)
             number += 1
         if level.resample:
-            # In the level's last block, behind the residual block and, where there is one, the transformer.
+            # In the level's last block, after the residual block and the transformer if there is one.
             place = 2 if level.depths else 1
             modules[f"output_blocks.{number - 1}.{place}.conv"] = f"up_blocks.{index}.upsamplers.0.conv"
     return modules
@@ -103,7 +103,7 @@ def vae_modules(config: VAEConfig) -> dict[str, str]:
         modules |= _block(f"{half}.mid.block_2", f"{half}.mid_block.resnets.1", VAE_RESNET)
     for index in range(levels):
         down, up = f"encoder.down.{index}", f"decoder.up.{index}"
-        # The decoder's first level here is its last one there.
+        # diffusers' first decoder level is the last one in the file.
         down_block, up_block = f"encoder.down_blocks.{index}", f"decoder.up_blocks.{levels - 1 - index}"
         for layer in range(config.layers_per_block):
             modules |= _block(f"{down}.block.{layer}", f"{down_block}.resnets.{layer}", VAE_RESNET)
@@ -119,7 +119,7 @@ def _block(ours: str, theirs: str, inside: Mapping[str, str]) -> dict[str, str]:
 
 
 def renamed(name: str, modules: Mapping[str, str]) -> str | None:
-    """`name` with the longest module in front of it that `modules` has renamed; None if it has none."""
+    """`name` with its longest prefix that is a key of `modules` renamed; None if there is none."""
     words = name.split(".")
     for end in range(len(words) - 1, 0, -1):
         module = modules.get(".".join(words[:end]))
@@ -129,13 +129,13 @@ def renamed(name: str, modules: Mapping[str, str]) -> str | None:
 
 
 def open_clip_parts(name: str) -> list[Part]:
-    """What a tensor of OpenCLIP's text encoder holds, under transformers' names; nothing if it is not one of them."""
+    """Parts of a tensor of OpenCLIP's text encoder, under transformers' names; empty if it is not one of them."""
     whole = {
         "token_embedding.weight": Part("embeddings.token_embedding.weight"),
         "positional_embedding": Part("embeddings.position_embedding.weight"),
         "ln_final.weight": Part("final_layer_norm.weight"),
         "ln_final.bias": Part("final_layer_norm.bias"),
-        # OpenCLIP multiplies by it from the right, a linear layer's weight stands on the left.
+        # OpenCLIP computes x @ projection, a linear layer x @ weight.T.
         "text_projection": Part("text_projection.weight", transposed=True),
     }
     if name in whole:
@@ -152,12 +152,12 @@ def open_clip_parts(name: str) -> list[Part]:
     return [] if new is None else [Part(f"{layer}.{new}")]
 
 
-# -- what is no weight of the model
+# -- tensors that are not weights of the model
 
-# An average of the UNet's weights over its training, and the losses of the autoencoder's.
+# The moving average (EMA) of the UNet's weights, and the loss networks of the autoencoder's training.
 BUFFER_PREFIXES = ("model_ema.", "first_stage_model.model_ema.", "first_stage_model.loss.")
 
-# What latent-diffusion keeps of the noise schedule, and markers of what the UNet predicts.
+# Buffers of latent-diffusion's noise schedule, and markers of what the UNet predicts.
 # fmt: off
 _SCHEDULE = [
     "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
@@ -166,8 +166,8 @@ _SCHEDULE = [
     "scale_factor", "denoiser.sigmas", "v_pred", "ztsnr",
 ]
 # fmt: on
-# Positions 0, 1, 2, ...; the causal mask; of CLIP's loss, the temperature; and ViT-L's projection into the space that
-# it shares with pictures, which no Stable Diffusion uses.
+# Positions 0, 1, 2, ...; the causal mask; the temperature of CLIP's loss; and ViT-L's projection into the space that
+# CLIP shares with pictures, which no Stable Diffusion uses.
 _OF_TEXT_ENCODERS = [
     f"{encoder}.{name}"
     for encoder in ("cond_stage_model", "conditioner.embedders.0", "conditioner.embedders.1")
@@ -184,10 +184,10 @@ BUFFERS = frozenset([*_SCHEDULE, *_OF_TEXT_ENCODERS])
 
 
 def is_buffer(name: str) -> bool:
-    """Whether a tensor of a checkpoint is known to be no weight."""
+    """Whether a tensor of a checkpoint is known not to be a weight."""
     return name in BUFFERS or name.startswith(BUFFER_PREFIXES)
 
 
 def inside(names: Mapping[str, object], prefix: str) -> Iterator[tuple[str, str]]:
-    """The names that begin with `prefix`: whole, and without it."""
+    """The names that begin with `prefix`, with and without it."""
     return ((name, name.removeprefix(prefix)) for name in names if name.startswith(prefix))

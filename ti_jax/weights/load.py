@@ -1,4 +1,4 @@
-"""Weights of one component -> its parameter tree: every tensor mapped once and checked, read one at a time."""
+"""Weights of one component -> parameter tree: each tensor is mapped exactly once, checked, and read one at a time."""
 
 from __future__ import annotations
 
@@ -37,26 +37,26 @@ def load_component(
     """Read the weights in ``<folder>/<component>/`` into a parameter tree on the default device.
 
     Layouts: ``diffusion_pytorch_model`` or ``model`` ``.safetensors``, PyTorch's ``.bin``, either of them as a variant
-    (``.fp16.safetensors``) and sharded (``.index.json``); safetensors before pickles. `ti_jax.weights.names` has the
-    rule for names and layouts.
+    (``.fp16.safetensors``) and sharded (``.index.json``); safetensors is preferred to pickles. The rule for names and
+    layouts is in `ti_jax.weights.names`.
 
-    Names, shapes and dtypes are checked before the first number is read. Host memory peaks at the tree (where that is
-    on the host) and one tensor; of a ``.bin`` also pages of the file, which the system takes back when it needs them.
+    Names, shapes and dtypes are checked before any values are read. Host memory peaks at the tree (if that is on the
+    host) plus one tensor; for a ``.bin`` also pages of the file, which the system can reclaim.
 
     Args:
       folder: a diffusers model.
       component: ``text_encoder``, ``text_encoder_2``, ``unet``, ``vae``, or ``clip`` with its two towers.
-      shapes: what the module wants, from `param_shapes`.
+      shapes: parameter shapes of the module, from `param_shapes`.
       dtype: floating dtype of the tree's leaves.
       variant: e.g. ``fp16``; None for the plain weights.
-      identity: takes in each tensor as it passes; see `Identity`.
-      subfolder: where in `folder` the files are, if not in the one that is called as the component.
+      identity: each tensor is added to it; see `Identity`.
+      subfolder: where in `folder` the files are, if not in the subfolder named like the component.
 
     Returns:
       Nested dict of the structure of `shapes` whose leaves are arrays of `dtype`.
 
     Raises:
-      InputError: files that are missing, broken or refused; or names, shapes or dtypes that are not the module's.
+      InputError: files that are missing, broken or refused; or names, shapes or dtypes that differ from the module's.
     """
     where = Path(folder) / (component if subfolder is None else subfolder)
     targets: dict[TreePath, jax.ShapeDtypeStruct] = flatten_dict(shapes)
@@ -74,20 +74,20 @@ def read_tree(
     dtype: Any,
     identity: Identity | None,
 ) -> Tree:
-    """Parameter tree on the default device of what `plan` has `placed`, read one tensor at a time."""
+    """Parameter tree on the default device from the tensors `placed` by `plan`, read one at a time."""
     leaves: dict[TreePath, jax.Array] = {}
     for file, name, path in placed:
         tensor = file.read(name)
         if identity is not None:
             identity.add(component, path, targets[path].shape, tensor)
         tensor = in_tree_layout(tensor, path, len(targets[path].shape), dtype)
-        # Blocking, so that no queue of host buffers builds up behind a slow transfer.
+        # Wait for each transfer, or host buffers would queue up.
         leaves[path] = jax.device_put(tensor).block_until_ready()
     return unflatten_dict(leaves)
 
 
 def in_tree_layout(tensor: np.ndarray, path: TreePath, target_ndim: int, dtype: Any) -> np.ndarray:
-    """`tensor` as it stands in the file -> the leaf at `path`, contiguous and in `dtype`; itself if it is that."""
+    """`tensor` as stored in the file -> the leaf at `path`, contiguous and in `dtype`; no copy if it is so already."""
     leaf = to_tree_layout(tensor, path, target_ndim)
     if leaf.flags.c_contiguous and leaf.dtype == np.dtype(dtype):
         return leaf
@@ -95,8 +95,8 @@ def in_tree_layout(tensor: np.ndarray, path: TreePath, target_ndim: int, dtype: 
     if path[-1] != "kernel":
         converted[...] = leaf
         return converted
-    # A few output channels at a time, first cast in the file's order and then turned: blocks that fit the cache. In one
-    # go a Stable Diffusion takes three times as long.
+    # A few output channels at a time: cast in the file's order, then transpose. Such blocks fit the cache; all at once
+    # takes three times as long for a Stable Diffusion.
     for start in range(0, leaf.shape[-1], BLOCK):
         block = leaf[..., start : start + BLOCK].astype(dtype, order="K")
         converted[..., start : start + BLOCK] = block
@@ -109,11 +109,11 @@ FAULTS = ("missing", "unexpected", "given twice", "mis-shaped", "of a dtype that
 def plan(
     files: Sequence[Tensors], component: str, targets: dict[TreePath, jax.ShapeDtypeStruct]
 ) -> tuple[list[tuple[Tensors, str, TreePath]], dict[str, list[str]]]:
-    """Where each tensor of `files` goes, and what stands against it.
+    """The leaf for each tensor of `files`, and all faults.
 
     Returns:
-      (file, name in it, tree path) for each leaf of `targets`; and names by what is wrong with them (`FAULTS`): only if
-      there are none has each leaf exactly one tensor, and each tensor a leaf.
+      (file, name in it, tree path) for each leaf of `targets`; and names by kind of fault (`FAULTS`). Without faults
+      each leaf has exactly one tensor, and each tensor a leaf.
     """
     placed: dict[TreePath, tuple[Tensors, str, TreePath]] = {}
     faults: dict[str, list[str]] = {kind: [] for kind in FAULTS}
@@ -146,10 +146,10 @@ LAYER = re.compile(r"((?:text_model\.)?encoder\.layers\.)(\d+)(\..+)")
 def surplus_layers(
     files: Sequence[Tensors], component: str, targets: Mapping[TreePath, jax.ShapeDtypeStruct]
 ) -> set[str]:
-    """Names of the tensors of whole layers after the last one that a text encoder's ``config.json`` counts.
+    """Names of the tensors of complete layers beyond the ``num_hidden_layers`` of a text encoder's ``config.json``.
 
-    A smaller ``num_hidden_layers`` is how clip skip is made permanent; transformers ignores such layers, too. A layer
-    is one if it has every tensor of the first layer, of the same shape, and nothing else.
+    A smaller ``num_hidden_layers`` makes clip skip permanent; transformers ignores such layers, too. A layer is
+    complete if it has exactly the tensors of the first layer, with the same shapes.
     """
     first = {path: leaf.shape for path, leaf in targets.items() if path[:2] == ("encoder", "layers_0")}
     count = len({path[1] for path in targets if path[0] == "encoder" and path[1].startswith("layers_")})

@@ -1,4 +1,4 @@
-"""What the published models' ``config.json`` files say, as far as sizes go: enough to plan a run without the model."""
+"""Sizes from the ``config.json`` files of the published models: enough to plan a run without downloading a model."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ SDXL: Configs = {
     },
 }
 
-# Hub ids by which they are known. Mirrors and fine-tunes have the same sizes.
+# Their hub ids. Mirrors and fine-tunes have the same sizes.
 PUBLISHED: Mapping[str, Configs] = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": SD15,
     "runwayml/stable-diffusion-v1-5": SD15,

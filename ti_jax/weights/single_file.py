@@ -1,4 +1,4 @@
-"""A single-file checkpoint in the original latent-diffusion layout, opened as if it were a diffusers folder."""
+"""A single-file checkpoint in the original latent-diffusion layout, read as if it were a diffusers folder."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Checkpoint(NamedTuple):
     """An open single-file checkpoint.
 
     Attributes:
-      family: what it is of.
-      configs: by component, what its ``config.json`` would say; ``scheduler``'s too.
+      family: its model family.
+      configs: by component, the contents of its ``config.json``; also ``scheduler``.
       components: by component, its tensors under the names of a diffusers folder.
-      unexpected: names that are no component's, and not known to be no weights.
+      unexpected: names that belong to no component and are not known to be other data.
     """
 
     family: Family
@@ -40,11 +40,11 @@ class Checkpoint(NamedTuple):
 
 @contextlib.contextmanager
 def open_checkpoint(path: Path, prediction_type: str | None, text_only: bool = False) -> Iterator[Checkpoint]:
-    """Open a ``.safetensors`` or a PyTorch checkpoint; its first bytes tell which, and its tensors of which family.
+    """Open a ``.safetensors`` or a PyTorch checkpoint; its first bytes show which, and its tensors show the family.
 
     Args:
-      prediction_type: what the UNet predicts, where the file does not say.
-      text_only: only the text encoders are wanted, for which it does not matter what the UNet predicts.
+      prediction_type: what the UNet predicts, if the file does not say.
+      text_only: only the text encoders are read; what the UNet predicts need not be known.
 
     Raises:
       InputError: a file that is broken or refused, or no checkpoint of Stable Diffusion 1.x, 2.x or XL; or what it
@@ -71,8 +71,8 @@ def open_checkpoint(path: Path, prediction_type: str | None, text_only: bool = F
         )
 
 
-# Beginnings of files that are met under the name of a checkpoint.
-SAFETENSORS_HEADER = b"{"  # behind 8 bytes that say how long it is
+# First bytes of files that are found under the name of a checkpoint.
+SAFETENSORS_HEADER = b"{"  # after 8 bytes with its length
 PICKLES = (b"PK\x03\x04", b"\x80")
 OTHER_FILES = {
     b"GGUF": "a GGUF file, whose quantised weights ti_jax does not read; get the model as .safetensors",
@@ -82,7 +82,7 @@ OTHER_FILES = {
 
 
 class _Anything:
-    """In place of a class of PyTorch Lightning that the first checkpoints name; what it is filled with is unused."""
+    """Stands in for a PyTorch Lightning class that the first checkpoints contain; its contents are not used."""
 
 
 STAND_INS = ((_Anything, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),)
@@ -92,7 +92,7 @@ STAND_INS = ((_Anything, "pytorch_lightning.callbacks.model_checkpoint.ModelChec
 def open_file(path: Path) -> Iterator[Tensors]:
     """The tensors of a single-file checkpoint: safetensors, or a pickle with or without a ``state_dict`` in it.
 
-    The first bytes tell which it is: fine-tunes are passed on under either suffix.
+    Decided by the first bytes, because fine-tunes are shared under either suffix.
 
     Raises:
       InputError: as `ti_jax.weights.files.open_tensors`, or the file is of another kind.
@@ -134,7 +134,7 @@ def component_configs(shapes: Shapes, family: Family, prediction_type: str) -> d
 
 
 def check_widths(family: Family, configs: Components) -> None:
-    """Raise InputError if the text encoders are not of sizes that there are, or not those that the UNet listens to."""
+    """Raise InputError if the text encoders' sizes are unknown, or do not match the UNet's cross-attention."""
     width = sum(CLIPTextConfig.from_dict(configs[encoder.name]).hidden_size for encoder in family.text_encoders)
     wanted = configs["unet"]["cross_attention_dim"]
     if width != wanted:
@@ -142,16 +142,16 @@ def check_widths(family: Family, configs: Components) -> None:
 
 
 def component_names(shapes: Shapes, family: Family, configs: Components) -> dict[str, dict[str, list[Part]]]:
-    """By component of `configs`: name in the file -> what of a diffusers folder it holds; nothing if it is left away.
+    """By component of `configs`: name in the file -> tensors of a diffusers folder in it; empty if it is not used.
 
-    Names that are not in it belong to no component.
+    Names that are missing here belong to no component.
     """
     parts: dict[str, dict[str, list[Part]]] = {}
     for encoder in family.text_encoders:
         found: dict[str, list[Part]] = {}
         unused: list[str] = []
         if encoder.layers_unused:
-            # The layer behind the last one that is used, and the projection behind that.
+            # The layers after the last one that is used, and the projection.
             last = configs[encoder.name]["num_hidden_layers"]
             unused = ["text_projection", f"transformer.resblocks.{last}."]
         for name, rest in inside(shapes, encoder.prefix):
@@ -178,9 +178,9 @@ def component_names(shapes: Shapes, family: Family, configs: Components) -> dict
 def scheduler_config(path: Path, file: Tensors, family: Family, prediction_type: str | None) -> dict[str, Any]:
     """``scheduler_config.json`` of the family, with what this model predicts.
 
-    A marker among the tensors is obeyed (SDXL fine-tunes have an empty ``v_pred``, and ``ztsnr`` for betas that end in
-    pure noise). Else `prediction_type`; else the header (``modelspec.prediction_type`` of kohya's programs,
-    ``modelspec.predict_key`` of ComfyUI); else the family's usual.
+    In this order: a marker among the tensors (SDXL fine-tunes have an empty tensor ``v_pred``, and ``ztsnr`` for zero
+    terminal SNR); `prediction_type`; the header (``modelspec.prediction_type`` of kohya's programs,
+    ``modelspec.predict_key`` of ComfyUI); the family's default.
 
     Raises:
       InputError: `prediction_type` contradicts the marker; or nothing says what the model predicts.
@@ -202,15 +202,15 @@ def scheduler_config(path: Path, file: Tensors, family: Family, prediction_type:
         )
     config = {**family.scheduler, "prediction_type": prediction_type}
     if "ztsnr" in file.shapes:
-        # The one timestep that is pure noise must be among those that are drawn from (arXiv 2305.08891).
+        # Sampling must start at the last timestep, which is pure noise (arXiv 2305.08891).
         config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return config
 
 
 class RenamedTensors(Tensors):
-    """Tensors of a file under other names, some of them a part of one.
+    """Tensors of a file under other names; some are a part of a tensor in the file.
 
-    A tensor of which there are several parts is read once, and kept until the last of them has been asked for.
+    A tensor with several parts is read once, and kept until all its parts have been read.
     """
 
     def __init__(self, file: Tensors, parts: Mapping[str, list[Part]]) -> None:
@@ -238,7 +238,7 @@ class RenamedTensors(Tensors):
             self._kept[source] = whole
         if part.third is not None:
             rows = len(whole) // 3
-            # A copy, or the part would keep the whole in memory.
+            # A copy: a view would keep the whole tensor in memory.
             return whole[part.third * rows : (part.third + 1) * rows].copy()
         return whole.T if part.transposed else whole
 

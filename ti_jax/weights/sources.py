@@ -1,4 +1,4 @@
-"""A published model, opened: a diffusers folder and a single-file checkpoint are read in one way from here on."""
+"""An open model: one interface to a diffusers folder and a single-file checkpoint."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Source(abc.ABC):
     Attributes:
       path: of the folder or file.
       configs: contents of ``config.json`` by component, and of ``scheduler_config.json`` as ``scheduler``.
-      zeros_for_empty_prompt: as in ``model_index.json`` (``force_zeros_for_empty_prompt``).
+      zeros_for_empty_prompt: ``force_zeros_for_empty_prompt`` of ``model_index.json``.
     """
 
     path: Path
@@ -42,14 +42,14 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def load(self, shapes: Mapping[str, Tree], dtype: Any, identity: Identity) -> dict[str, Tree]:
-        """Parameter tree of each component on the default device, its leaves of `dtype`.
+        """Parameter tree of each component on the default device, with leaves of `dtype`.
 
         Args:
           shapes: by component, from `ti_jax.models.shapes.param_shapes`.
-          identity: takes in each tensor as it passes.
+          identity: each tensor is added to it.
 
         Raises:
-          InputError: files that are missing or broken; or names, shapes or dtypes that are not the modules'.
+          InputError: files that are missing or broken; or names, shapes or dtypes that differ from the modules'.
         """
 
     @abc.abstractmethod
@@ -84,7 +84,7 @@ class _SingleFile(Source):
         self.zeros_for_empty_prompt = checkpoint.family.zeros_for_empty_prompt
 
     def load(self, shapes: Mapping[str, Tree], dtype: Any, identity: Identity) -> dict[str, Tree]:
-        """All is checked before any is read: a file that lacks a VAE's tensor is refused at once."""
+        """All components are checked before any is read: a file that lacks a tensor of the VAE is refused at once."""
         faults: dict[str, list[str]] = {kind: [] for kind in FAULTS}
         faults["unexpected"] += self._checkpoint.unexpected
         placed, targets = {}, {name: flatten_dict(tree) for name, tree in shapes.items()}
@@ -92,18 +92,18 @@ class _SingleFile(Source):
             placed[name], of_component = plan([self._checkpoint.components[name]], name, targets[name])
             of_component["missing"] = [f"{name}/{path}" for path in of_component["missing"]]
             for kind, names in of_component.items():
-                faults[kind] += dict.fromkeys(names)  # once, of a tensor that holds three
+                faults[kind] += dict.fromkeys(names)  # only once for a tensor with three parts
         refuse_faults(faults, f"{self.path}: tensors that are not those of a {self._checkpoint.family.name} checkpoint")
         return {name: read_tree(placed[name], name, targets[name], dtype, identity) for name in shapes}
 
     def tokenizer(self, text_encoder: str) -> CLIPTokenizer:
-        """CLIP's own, since the file has none."""
+        """CLIP's own tokenizer, since the file has none."""
         pad_tokens = {encoder.name: encoder.pad_token for encoder in self._checkpoint.family.text_encoders}
         return clip_tokenizer(pad_tokens[text_encoder])
 
 
 class _WithVae(Source):
-    """A model with the autoencoder of a folder of its own."""
+    """A model whose autoencoder comes from another folder (``--vae``)."""
 
     def __init__(self, source: Source, folder: Path) -> None:
         if not (folder / "config.json").is_file():
@@ -126,7 +126,7 @@ class _WithVae(Source):
         self.configs = {**source.configs, "vae": config}
 
     def load(self, shapes: Mapping[str, Tree], dtype: Any, identity: Identity) -> dict[str, Tree]:
-        """All but the autoencoder from the model."""
+        """The autoencoder from its folder, all else from the model."""
         rest = {name: tree for name, tree in shapes.items() if name != "vae"}
         vae = load_component(self._folder, "vae", shapes["vae"], dtype, None, identity, subfolder="")
         return {**self._source.load(rest, dtype, identity), "vae": vae}
@@ -148,12 +148,12 @@ def open_source(
 
     Args:
       variant: of a folder's weight files, e.g. ``fp16``.
-      prediction_type: ``epsilon`` or ``v_prediction``, what the UNet predicts, where the model does not say.
-      text_only: only the text encoders are wanted; a single file need not say then what its UNet predicts.
-      vae: folder of an autoencoder that takes the place of the model's own.
+      prediction_type: ``epsilon`` or ``v_prediction``: what the UNet predicts, if the model does not say.
+      text_only: only the text encoders are read; what the UNet predicts need not be known.
+      vae: folder of an autoencoder that replaces the model's own.
 
     Raises:
-      InputError: it cannot be read, is another kind of model, or says that it predicts something else.
+      InputError: it cannot be read, is another kind of model, or says another prediction type.
     """
     if path.is_file():
         with open_checkpoint(path, prediction_type, text_only) as checkpoint:

@@ -93,7 +93,7 @@ def test_other_settings_are_refused_by_name(hosts):
     assert hosts.run(lambda index: multihost.check_same(dict(same))) == [None] * 3
     other = {0: same, 1: same | {"learning_rate": 0.5, "pictures": "abd"}, 2: same}
     errors = hosts.run(lambda index: multihost.check_same(other[index]))
-    assert all("learning_rate, pictures not as in the first process" in str(error) for error in errors)
+    assert all("learning_rate, pictures: not the same as in process 0" in str(error) for error in errors)
     assert str(errors[0]).startswith("process 1 of 3: ") and str(errors[1]).startswith("learning_rate")
 
 

@@ -120,7 +120,7 @@ def test_what_is_wrong_in_one_process_ends_all_with_its_reason(config, tmp_path)
 def test_processes_with_other_settings_are_refused(config, tmp_path):
     statuses, (first, second) = Pair(config, tmp_path, "--learning_rate", "0.5").wait()
     assert statuses == [2, 2], first + second
-    assert "process 1 of 2: learning_rate not as in the first process" in first
+    assert "process 1 of 2: learning_rate: not the same as in process 0" in first
 
 
 @pytest.mark.slow  # how they agree: test_agreement

@@ -1,4 +1,4 @@
-"""What a run does every so many steps. A new periodic feature is a class here, and its line in `make_actions`."""
+"""Periodic actions of a run. A new one is a class here and a line in `make_actions`."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from ti_jax.training.report import Reporter
 from ti_jax.training.rows import row_figures
 from ti_jax.training.step import TrainState
 
-# What goes wrong where pictures are drawn or measured: a NaN, no memory on the device, a full disk.
+# Faults of drawing and measuring: a NaN, too little device memory, a full disk.
 DRAWING_FAULTS = (InputError, jax.errors.JaxRuntimeError, MemoryError)
 
 
 class Action(abc.ABC):
-    """Something that a run does now and then, in the process that writes; see `make_actions`.
+    """A periodic action, run on the leader process; see `make_actions`.
 
     Attributes:
-      every: steps between two calls. None: wherever the run stops for another action.
+      every: steps between two calls. None: whenever the run stops for another action.
     """
 
     def __init__(self, job: Job, every: int | None):
@@ -33,22 +33,22 @@ class Action(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, step: int, state: TrainState, reporter: Reporter) -> None:
-        """Do it for the state after ``step`` updates.
+        """Run the action for the state after ``step`` updates.
 
         Raises:
-          InputError: the run cannot go on. What may fail without harm to the learned rows only warns.
+          InputError: the run cannot go on. Failures that do not affect the learned rows only warn.
         """
 
     def done(self, step: int) -> bool:
-        """Whether ``step`` needs no call any more, asked when a run resumes there: it may have been stopped in one."""
+        """Whether the action has run at ``step``: asked when a run resumes there, as it may have been stopped within."""
         return True
 
 
 def make_actions(job: Job) -> Sequence[Action]:
-    """The run's actions in the order in which they are called at a step.
+    """The run's actions, in the order in which they are called at a step.
 
-    The same on every process, so that all stop at the same steps. The checkpoint comes last: a run that is killed
-    within an action resumes from a step before it, and does all of that step's actions.
+    They are the same on every process, so that all stop at the same steps. The checkpoint comes last: a run killed
+    within an action resumes from an earlier step, and repeats all actions of this one.
     """
     config = job.config
     actions: list[Action] = [LogRows(job), SaveEmbedding(job)]
@@ -60,28 +60,28 @@ def make_actions(job: Job) -> Sequence[Action]:
 
 
 class Timetable:
-    """The steps at which the host is needed: at every action's interval, and for what ``longest`` updates give to log.
+    """The steps at which the host is needed: at every action's interval, and every ``longest`` updates to log losses.
 
-    The actions and the config alone decide, and so it is the same on every process.
+    It depends on the actions and the config only, so that it is the same on every process.
     """
 
     def __init__(self, actions: Sequence[Action], longest: int, total: int):
         self._actions, self._longest, self._total = actions, longest, total
 
     def next(self, step: int) -> int:
-        """The first such step after ``step``; the last is the end of the run."""
+        """The first such step after ``step``, at most the last step of the run."""
         intervals = [self._longest, *(action.every for action in self._actions if action.every is not None)]
         return min(self._total, *((step // every + 1) * every for every in intervals))
 
     def due(self, step: int) -> list[Action]:
-        """The actions to call at ``step``, in order; none where only losses are to be logged."""
+        """The actions to call at ``step``, in order; empty if only losses are logged there."""
         if not any(action.every is not None and step % action.every == 0 for action in self._actions):
             return []
         return [action for action in self._actions if action.every is None or step % action.every == 0]
 
 
 class LogRows(Action):
-    """Logs how far the rows have moved."""
+    """Logs each row's distance and cosine to its start, and its norm."""
 
     def __init__(self, job: Job):
         super().__init__(job, every=None)
@@ -94,7 +94,7 @@ class LogRows(Action):
 
 
 class SaveEmbedding(Action):
-    """Saves a copy of the word under its step."""
+    """Saves a copy of the word, named after the step."""
 
     def __init__(self, job: Job):
         super().__init__(job, every=job.config.save_steps)
@@ -138,9 +138,9 @@ class Measure(Action):
         super().__init__(job, every=job.config.evaluation_steps)
 
     def __call__(self, step: int, state: TrainState, reporter: Reporter) -> None:
-        """See `Action`; what cannot be measured is a warning."""
+        """See `Action`; a failed measurement is a warning."""
         job = self.job
-        assert job.tracker is not None, "the first process has it"
+        assert job.tracker is not None, "only the leader calls actions"
         measure, embedding = job.tracker.measure, job.concept.embedding(state.rows, step)
         with job.clock.phase("measure"):
             scores = or_warn(f"the word of step {step}", lambda: measure(job.sd, embedding, step), "measured")
@@ -154,20 +154,20 @@ class Measure(Action):
 
 
 class SaveCheckpoint(Action):
-    """Saves the state to resume from, and the word as it is: on a disk that is nearly full the word counts."""
+    """Saves the word, then the state to resume from: if the disk fills up, the word matters more."""
 
     def __init__(self, job: Job):
         super().__init__(job, every=job.config.checkpointing_steps)
 
     def __call__(self, step: int, state: TrainState, reporter: Reporter) -> None:
         """See `Action`."""
-        assert self.job.checkpoints is not None, "the first process has them"
+        assert self.job.checkpoints is not None, "only the leader calls actions"
         run_folder.save_embedding(self.job.concept.embedding(state.rows, step), self.job.folder)
         self.job.checkpoints.save(state)
 
 
 def or_warn(what: str, make: Callable[[], Any], done: str = "drawn") -> Any:
-    """What ``make`` returns; where it fails a warning and None: a picture is no reason to lose what was learned."""
+    """What ``make`` returns; if it fails, warn and return None: a failed picture never ends a run."""
     try:
         return make()
     except DRAWING_FAULTS as error:

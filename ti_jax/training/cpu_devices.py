@@ -1,8 +1,8 @@
-"""The cores of a CPU as devices that share a batch.
+"""One JAX device per CPU core, which share a batch.
 
-XLA on CPU runs one operation after the other and cuts each into parts for the cores, which wait for each other
-thousands of times a step. With a device for each core, every core runs its part of the batch from the beginning to the
-end: two took 0.08 s for a step of the embedded model where they had taken 0.13 s.
+XLA:CPU runs one operation at a time and splits each over the cores, which then synchronise thousands of times a step.
+With one device per core, every core runs its shard of the batch from start to end: on two cores a step of the embedded
+model took 0.08 s instead of 0.13 s.
 """
 
 from __future__ import annotations
@@ -16,18 +16,17 @@ import jax
 from ti_jax.config import TrainConfig
 from ti_jax.training.multihost import has_others
 
-_made = 1  # devices that `use_cores` has had JAX make of the CPU
+_made = 1  # number of CPU devices that `use_cores` has configured
 
 
 def use_cores(config: TrainConfig) -> int | None:
-    """Have JAX make a device of each core of the CPU that can take an equal part of a batch.
+    """Configure one JAX CPU device per core, as many as divide the batch evenly.
 
-    To be called before anything is computed: after that JAX's devices stay what they are. Nothing is done where the
-    environment says how many there are (XLA_FLAGS, JAX_NUM_CPU_DEVICES), nor for one of several processes.
+    Call it before anything is computed: after that JAX's devices are fixed. Does nothing if the environment sets their
+    number (XLA_FLAGS, JAX_NUM_CPU_DEVICES), or in one of several processes.
 
     Returns:
-      So many of the CPU's devices are to share each batch; None where none of this was done. For `train`, which lets
-      it be on a GPU or a TPU.
+      The number of CPU devices that share each batch; None if nothing was done. `train` ignores it on a GPU or TPU.
     """
     global _made
     given = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "") or "JAX_NUM_CPU_DEVICES" in os.environ
@@ -38,11 +37,11 @@ def use_cores(config: TrainConfig) -> int | None:
     try:
         jax.config.update("jax_num_cpu_devices", cores)
         _made = cores
-    except RuntimeError:  # JAX has its devices already: perhaps from the last call
+    except RuntimeError:  # JAX has created its devices already, perhaps for an earlier call
         if cores > 1 and jax.default_backend() == "cpu" and jax.device_count() == 1:
             print(
-                f"note: JAX has been used before and has one CPU device, so that the {cores} cores are used less well; "
-                f"train first, or set JAX_NUM_CPU_DEVICES={cores}",
+                f"note: JAX was used before training and has one CPU device, so that the {cores} cores are used less "
+                f"efficiently; train first, or set JAX_NUM_CPU_DEVICES={cores}",
                 file=sys.stderr,
             )
     return math.gcd(config.train_batch_size, _made)

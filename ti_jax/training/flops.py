@@ -1,4 +1,4 @@
-"""How much arithmetic a training step cannot do without, counted on the traced function."""
+"""The least number of FLOPs of a training step, counted on the jaxpr."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 def least_flops(jaxpr: ClosedJaxpr, trained: Sequence[bool]) -> float:
     """Floating-point operations of a function and of its gradient with respect to some of its arguments.
 
-    Counted are products and convolutions, beside which the rest is little. Each is done once on the way forward; on the
-    way back once more for every one of its two factors that the `trained` arguments have an influence on.
+    Only matmuls and convolutions are counted: the rest is small. Each costs one forward pass, and in the backward pass
+    as much again for each of its two operands that depends on a `trained` argument.
 
     Args:
       jaxpr: of the function, from `jax.make_jaxpr`.
-      trained: for each of its flat arguments, whether the gradient goes there.
+      trained: for each flat argument, whether the gradient is taken with respect to it.
 
     Returns:
-      Their number; infinite if there is a kernel of Pallas. (Trace for `ti_jax.ops.platform.PLAIN`, which has none.)
+      FLOPs; infinite if there is a Pallas kernel. (Trace for `ti_jax.ops.platform.PLAIN`, which uses none.)
     """
     return _count(jaxpr.jaxpr, list(trained))[0]
 
 
 def _count(jaxpr: Jaxpr, trained: list[bool]) -> tuple[float, list[bool]]:
-    """Operations, and which results the trained arguments have an influence on."""
+    """FLOPs, and which results depend on a trained argument."""
     touched = {variable for variable, is_touched in zip(jaxpr.invars, trained, strict=True) if is_touched}
     total = 0.0
     for equation in jaxpr.eqns:
@@ -35,11 +35,11 @@ def _count(jaxpr: Jaxpr, trained: list[bool]) -> tuple[float, list[bool]]:
         outputs = [any(inputs)] * len(equation.outvars)
         if name in ("dot_general", "conv_general_dilated"):
             total += _forward(equation) * (1 + sum(inputs))
-        elif name == "cond":  # the same, done in another way
+        elif name == "cond":  # alternative implementations of the same function
             branches = [_count(branch.jaxpr, inputs[1:]) for branch in equation.params["branches"]]
             total += min(flops for flops, _ in branches)
             outputs = [any(each) for each in zip(*(results for _, results in branches), strict=True)]
-        elif name == "pallas_call":  # a kernel does not say
+        elif name == "pallas_call":  # a kernel's FLOPs are unknown
             total = math.inf
         elif name == "scan":
             flops, outputs = _scan(equation, inputs)
@@ -53,9 +53,10 @@ def _count(jaxpr: Jaxpr, trained: list[bool]) -> tuple[float, list[bool]]:
 
 
 def _scan(equation: Any, inputs: list[bool]) -> tuple[float, list[bool]]:
-    """As `_count`; what is carried is touched if any turn of the loop touches it."""
+    """As `_count`; a carry depends on a trained argument if it does after any iteration."""
     (body,) = _inner(equation.params)
-    # Versions of JAX name the parts in other ways; only what is looped over, or gathered, has another shape within.
+    # The parameters' names differ between versions of JAX, so that the parts are told by their shapes: only the scanned
+    # inputs and the stacked outputs have another shape inside the loop.
     carried = sum(_same_shapes(body.outvars, equation.outvars))
     constants = sum(_same_shapes(body.invars, equation.invars)) - carried
     while True:
@@ -71,13 +72,13 @@ def _same_shapes(within: Any, without: Any) -> list[bool]:
 
 
 def _inner(params: dict[str, Any]) -> list[Jaxpr]:
-    """Functions that an operation calls with its own arguments."""
+    """Jaxprs that an equation calls with its own arguments."""
     found = [params.get(name) for name in ("jaxpr", "call_jaxpr", "fun_jaxpr")]
     return [each.jaxpr if isinstance(each, ClosedJaxpr) else each for each in found if each is not None]
 
 
 def _forward(equation: Any) -> float:
-    """Multiplications and additions of a product or a convolution, those with the zeros around a picture left out."""
+    """Multiply-adds, counted as 2 FLOPs, of a matmul or convolution, without those on zero padding."""
     left, right = (variable.aval.shape for variable in equation.invars)
     results = equation.outvars[0].aval.shape
     numbers = equation.params["dimension_numbers"]

@@ -1,4 +1,4 @@
-"""The first phase of a run: everything that it will need, checked and built before the first step."""
+"""The first phase of a run: check and build everything that it needs, before the first step."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from ti_jax.training.validation import check_pictures_to_draw
 
 
 class Clock:
-    """Seconds of each phase of the run."""
+    """Wall time in seconds of each phase of the run."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -56,12 +56,12 @@ class Job:
     """A run that is ready for its first step.
 
     Attributes:
-      config: resolved, ``resolution`` too. folder: where the run writes.
-      sd: the frozen model, whose weights on the first device are also the loop's. concept: what is learned.
-      frozen: the step's constant arguments. start: the state to begin with, in arrays of the host.
-      builder: of the training step. schedule: the learning rate by update. total: updates in the run.
+      config: resolved, including ``resolution``. folder: the output folder.
+      sd: the frozen model; its weights on the first device are shared with the loop. concept: what is learned.
+      frozen: the step's constant inputs. start: the initial state, as NumPy arrays.
+      builder: of the training step. schedule: learning rate by update. total: number of updates in the run.
       usual_norms: median norm of the frozen token embeddings, by text encoder.
-      checkpoints, tracker, push: of the first process alone; the last two only where the config asks for them.
+      checkpoints, tracker, push: on the leader process only; the last two only if the config asks for them.
     """
 
     config: TrainConfig
@@ -81,17 +81,17 @@ class Job:
 
     @property
     def mesh(self) -> Mesh:
-        """The devices."""
+        """The devices of the run."""
         return self.builder.mesh
 
     @property
     def samples_per_step(self) -> int:
-        """Pictures that one update sees, over all devices."""
+        """Samples per update, over all devices and micro-batches."""
         return self.builder.samples
 
     @property
     def fingerprint(self) -> dict:
-        """What the rows at a step depend on."""
+        """Everything that the rows at a step depend on, see `ti_jax.training.checkpoint.fingerprint`."""
         return fingerprint(
             self.config,
             model_identity=self.sd.identity,
@@ -109,13 +109,13 @@ class Job:
 def prepare(
     config: TrainConfig, devices: Sequence[jax.Device] | None, sharing: int, holding: contextlib.ExitStack
 ) -> Job:
-    """Load, check and build all that the run needs, the cheapest checks first. Nothing in the folder changes.
+    """Load, check and build everything that the run needs, cheapest checks first. Nothing in the folder is changed.
 
-    Of several processes each does this for itself, so that it may fail in one of them; see `agree`.
+    Every process does this for itself, so that it may fail in one of them; see `agree`.
 
     Args:
-      config: resolved. devices: to train on; None: all. sharing: so many of them share ``train_batch_size``.
-      holding: gets what is to be held until the run has ended: the folder.
+      config: resolved. devices: to train on; None: all. sharing: number of devices that share ``train_batch_size``.
+      holding: receives the contexts to keep open until the run ends: the folder's lock and the checkpoints.
 
     Raises:
       InputError: something in the config, the pictures or the model is wrong.
@@ -154,7 +154,7 @@ def prepare(
         ),
         mesh,
     )
-    # The loop's copy on the first device also serves to draw with.
+    # Pictures are drawn with the loop's copy of the weights on the first device.
     drawn_with = jax.tree.map(lambda leaf: leaf.addressable_data(0), frozen.params)
     networks = sd.networks.compiled_for(Platform.of(mesh.devices.flat[0]))
     sd = dataclasses.replace(sd, params={**sd.params, **drawn_with}, networks=networks)
@@ -179,10 +179,10 @@ def prepare(
 
 
 def agree(job: Job) -> Job:
-    """Hold the job to that of the first process, which reads the checkpoint to resume from, if there is one.
+    """Check that the job is the same on all processes, and load the checkpoint to resume from on the leader.
 
     Raises:
-      InputError: another process has other settings or files, or the checkpoint cannot be used.
+      InputError: settings or files differ between processes, or the checkpoint cannot be used.
     """
     identity = job.fingerprint
     multihost.check_same(identity)
@@ -196,7 +196,7 @@ def agree(job: Job) -> Job:
 
 
 def _resume(job: Job) -> tuple[TrainState, Checkpointing | None]:
-    """The state to go on from, in arrays of the host, and the rematerialisation that it was made with."""
+    """The state to resume from, as NumPy arrays, and the rematerialisation policy that it was computed with."""
     assert job.config.resume_from_checkpoint is not None and job.checkpoints is not None, "the first process has them"
     restored = job.checkpoints.restore(job.config.resume_from_checkpoint, job.start)
     if restored is None:
@@ -211,13 +211,13 @@ def _resume(job: Job) -> tuple[TrainState, Checkpointing | None]:
 
 
 def load(config: TrainConfig, inputs: Inputs) -> tuple[StableDiffusion, Concept]:
-    """The frozen model, and what it is to learn.
+    """The frozen model, with the VAE's weights on the host, and the concept.
 
     Raises:
-      InputError: something about either is wrong.
+      InputError: something is wrong with either.
     """
     sd, concept = load_model_and_concept(config, inputs, multihost.log_leader)
-    # The autoencoder encodes the pictures once, and draws now and then: it is on a device only while it runs.
+    # The VAE encodes the pictures once and decodes now and then: its weights are on a device only while it runs.
     sd = dataclasses.replace(sd, params={**sd.params, "vae": jax.device_get(sd.params["vae"])})
     return sd, concept
 
@@ -231,7 +231,7 @@ def _open_hub(config: TrainConfig) -> Callable[[Path, Embedding], None] | None:
 
 
 def total_updates(config: TrainConfig, num_pictures: int, global_batch: int) -> int:
-    """Updates in the run: ``max_train_steps``, or what ``num_train_epochs`` passes of the repeated pictures take."""
+    """Updates in the run: ``max_train_steps``, or those of ``num_train_epochs`` epochs over the repeated pictures."""
     if config.max_train_steps is not None:
         return config.max_train_steps
     assert config.num_train_epochs is not None, "the config is resolved"
@@ -239,10 +239,10 @@ def total_updates(config: TrainConfig, num_pictures: int, global_batch: int) -> 
 
 
 def load_model_and_concept(config: TrainConfig, inputs: Inputs, log: LogLine) -> tuple[StableDiffusion, Concept]:
-    """The model and what it is to learn, checked in order of cost: the weights are read last.
+    """The model and the concept, checked in order of cost: the weights are read last.
 
     Raises:
-      InputError: whatever is wrong with the config's words and prompts, the model, or what is to be drawn.
+      InputError: something is wrong with the config's words and prompts, the model, or the pictures to draw.
     """
     with open_model_of(config) as model:
         checked = check_concept(config, model, inputs, log)
@@ -252,7 +252,7 @@ def load_model_and_concept(config: TrainConfig, inputs: Inputs, log: LogLine) ->
 
 
 def prepare_concept(config: TrainConfig, sd: StableDiffusion, log: LogLine) -> Concept:
-    """The concept for a model that is loaded already.
+    """The concept, for a model that is already loaded.
 
     Raises:
       InputError: as `read_inputs` and `check_concept`.

@@ -1,4 +1,4 @@
-"""A training run in three phases: `prepare` all that it needs, `compile_step`, and `run` to the last step."""
+"""A training run in three phases: `prepare` all its inputs, `compile_step`, and `run` to the last step."""
 
 from __future__ import annotations
 
@@ -34,12 +34,13 @@ from ti_jax.training.step import TrainState
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run leaves.
+    """What a run returns.
 
     Attributes:
-      embedding: the learned word. losses: float32, one for each update made by this process (a resumed run's own).
-      output_dir: the run's folder. seconds: of each phase: "load", "encode", "compile", "train", "measure", "pictures".
-      interrupted: the run was asked to stop (Ctrl-C, SIGTERM, SIGHUP) before it was done, and has saved a checkpoint.
+      embedding: the learned word. losses: float32, one for each update (after resuming: those made since).
+      output_dir: the run's folder.
+      seconds: wall time of each phase: "load", "encode", "compile", "train", "measure", "pictures".
+      interrupted: the run was stopped early (Ctrl-C, SIGTERM, SIGHUP), after saving a checkpoint.
     """
 
     embedding: Embedding
@@ -50,19 +51,19 @@ class TrainResult:
 
 
 def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> TrainResult:
-    """Learn a new word as the config says, and write it to ``config.output_dir``.
+    """Learn a new word as configured, and write it to ``config.output_dir``.
 
-    Compiled programs are kept on disk (`enable_compilation_cache`). Of several processes (see `processes`) each calls
-    this with the same config; the first one writes.
+    Compiled programs are cached on disk (`enable_compilation_cache`). With several processes (see `multihost`) each one
+    calls this with the same config; only the leader process writes.
 
     Args:
-      devices: each of them takes ``config.train_batch_size`` samples of a batch. None: all that JAX has; on a CPU its
+      devices: to train on, each with ``config.train_batch_size`` samples of a batch. None: all devices; on a CPU the
         cores share these samples (`ti_jax.training.cpu_devices`).
 
     Raises:
-      InputError: something in the config, the pictures or the model is wrong, another run has the folder, a disk is
-        full, or the loss became non-finite (the last good rows are saved first); here or in another process.
-      OutOfStep: likewise, where the other processes cannot be told, or one of them has ended.
+      InputError: something in the config, the pictures or the model is wrong, another run uses the folder, a disk is
+        full, or the loss became non-finite (the last finite rows are saved first); in this process or another one.
+      OutOfStep: the same, but the other processes could not be notified, or one of them has ended.
     """
     config = resolve(config)
     cores = use_cores(config) if devices is None else None
@@ -77,10 +78,10 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> T
 
 
 def compile_step(job: Job) -> CompiledStep:
-    """The training step, compiled so that it fits the memory of every process' devices.
+    """Compile the training step so that it fits in the memory of every process' devices.
 
     Raises:
-      InputError: it cannot.
+      InputError: it does not fit.
     """
     memory = multihost.smallest(free_memory(job.mesh.local_devices))
     if memory is not None:
@@ -91,13 +92,13 @@ def compile_step(job: Job) -> CompiledStep:
 
 
 def run(job: Job, step: CompiledStep) -> TrainResult:
-    """Train to the last step, or to a request to stop; then save the word, and show what it draws."""
-    # With what was chosen: another machine, or a fuller one, would choose something else.
+    """Train to the last step, or until a stop is requested; then save the word and draw the overview."""
+    # Save the policy that was chosen: with other free memory another one would be.
     config = dataclasses.replace(job.config, gradient_checkpointing=step.gradient_checkpointing)
-    # Only now, when nothing about the input can be wrong any more: a mistyped command displaces no results.
+    # Earlier results are moved only now that all input has been checked: a mistyped command must not displace them.
     on_leader(lambda: _open_folder(config, job))
     multihost.log_leader(_summary(job, step))
-    # Several processes have to do an action together, or not at all: there it is finished first.
+    # With several processes an action runs on all or none of them, so that a stop waits for its end.
     with interrupts.deferred(abandon=jax.process_count() == 1):
         state, losses, stopped = _loop(job, step)
         embedding, finished = on_leader(lambda: _finish(job, state, stopped))
@@ -105,7 +106,7 @@ def run(job: Job, step: CompiledStep) -> TrainResult:
 
 
 def _loop(job: Job, step: CompiledStep) -> tuple[TrainState, list[float], bool]:
-    """The updates, and the actions between them: (state, losses, stopped before the end)."""
+    """Run the updates and the actions between them; returns (state, losses, stopped before the end)."""
     state, now = replicate(job.start, job.mesh), int(job.start.step)
     actions = make_actions(job)
     timetable = Timetable(actions, job.builder.longest_chunk, job.total)
@@ -113,7 +114,7 @@ def _loop(job: Job, step: CompiledStep) -> tuple[TrainState, list[float], bool]:
     reporter = all_or_raise(lambda: Reporter(job.config, job.folder, now, job.total) if is_leader() else None)
 
     def read(start: int, end: int, chunk: jax.Array, dispatched: float) -> None:
-        """Wait for a chunk's losses; log them where the timetable says so."""
+        """Wait for a chunk's losses, and log them at the steps of the timetable."""
         values = np.asarray(chunk)[: end - start].tolist()
         if not np.isfinite(values).all():
             on_leader(partial(_give_up, job, state))
@@ -127,7 +128,7 @@ def _loop(job: Job, step: CompiledStep) -> tuple[TrainState, list[float], bool]:
                 reporter.chunk(end, list(unlogged), rate, job.samples_per_step * len(unlogged))
                 unlogged.clear()
 
-    pending = None  # a chunk whose losses are not read yet, so that the device has the next one to work on already
+    pending = None  # the chunk whose losses are read after the next one is dispatched, so that the device never waits
     stopping, requests = False, StopRequests()
     with contextlib.ExitStack() as closing:
         if reporter is not None:
@@ -161,9 +162,9 @@ def _loop(job: Job, step: CompiledStep) -> tuple[TrainState, list[float], bool]:
 
 
 class Pace:
-    """How many updates a dispatch has, so that it takes about a second: no request to stop waits for longer.
+    """Chooses the updates per dispatch, so that one takes about a second: a request to stop waits no longer.
 
-    How the updates are cut into dispatches changes no number. Several processes take the slowest one's pace.
+    Results do not depend on how the updates are split into dispatches. Several processes use the slowest one's number.
     """
 
     SECONDS = 1.0
@@ -174,7 +175,7 @@ class Pace:
         self._last_read = 0.0
 
     def measured(self, steps: int, dispatched: float) -> None:
-        """A chunk of ``steps`` was read just now; it began when it was ``dispatched``, or after the one before."""
+        """Record that a chunk of ``steps`` is done; it began when it was ``dispatched``, or after the one before."""
         now = time.perf_counter()
         seconds = now - max(dispatched, self._last_read)
         self._last_read = now
@@ -182,7 +183,7 @@ class Pace:
             return
         wanted = min(max(1, int(steps * self.SECONDS / seconds)), 2 * self.steps, self._longest)
         agreed = int(multihost.smallest(wanted) or 1)
-        # Agreeing takes the processes a round trip, so that they do it no more often than they must.
+        # Agreeing costs the processes a round trip: stop once the number no longer grows.
         self._settled = jax.process_count() > 1 and (agreed <= self.steps or agreed == self._longest)
         self.steps = agreed
 
@@ -195,7 +196,7 @@ def _open_folder(config: TrainConfig, job: Job) -> None:
 
 
 def _summary(job: Job, step: CompiledStep) -> str:
-    """A line on what is trained, and on what."""
+    """One line: model, devices, precision, data and compile time."""
     on_hosts = "" if jax.process_count() == 1 else f" in {jax.process_count()} processes"
     policy = step.gradient_checkpointing
     checkpointing = "" if policy == "none" else f"gradient checkpointing {policy}; "
@@ -208,7 +209,7 @@ def _summary(job: Job, step: CompiledStep) -> str:
 
 
 def _act(due: Sequence[Action], step: int, state: TrainState, reporter: Reporter | None) -> None:
-    """The actions of a step. What a request to stop leaves undone is done when the run resumes there."""
+    """Run the actions of a step. Those skipped by a request to stop are run when the run resumes there."""
     assert reporter is not None, "the first process has one"
     with contextlib.suppress(interrupts.Interrupted):
         for action in due:
@@ -217,14 +218,14 @@ def _act(due: Sequence[Action], step: int, state: TrainState, reporter: Reporter
 
 
 def _save(job: Job, state: TrainState) -> None:
-    """The word and a checkpoint; the word first, for on a disk that is nearly full it is the word that counts."""
+    """Save the word, then a checkpoint: if the disk fills up, the word matters more."""
     assert job.checkpoints is not None, "the first process has them"
     run_folder.save_embedding(job.concept.embedding(state.rows, int(state.step)), job.folder)
     job.checkpoints.save(state)
 
 
 def _give_up(job: Job, state: TrainState) -> None:
-    """End a run whose loss is not finite, with the last good rows saved."""
+    """Save the last finite rows, and end the run because its loss is not finite."""
     good = int(state.step)
     run_folder.save_embedding(job.concept.embedding(state.rows, good), job.folder)
     raise InputError(
@@ -235,10 +236,10 @@ def _give_up(job: Job, state: TrainState) -> None:
 
 
 def _finish(job: Job, state: TrainState, stopped: bool) -> tuple[Embedding, bool]:
-    """Tell what was learned; unless the run is to go on later, measure it, draw with it and push it, too.
+    """Report what was learned; unless the run was stopped early, also measure the word, draw with it and push it.
 
     Returns:
-      The word that the run ends with, and whether it is done.
+      The final word, and whether everything was done.
     """
     last = int(state.step)
     embedding = job.concept.embedding(state.rows, last)
@@ -253,7 +254,9 @@ def _finish(job: Job, state: TrainState, stopped: bool) -> tuple[Embedding, bool
                 interrupts.interruptible(partial(job.push, job.folder, embedding))
     except interrupts.Interrupted:
         stopped = True
-        multihost.log_leader("asked to stop: all steps are made; --resume_from_checkpoint latest does what is left")
+        multihost.log_leader(
+            "stopped after the last step: --resume_from_checkpoint latest does what is left (scores, overview, upload)"
+        )
     phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in job.clock.seconds.items())
     if len(embedding.vectors) > 1:
         multihost.log_leader(
@@ -265,7 +268,7 @@ def _finish(job: Job, state: TrainState, stopped: bool) -> tuple[Embedding, bool
 
 
 def _measure(job: Job, embedding: Embedding, step: int) -> Embedding:
-    """The word that the run ends with: the last, or with ``--keep_best`` the best."""
+    """The final word: the last, or with ``--keep_best`` the best."""
     tracker = job.tracker
     if tracker is None:
         return embedding

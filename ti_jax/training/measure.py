@@ -1,4 +1,4 @@
-"""Scores of the word while it is learned and at the end, and which of its states was the best."""
+"""Scores of the word during and after training, and a copy of the best state so far."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ BEST_FILE = "learned_embeds-best.safetensors"
 
 @dataclass
 class ScoreTracker:
-    """Measures states of the word; with ``keep_best`` it keeps a copy of the best one in the run's folder.
+    """Scores states of the word; with ``keep_best`` saves the best one in the run's folder.
 
     Attributes:
-      by: the measure to keep the best by, or None.
-      best: step and scores of the best state so far, whose vectors are in `BEST_FILE`. last: of the last one measured.
+      by: name of the score to compare by (``--keep_best``), or None.
+      best: step and scores of the best state so far, which is saved in `BEST_FILE`.
+      last: step and scores of the state measured last.
     """
 
     evaluator: Evaluator
@@ -42,12 +43,12 @@ class ScoreTracker:
     last: tuple[int, Scores] | None = None
 
     def measure(self, sd: StableDiffusion, embedding: Embedding, step: int) -> Scores:
-        """Measure, log, and keep the word if it is the best so far."""
+        """Score the word and log the scores; save the word if it is the best so far."""
         if self.last is not None and self.last[0] == step:
             return self.last[1]
         scores = interruptible(lambda: self.evaluator.scores(sd, embedding, self.others))
         self.last = (step, scores)
-        # The word first: a kill between the two leaves no line of a best state that is not kept.
+        # The word first: a kill between the two must not leave a logged best state that was not saved.
         if self._is_best(scores):
             self.best = self.last
             embedding.save(self.folder / BEST_FILE, format="diffusers")
@@ -60,12 +61,12 @@ class ScoreTracker:
             return False
         value = getattr(scores, self.by)
         if value is None:
-            raise InputError(f"--keep_best {self.by}: was not measured; it needs another model to measure with")
-        # Of equals the first: fewer steps keep a word nearer to the language.
+            raise InputError(f"--keep_best {self.by}: it was not measured; it needs another model to score with")
+        # Among equals the first: with fewer steps a word stays closer to the vocabulary.
         return self.best is None or value > getattr(self.best[1], self.by)
 
     def resume(self, state: Embedding, step: int) -> None:
-        """Reload the scores up to ``step``; later ones are dropped, for those steps are made again.
+        """Reload scores up to ``step``; drop later ones, which will be recomputed.
 
         Args:
           state: the word at ``step``.
@@ -83,7 +84,7 @@ class ScoreTracker:
             self._keep_best(self.best[0], state, step)
 
     def _keep_best(self, best: int, state: Embedding, step: int) -> None:
-        """Make `BEST_FILE` hold the state at ``best``: steps that are made again may have put a later one there."""
+        """Restore the state at ``best`` in `BEST_FILE`, which a step after the checkpoint may have overwritten."""
         file, copy = self.folder / BEST_FILE, self.folder / copy_name(best)
         if file.exists() and Embedding.load(file).metadata.get("steps") == str(best):
             return
@@ -100,7 +101,7 @@ class ScoreTracker:
             self.best = None
 
     def finish(self, sd: StableDiffusion, embedding: Embedding, step: int) -> tuple[Embedding, Scores]:
-        """Measure the last state, and return the word that the run ends with, and its scores."""
+        """Score the last state; return the final word, which is the best one with ``keep_best``, and its scores."""
         scores = self.measure(sd, embedding, step)
         if self.best is not None and self.best[0] != step:
             embedding, scores = Embedding.load(self.folder / BEST_FILE), self.best[1]
@@ -109,10 +110,10 @@ class ScoreTracker:
 
 
 def make_score_tracker(config: TrainConfig, sd: StableDiffusion, concept: Concept, folder: Path) -> ScoreTracker | None:
-    """What the config asks for: None if it asks for no scores.
+    """The score tracker of a config; None if it asks for no scores.
 
     Raises:
-      InputError: nothing to measure with.
+      InputError: there is neither a CLIP model nor a judge to score with.
     """
     if not config.evaluate and config.keep_best is None:
         return None

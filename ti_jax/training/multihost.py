@@ -1,8 +1,8 @@
-"""One run on several processes, such as the hosts of a TPU pod: joining them, agreeing, and who writes.
+"""One run on several processes, such as the hosts of a TPU pod: joining them, agreeing, and the leader process.
 
-Each process has its own devices and runs the same program; only the first writes files and speaks. What is not the same
-everywhere, such as a missing picture on one host or a request to stop, is reported to all, or the others would wait
-for it for ever. Alone, a process does none of this.
+Each process has its own devices and runs the same program; only the leader (process 0) writes files and prints. What
+differs between processes, such as a picture missing on one host or a request to stop, is sent to all of them, because
+the others would otherwise wait for ever. A single process does none of this.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from ti_jax.training.launchers import find_launch
 
 T = TypeVar("T")
 
-# A process that is silent for so long is taken for dead, and ends the others.
+# A process without a heartbeat for this long is considered dead, and the others end.
 HEARTBEAT_SECONDS = 60
-# How long a process that is through waits for the others to be.
+# How long a finished process waits for the others to finish.
 SHUTDOWN_SECONDS = 60
 
 OUT_OF_MEMORY = (
@@ -41,11 +41,11 @@ RESUME = "start all of them again, with --resume_from_checkpoint latest to go on
 
 
 class Agreed(InputError):
-    """An error that all processes have been told of, and that all of them end with."""
+    """An error that all processes know of and end with."""
 
 
 def join(config: TrainConfig) -> None:
-    """Join the other processes of the run, if it has any: ``jax.distributed.initialize``, before JAX is used otherwise.
+    """Join the other processes of the run, if any, with ``jax.distributed.initialize``, before any other use of JAX.
 
     Raises:
       InputError: they cannot be found or reached, or JAX was used before.
@@ -55,7 +55,7 @@ def join(config: TrainConfig) -> None:
     launch = find_launch(config)
     if launch is None:
         return
-    # The loop has a handler of SIGTERM of its own.
+    # The loop handles SIGTERM itself.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -88,9 +88,9 @@ def has_others(config: TrainConfig) -> bool:
 
 
 def _watch() -> None:
-    """Start a child process that prints the last line on stderr where JAX aborts this one because another has died.
+    """Start a child process that prints one last line on stderr if JAX aborts this one because another one died.
 
-    JAX does so from C++: no Python code runs after that, so only another process can still say what has happened.
+    JAX aborts from C++ and no Python code runs after that, so that only a separate process can still print.
     """
     message = f"process {jax.process_index()} of {jax.process_count()} has ended early, or another one has: {RESUME}"
     watcher = subprocess.Popen(
@@ -109,28 +109,28 @@ def _dismiss_watcher() -> None:
 
 
 def _leave() -> None:
-    """At the end of the program: wait for the others to be through."""
+    """At exit: wait for the other processes to finish."""
     _dismiss_watcher()
     jax.distributed.shutdown()
 
 
 def is_leader() -> bool:
-    """Whether this is the process that writes and speaks."""
+    """Whether this is the leader, the process that writes files and prints."""
     return jax.process_index() == 0
 
 
 def log_leader(text: str) -> None:
-    """A line on stderr, by the first process."""
+    """Print a line on stderr, on the leader process only."""
     if is_leader():
         print(text, file=sys.stderr)
 
 
 def all_or_raise(make: Callable[[], T]) -> T:
-    """What ``make`` returns here, once it has succeeded in every process.
+    """Call ``make`` on every process; return its result once it has succeeded on all of them.
 
     Raises:
-      InputError: what it raised in another process, whatever that was, or an `InputError` that it raised here.
-      Exception: anything else that it raised here, after the others have been told.
+      InputError: whatever it raised in another process, or an `InputError` that it raised here.
+      Exception: anything else that it raised here, after it has been reported to the others.
     """
     if jax.process_count() == 1:
         return make()
@@ -151,11 +151,11 @@ def all_or_raise(make: Callable[[], T]) -> T:
 
 
 def on_leader(make: Callable[[], T]) -> T:
-    """What ``make`` returns in the first process, which alone calls it; other processes wait and get a copy.
+    """Call ``make`` on the leader process only, and broadcast its (pickled) result to the others, which wait for it.
 
     Raises:
-      InputError: what it raised there, whatever that was.
-      Exception: in the first process, anything else that it raised, after the others have been told.
+      InputError: whatever it raised there.
+      Exception: on the leader, anything else that it raised, after it has been reported to the others.
     """
     if jax.process_count() == 1:
         return make()
@@ -176,16 +176,16 @@ def on_leader(make: Callable[[], T]) -> T:
     return result
 
 
-_REPORTED = "The other processes of the run have been told."
+_REPORTED = "This was reported to the other processes of the run."
 
 
 def _described(fault: Exception) -> str:
-    """For the other processes: the message of an `InputError`, which explains itself; otherwise also its class."""
+    """A line on the fault for the other processes: an `InputError`'s message; of others also the class."""
     return str(fault) if isinstance(fault, InputError) else f"{type(fault).__name__}: {one_line(fault)}"
 
 
 def _reported(fault: Exception) -> Exception:
-    """What a process ends with after the others have been told of its fault."""
+    """The exception that a process ends with after its fault was reported to the others."""
     if isinstance(fault, InputError):
         agreed = Agreed(str(fault))
         agreed.__cause__ = fault
@@ -195,7 +195,7 @@ def _reported(fault: Exception) -> Exception:
 
 
 def smallest(value: float | None) -> float | None:
-    """The smallest of what each process has, of those that are not None: for choices that all must make alike."""
+    """Minimum over processes, ignoring None (None if all are None): for decisions that must agree everywhere."""
     if jax.process_count() == 1:
         return value
     known = [number for number in map(pickle.loads, _gather(pickle.dumps(value))) if number is not None]
@@ -203,10 +203,10 @@ def smallest(value: float | None) -> float | None:
 
 
 def check_same(what: dict[str, Any]) -> None:
-    """Hold the values of ``what``, which JSON could have, to those of the first process.
+    """Check that ``what``, a dict of JSON values, is the same on every process as on the leader.
 
     Raises:
-      InputError: names what another process has otherwise.
+      InputError: names the entries that differ.
     """
     theirs = on_leader(lambda: what)
     all_or_raise(functools.partial(_compare, what, theirs))
@@ -216,12 +216,12 @@ def _compare(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
     different = [name for name in theirs if mine[name] != theirs[name]]
     if different:
         raise InputError(
-            f"{', '.join(different)} not as in the first process; give all processes the same settings and files"
+            f"{', '.join(different)}: not the same as in process 0; give all processes the same settings and files"
         )
 
 
 def _gather(mine: bytes) -> list[bytes]:
-    """What every process gives, by process."""
+    """All-gather bytes; returns one entry per process."""
     lengths = multihost_utils.process_allgather(np.int32(len(mine))).tolist()
     padded = np.zeros(max(*lengths, 1), np.uint8)
     padded[: len(mine)] = np.frombuffer(mine, np.uint8)
@@ -231,9 +231,9 @@ def _gather(mine: bytes) -> list[bytes]:
 
 @contextlib.contextmanager
 def in_step() -> Iterator[None]:
-    """Around the whole of a run: too little memory is an `InputError`, and a fault of one process ends all of them.
+    """Context around a whole run: out of memory becomes an `InputError`, and a fault of one process ends all of them.
 
-    What goes wrong in one process alone becomes an `OutOfStep`, as does another process that is gone.
+    A fault of one process alone becomes an `OutOfStep`, and so does the loss of another process.
     """
     try:
         with explaining_out_of_memory(OUT_OF_MEMORY):
@@ -253,10 +253,10 @@ def in_step() -> Iterator[None]:
 
 
 class StopRequests:
-    """Tells all processes in the same chunk that one of them was asked to stop, without waiting for the devices.
+    """Sends a request to stop to all processes, so that all stop after the same chunk; never waits for the devices.
 
-    A request is summed over the processes by the devices, behind the chunks that they were given before; so it can be
-    read once these are done.
+    The request is reduced over the processes on the devices, after the chunks dispatched before it; so it can be read
+    once these are done.
     """
 
     def __init__(self) -> None:
@@ -269,7 +269,7 @@ class StopRequests:
             self._any = jax.jit(lambda asked: asked.any(), out_shardings=everywhere)
 
     def send(self, asked: bool) -> None:
-        """Say whether this process was asked, in every chunk and before it is given to the devices."""
+        """Send whether this process was asked to stop; called for every chunk, before it is dispatched."""
         if jax.process_count() == 1:
             return
         local = [jax.device_put(np.asarray([asked]), device) for device in jax.local_devices()]
@@ -277,5 +277,5 @@ class StopRequests:
         self._pending = self._any(jax.make_array_from_single_device_arrays(shape, self._sharding, local))
 
     def received(self, asked: bool) -> bool:
-        """Whether any process was asked, as of the last `send`; alone, whether this one was."""
+        """Whether any process had been asked to stop at the last `send`; for a single process, ``asked``."""
         return asked if self._pending is None else bool(np.asarray(self._pending.addressable_data(0)))

@@ -1,4 +1,4 @@
-"""AdamW on the rows alone, its learning-rate schedules, and the mask that keeps a finished row still."""
+"""AdamW on the trained rows only, its learning-rate schedules, and the mask that freezes rows."""
 
 from __future__ import annotations
 
@@ -63,10 +63,10 @@ class MaskRowsState(NamedTuple):
 
 
 def mask_rows(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Apply ``inner`` to the rows whose mask is true; the others keep value, moments and all, to the bit.
+    """Apply ``inner`` to the rows whose mask is true; the others keep their values and moments, bit for bit.
 
-    ``optax.masked`` chooses whole leaves; here a leaf is a table of rows [n, D], and ``update`` takes ``row_mask``, the
-    same tree with bool [n]. Momentum and weight decay cannot reach a masked row, because its update is exactly zero.
+    ``optax.masked`` masks whole leaves; here a leaf is a table of rows [n, D], and ``update`` takes ``row_mask``, the
+    same tree of bool [n]. Momentum and weight decay do not affect a masked row: its update is exactly zero.
     """
 
     def init(rows: optax.Params) -> MaskRowsState:
@@ -76,7 +76,7 @@ def mask_rows(inner: optax.GradientTransformation) -> optax.GradientTransformati
         del extra
         masked_grads = _select(row_mask, grads, jax.tree.map(jnp.zeros_like, grads))
         updates, new_inner = inner.update(masked_grads, state.inner, rows)
-        # Moments are masked by the mask of their rows; counters, which belong to no row, always go on.
+        # Moments get the mask of their rows; counters, which belong to no row, always advance.
         masks = optax.tree.map_params(
             inner, lambda _, mask: mask, new_inner, row_mask, transform_non_params=lambda _: jnp.array([True])
         )
@@ -87,7 +87,7 @@ def mask_rows(inner: optax.GradientTransformation) -> optax.GradientTransformati
 
 
 def _select(masks, chosen, other):
-    """Rows of ``chosen`` where the mask is true, of ``other`` elsewhere; a mask of one entry decides for a scalar."""
+    """Rows of ``chosen`` where the mask is true, of ``other`` elsewhere; for a scalar leaf the mask's first entry."""
     return jax.tree.map(
         lambda mask, a, b: jnp.where(
             mask.reshape(mask.shape + (1,) * (jnp.ndim(a) - 1)) if jnp.ndim(a) else mask[0], a, b
@@ -105,7 +105,7 @@ def make_optimizer(
 
     Args:
       total_steps: updates in the whole run; the schedules end there.
-      global_factor: accumulation steps x batch per device x devices, which ``scale_lr`` multiplies the rate by.
+      global_factor: accumulation steps x batch per device x devices; ``scale_lr`` multiplies the learning rate by it.
     """
     assert config.learning_rate is not None, "the config is resolved"
     peak = config.learning_rate * (global_factor if config.scale_lr else 1)

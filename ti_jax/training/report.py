@@ -1,4 +1,4 @@
-"""Where a run's figures go: the progress bar, ``metrics.jsonl`` and TensorBoard."""
+"""Logs of a run: the progress bar, ``metrics.jsonl`` and TensorBoard."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ti_jax.training.tensorboard import Board
 
 
 class Reporter:
-    """Shows and logs a run. A resumed run cuts the log back to its step and goes on in the same files."""
+    """Shows and logs a run. A resumed run truncates the log to its step and appends to the same files."""
 
     def __init__(self, config: TrainConfig, output_dir: Path, first_step: int, total_steps: int):
         self._metrics_path = output_dir / "metrics.jsonl"
@@ -49,7 +49,7 @@ class Reporter:
         """Log the updates since the last call.
 
         Args:
-          step: updates made by their end; losses: one an update; samples: pictures drawn in them, over all devices.
+          step: number of updates so far; losses: one per update; samples: pictures seen in them, over all devices.
         """
         now = time.perf_counter()
         seconds, self._last_time = now - self._last_time, now
@@ -64,11 +64,11 @@ class Reporter:
         self._scalars(figures, step)
 
     def progress(self, count: int) -> None:
-        """Move the bar on by ``count`` updates."""
+        """Advance the progress bar by ``count`` updates."""
         self._bar.update(count)
 
     def rows(self, step: int, figures: dict[str, float]) -> None:
-        """Log how far the rows have moved and how long they are."""
+        """Log the rows' distances, cosines and norms."""
         self._write({"step": step, **figures})
         self._scalars(figures, step)
 
@@ -78,11 +78,11 @@ class Reporter:
             self._board.image(name, image, step)
 
     def pause(self) -> None:
-        """Leave the time since the last chunk (saving, drawing) out of the speed of the next."""
+        """Exclude the time since the last chunk (saving, drawing) from the speed of the next one."""
         self._last_time = time.perf_counter()
 
     def print_line(self, text: str) -> None:
-        """One line above the progress bar."""
+        """Print a line above the progress bar."""
         tqdm.write(text, file=sys.stderr)
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -103,7 +103,7 @@ class Reporter:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a ``.jsonl`` file, without the line that a killed run was writing."""
+    """The records of a ``.jsonl`` file, except for lines left incomplete by a killed run."""
     records = []
     with disk_errors(path):
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -113,7 +113,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def print_row_figures(figures: list[dict], step: int) -> None:
-    """Tell on stderr how far each row moved, and warn of rows that did not."""
+    """Print on stderr how far each row moved; warn of rows that did not move, or have become very long."""
     for row in figures:
         where = f"row {row['row']}" + ("" if row["encoder"] == "text_encoder" else f" of {row['encoder']}")
         if row["distance"] == 0.0 and step > 0:

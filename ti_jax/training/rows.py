@@ -1,4 +1,4 @@
-"""How far the learned rows have moved, and how long they are."""
+"""Distance of the learned rows from their start, and their norms."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def usual_norms(sd: StableDiffusion) -> dict[str, float]:
 
 
 def row_figures(concept: Concept, rows: Rows, usual_norms: Mapping[str, float]) -> list[dict[str, Any]]:
-    """How far each row of the word has moved, for each text encoder, against the vocabulary's usual length.
+    """How far each row of the word has moved, for each text encoder, and its norm next to the vocabulary's.
 
     Returns:
-      ``encoder``, ``row``, ``distance`` from its start (Euclidean), ``cosine`` to its start, ``norm``, and
-      ``usual_norm``, from ``usual_norms``.
+      One dict per row: ``encoder``, ``row``, ``distance`` (Euclidean) and ``cosine`` to its start, ``norm``, and
+      ``usual_norm`` from ``usual_norms``.
     """
     figures = []
     for name, value in rows.items():

@@ -1,7 +1,7 @@
 """TensorBoard's event files, written record by record.
 
-Messages and checksums are tensorboardX's; its writer is not used, because its threads write when they like and tell of
-a full disk in tracebacks at exit.
+Messages and checksums are tensorboardX's. Its writer is not used, because it writes in background threads and reports a
+full disk in tracebacks at exit.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from ti_jax.files import disk_errors
 
 
 class Board:
-    """One event file; every record is on its way to the disk when the call returns."""
+    """One event file, unbuffered: a record has been written when the call returns."""
 
     def __init__(self, folder: Path, first_step: int):
-        """Start a file; records of an earlier one from after ``first_step`` are no longer shown."""
+        """Start a file; TensorBoard then hides records of earlier files from after ``first_step``."""
         self._path = folder / f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
         with disk_errors(self._path):
             folder.mkdir(parents=True, exist_ok=True)

@@ -90,8 +90,8 @@ def test_the_command_tells_it(capsys, tiny_sd):
     flags = ["--train_batch_size", "1", "--gradient_accumulation_steps", "2"]
     assert main(["plan", "--pretrained_model_name_or_path", str(tiny_sd), *flags]) == 0
     out = capsys.readouterr().out
-    assert f"{tiny_sd}: 1 a device on 8 x cpu, float32, 16 px, 16 samples an update" in out
-    assert "TFLOP an update and device at least\n" in out
+    assert f"{tiny_sd}: 1 per device on 8 x cpu, float32, 16 px, 16 samples per update" in out
+    assert "TFLOP per update and device\n" in out
     assert "GB with --gradient_checkpointing none\n" in out
 
 
@@ -138,15 +138,15 @@ def test_for_a_tpu_slice():
         [sys.executable, "-m", "ti_jax", "plan", "--topology", "v5e:2x2"],
         capture_output=True, text=True, env=environment, check=True,
     )  # fmt: skip
-    assert "mini-sd: 8 a device on 4 x TPU v5e, bfloat16, 64 px, 32 samples an update" in done.stdout
-    assert "all-reduce 0.8 kB an update" in done.stdout
+    assert "mini-sd: 8 per device on 4 x TPU v5e, bfloat16, 64 px, 32 samples per update" in done.stdout
+    assert "all-reduce 0.8 kB per update" in done.stdout
     # Not more work than there is, as counted on the traced function; XLA counts element-wise work, too.
-    assert 0.98 <= float(re.search(r"compiled ([\d.]+) of that", done.stdout)[1]) < 1.5
+    assert 0.98 <= float(re.search(r"compiled: ([\d.]+) times that", done.stdout)[1]) < 1.5
 
 
 def test_where_the_compiler_does_not_count_all_the_least_work_is_the_estimate():
     """As with kernels on TPU, into which XLA does not look."""
     known = Plan("sd", "1 x TPU v5e", 4, 4, 1, 1, 1, None, 2e12, 1e12, {}, peak=100e12)
     counted, uncounted = ("\n".join(plan.lines()) for plan in (known, replace(known, flops=None)))
-    assert "compiled 2.00 of that" in counted and "20.0 ms an update at the published peak" in counted
-    assert "compiled" not in uncounted and "10.0 ms an update at the published peak" in uncounted
+    assert "compiled: 2.00 times that" in counted and "20.0 ms per update at the published peak" in counted
+    assert "compiled" not in uncounted and "10.0 ms per update at the published peak" in uncounted

@@ -40,7 +40,7 @@ class Action(abc.ABC):
         """
 
     def done(self, step: int) -> bool:
-        """Whether the action has run at ``step``: asked when a run resumes there, as it may have been stopped within."""
+        """Whether the action has run at ``step``; asked on resuming there, as the run may have stopped within it."""
         return True
 
 

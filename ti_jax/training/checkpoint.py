@@ -1,7 +1,7 @@
 """Checkpoints to resume from: step, rows and optimizer state, with a fingerprint of everything that they depend on.
 
-Orbax writes them, one folder a step, complete or not at all. The frozen model is never in them: its hash is. Of several
-processes the first one alone reads and writes, so that the hosts need no disk in common.
+Orbax writes one folder per step, atomically. The frozen model is not saved, only its hash. With several processes only
+the leader reads and writes, so that the hosts need no shared disk.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def fingerprint(
 
 
 class _Unreadable(InputError):
-    """A damaged checkpoint, or what is none."""
+    """A checkpoint that is damaged, or a folder that is no checkpoint."""
 
 
 class Checkpoints:
@@ -114,10 +114,10 @@ class Checkpoints:
         return ocp.CheckpointManager(self.folder.absolute(), options=_options(self._limit))
 
     def save(self, state: TrainState) -> None:
-        """Write the state under its step; older checkpoints past the limit go.
+        """Write the state under its step; the oldest checkpoints beyond the limit are deleted.
 
         Raises:
-          InputError: the disk is full, or cannot be written. The checkpoints before are whole.
+          InputError: the disk is full or cannot be written. Earlier checkpoints stay complete.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
@@ -126,29 +126,29 @@ class Checkpoints:
             state=ocp.args.StandardSave(jax.device_get(state._asdict())), identity=ocp.args.JsonSave(self.identity)
         )
         with disk_errors(self.folder), whole():
-            # Orbax's threads tell of a full disk in tracebacks of their own, so it is better not to begin.
+            # Orbax's threads print tracebacks if the disk is full, so check before they start.
             if shutil.disk_usage(self.folder).free < ROOM_FOR_A_CHECKPOINT:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             try:
                 saved = self._manager.save(step, args=contents)
-            except ValueError as error:  # what its storage library makes of a fault of the disk
+            except ValueError as error:  # raised by its storage library for disk errors
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
-        if not saved:  # Orbax declines a step before the latest one without a word
+        if not saved:  # Orbax silently skips a step before the latest one
             raise InputError(
                 f"the checkpoint of step {step} was not saved: {self.folder} has later ones "
                 f"({', '.join(map(str, sorted(self._manager.all_steps())))}); move them away"
             )
 
     def restore(self, wanted: str, like: TrainState) -> TrainState | None:
-        """The state at "latest" (None where there is no checkpoint yet) or in the checkpoint folder ``wanted``.
+        """The state at "latest" (None if there is no checkpoint yet) or in the checkpoint folder ``wanted``.
 
-        "latest" is the newest that can be read; a line on stderr names those that cannot. Where the run has not chosen
-        its ``gradient_checkpointing`` yet, `identity` gets the checkpoint's.
+        "latest" is the newest one that can be read; a line on stderr names those that cannot. If the run has not chosen
+        its ``gradient_checkpointing`` yet, `identity` takes over the checkpoint's.
 
         Args:
-          like: a state with the shapes that the result shall have, in arrays of the host.
+          like: a state with the expected shapes and dtypes, as NumPy arrays.
 
         Raises:
           InputError: no such checkpoint, one that cannot be read, or one of another model, concept or setting.
@@ -166,7 +166,7 @@ class Checkpoints:
         return None
 
     def _steps(self) -> list[int]:
-        """The steps of the checkpoints that are there, in order."""
+        """The steps of the existing checkpoints, ascending."""
         return sorted(int(path.name) for path in self.folder.glob("[0-9]*") if path.name.isdigit() and path.is_dir())
 
     def _checkpoint_folder(self, wanted: str) -> Path:
@@ -196,13 +196,13 @@ class Checkpoints:
         return TrainState(**state)
 
     def _compare(self, where: Path, found: Fingerprint) -> None:
-        """Hold a checkpoint's fingerprint to the run's.
+        """Compare a checkpoint's fingerprint with the run's.
 
         Raises:
-          InputError: names what differs.
+          InputError: names the entries that differ.
         """
         wanted = json.loads(json.dumps(self.identity))
-        # What was not a choice yet when an older checkpoint was written cannot differ.
+        # An entry that did not exist yet when the checkpoint was written cannot differ.
         found = {name: wanted.get(name) for name in ADDED_LATER} | found
         if wanted.get("gradient_checkpointing") is None:
             wanted["gradient_checkpointing"] = found["gradient_checkpointing"]
@@ -216,13 +216,13 @@ class Checkpoints:
         self.identity["gradient_checkpointing"] = wanted["gradient_checkpointing"]
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Close Orbax's manager."""
         if "_manager" in vars(self):
             self._manager.close()
 
 
 def _options(limit: int | None, read_only: bool = False) -> ocp.CheckpointManagerOptions:
-    """Orbax's options for one process that reads and writes, whatever others the run has."""
+    """Orbax's options for a single process that reads and writes, however many processes the run has."""
     return ocp.CheckpointManagerOptions(
         max_to_keep=limit,
         enable_async_checkpointing=False,

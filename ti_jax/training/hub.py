@@ -19,7 +19,7 @@ _UPLOADED = ["learned_embeds*.safetensors", "overview.png", "samples/*.png", "RE
 
 
 def open_repository(config: TrainConfig) -> Callable[[Path, Embedding], None]:
-    """Create the repository before training starts, so that a wrong token costs a second and not a run.
+    """Create the repository before training starts, so that a wrong token is found at once.
 
     Returns:
       ``push(folder, embedding)``, which writes a model card and uploads the folder.
@@ -69,8 +69,8 @@ def model_card(config: TrainConfig, embedding: Embedding, repository: str, folde
     """The README.md of a pushed word, with the hub's front matter.
 
     Args:
-      repository: id of the word's own repository, from which the card's code loads it.
-      folder: the run's, whose pictures the card shows.
+      repository: hub id of the word's own repository, used in the card's example code.
+      folder: the run's folder, whose pictures the card shows.
     """
     base = embedding.metadata["base_model"]
     model = config.pretrained_model_name_or_path
@@ -111,7 +111,7 @@ pipe("a picture of {embedding.token}").images[0].save("out.png")
 
 
 def _front_matter(config: TrainConfig, embedding: Embedding, base: str | None, sdxl: bool, folder: Path) -> str:
-    """The card's metadata as YAML; its texts as JSON strings, which YAML reads as well."""
+    """The card's metadata as YAML. Texts are JSON strings, which are valid YAML."""
 
     def quoted(text: str) -> str:
         return json.dumps(text, ensure_ascii=False)

@@ -1,8 +1,8 @@
-"""How this process was started: alone, or as one of several, and then how it finds the others.
+"""Detect whether this process is one of several, and how it reaches the others.
 
 Several processes that do not know of each other would be several runs in one folder, and a process that waits for
-others which do not exist never starts. So "one of several" needs evidence: a flag, a launcher's variables, or a TPU
-slice that has more than one host.
+others that do not exist never starts. So "one of several" needs evidence: a flag, a launcher's environment variables,
+or a TPU slice with more than one host.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from pathlib import Path
 from ti_jax.config import TrainConfig
 from ti_jax.errors import InputError
 
-# On a Google Cloud VM the metadata server answers in milliseconds. Elsewhere its name may not even be resolved in time.
+# On a Google Cloud VM the metadata server answers in milliseconds. Elsewhere even the DNS lookup may time out.
 METADATA_SECONDS = 5.0
 
-# Ports that Linux does not give to outgoing connections by itself; JAX's own rule for Slurm uses the same range.
+# Ports above Linux's default ephemeral range; JAX's own detection of Slurm uses the same range.
 _FIRST_PORT, _PORTS = 61440, 4096
 
 
@@ -36,10 +36,10 @@ class Launch:
     """One process of several: arguments of ``jax.distributed.initialize``.
 
     Attributes:
-      evidence: what shows that there are several; the beginning of a sentence.
-      coordinator_address: HOST:PORT. num_processes, process_id: likewise. None: JAX finds out itself (Slurm, Open MPI,
-        TPU slices).
-      local_device_ids: GPUs of this process, numbers on its host; None: all, or what JAX finds.
+      evidence: why there are several processes; used as the beginning of a message.
+      coordinator_address: HOST:PORT. num_processes, process_id: as there. None: detected by JAX (Slurm, Open MPI, TPU
+        slices).
+      local_device_ids: indices of this process's GPUs on its host; None: all, or as detected by JAX.
       complete: JAX's own detection is not needed.
     """
 
@@ -57,11 +57,11 @@ def find_launch(
     dev: Path = Path("/dev"),
     metadata: Callable[[str], str | None] | None = None,
 ) -> Launch | None:
-    """The run that this process is a part of; None: it is alone.
+    """How this process is part of a run of several; None if it is alone.
 
     Args:
-      config: ``distributed``, ``coordinator_address``, ``num_processes`` and ``process_id`` count.
-      environment, dev: variables and device files. metadata: see `read_metadata`, which is the default.
+      config: its ``distributed``, ``coordinator_address``, ``num_processes`` and ``process_id`` are used.
+      environment: environment variables. dev: folder of device files. metadata: default `read_metadata`.
 
     Raises:
       InputError: a variable is not a number, or a launcher's are incomplete.
@@ -96,7 +96,7 @@ def _number(environment: Mapping[str, str], variable: str) -> int | None:
 
 
 def _of_torchrun(environment: Mapping[str, str]) -> Launch | None:
-    """``torchrun`` and ``accelerate launch``: RANK and WORLD_SIZE, and MASTER_ADDR and MASTER_PORT to meet at."""
+    """``torchrun`` and ``accelerate launch``: from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
     count, own = (_number(environment, name) for name in ("WORLD_SIZE", "RANK"))
     if count is None or count == 1 or own is None:
         return None
@@ -107,9 +107,9 @@ def _of_torchrun(environment: Mapping[str, str]) -> Launch | None:
             f"MASTER_PORT do not say where they meet: start them with torchrun, give --coordinator_address HOST:PORT, "
             f"or unset RANK to train alone"
         )
-    # The launcher itself listens at MASTER_PORT. All processes must find the same other port without talking.
+    # The launcher itself listens at MASTER_PORT. All processes must derive the same other port without communicating.
     port = _number(environment, "JAX_COORDINATOR_PORT") or _FIRST_PORT + (port + 1) % _PORTS
-    # As in PyTorch, each process has one GPU; one process a host has them all.
+    # As in PyTorch, each process has one GPU; a single process per host has all of them.
     local = _number(environment, "LOCAL_RANK") if environment.get("LOCAL_WORLD_SIZE") != "1" else None
     return Launch(
         f"torchrun or accelerate has started {count} processes",
@@ -130,10 +130,10 @@ def _on_tpu(environment: Mapping[str, str], dev: Path) -> bool:
 
 
 def _tpu_hosts(environment: Mapping[str, str], metadata: Callable[[str], str | None]) -> int:
-    """Hosts of the TPU slice, or slices, that this one belongs to; 1 where nothing shows that there are more.
+    """Number of hosts of this host's TPU slice or slices; 1 without evidence of more.
 
-    The sources and their order are those of JAX's own detection, which takes any TPU for a part of a slice and fails
-    where nothing describes one (Colab, Kaggle): variables on Kubernetes, the metadata server on a Cloud TPU VM.
+    Sources and their order are those of JAX's own detection (environment variables on Kubernetes, the metadata server
+    on a Cloud TPU VM), which fails on a TPU that is not part of a described slice (Colab, Kaggle).
     """
     slices = environment.get("MEGASCALE_NUM_SLICES")
     workers = environment.get("TPU_PROCESS_ADDRESSES", environment.get("TPU_WORKER_HOSTNAMES"))
@@ -153,7 +153,7 @@ def _tpu_hosts(environment: Mapping[str, str], metadata: Callable[[str], str | N
 
 
 def _slices_of(tpu_env: str) -> str | None:
-    """MEGASCALE_NUM_SLICES of lines such as ``MEGASCALE_NUM_SLICES: '2'``."""
+    """The value of the line ``MEGASCALE_NUM_SLICES: '2'`` in the attribute ``tpu-env``."""
     for line in tpu_env.splitlines():
         name, _, value = line.partition(":")
         if name.strip() == "MEGASCALE_NUM_SLICES":
@@ -167,7 +167,7 @@ def _note_once(note: str) -> None:
 
 
 def read_metadata(name: str, seconds: float = METADATA_SECONDS) -> str | None:
-    """An attribute of this Google Cloud VM, or None if it has none of that name.
+    """The value of a metadata attribute of this Google Cloud VM; None if it has no such attribute.
 
     Raises:
       OSError: there is no metadata server, or it does not answer within `seconds`.
@@ -180,7 +180,7 @@ def read_metadata(name: str, seconds: float = METADATA_SECONDS) -> str | None:
         except (OSError, http.client.HTTPException) as error:
             answers.put(error)
 
-    # In a thread, because looking up a name has no time limit of its own.
+    # In a thread, because a DNS lookup has no timeout.
     threading.Thread(target=ask, daemon=True).start()
     try:
         answer = answers.get(timeout=seconds)

@@ -1,6 +1,6 @@
-"""``ti-jax plan``: what a training run will need, read off its compiled step. No weights are loaded and none are made.
+"""``ti-jax plan``: memory and FLOPs of a training run, from its compiled step. No weights are loaded or allocated.
 
-For a TPU slice the step is compiled ahead of time by libtpu, which runs on any Linux machine; the chips are not needed.
+For a TPU slice the step is compiled ahead of time with libtpu, which runs on any Linux machine without the chips.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from ti_jax.weights.hub import resolve as resolve_model
 from ti_jax.weights.reference_configs import PUBLISHED
 from ti_jax.weights.sources import open_source
 
-PICTURES = 4  # of a concept: their moments are kilobytes, so that another number changes nothing
+PICTURES = 4  # of the concept; their moments are kilobytes, so that the number hardly matters
 GIGA, TERA = 1e9, 1e12
-# What well-tuned diffusion models reach of a chip's published peak.
+# Share of a chip's published peak that well-tuned diffusion models reach.
 USUAL_UTILISATION = 0.4
 BATCHES_TRIED = 8  # in looking for the largest that fits
 
-# libtpu would ask a cloud machine's metadata server which slice it is in, complain that it is in none, and let one
-# process at a time have the chips; here it only compiles.
+# Here libtpu only compiles. By default it would query the cloud metadata server for its slice, warn that there is none,
+# and lock the chips for one process.
 LIBTPU_SETTINGS = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
@@ -55,7 +55,7 @@ LIBTPU_SETTINGS = {
 
 @dataclass(frozen=True)
 class Chip:
-    """What a maker publishes of a device: its name there, memory in bytes, and peak FLOP/s in bfloat16."""
+    """A device's published specification: name, memory in bytes, and peak FLOP/s in bfloat16."""
 
     name: str
     memory: float
@@ -74,26 +74,26 @@ CHIPS = {
 }
 
 
-# What attention's kernels are called in a compiled program, Pallas' on a TPU and cuDNN's: XLA counts no work in them.
+# Attention kernels in a compiled program, Pallas' on TPU and cuDNN's. XLA's cost analysis counts no FLOPs in them.
 KERNELS = ("tpu_custom_call", "__cudnn$fmha")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the compiled step says.
+    """The needs of a compiled step.
 
     Attributes:
-      model: as the user named it. devices: how many, and of which kind. batch: samples a device and micro-batch.
-      samples: that one update sees, over all devices.
+      model: as the user named it. devices: number and kind. batch: samples per device and micro-batch.
+      samples: per update, over all devices.
       arguments, temporary, code: bytes on each device: weights and data; activations; the program.
-      memory: bytes that a device has for it, None where nothing says so.
-      flops: of one update on one device, as compiled; None where XLA does not count all: in a CPU's loops, and in
-        kernels such as attention's on TPU.
-      least_flops: that cannot be done without.
-      crossing: bytes that each device sends for an update, by kind of transfer.
-      peak: FLOP/s of the device in bfloat16, None if not known or not in use.
-      largest_batch: that fits, None if it was not looked for.
-      gradient_checkpointing: as told, or the first way that fits.
+      memory: bytes available on a device, None if unknown.
+      flops: of one update on one device, as compiled; None where XLA does not count all of them: on CPU (loops) and
+        with kernels such as attention's on TPU.
+      least_flops: the least that the update needs, see `ti_jax.training.flops.least_flops`.
+      crossing: bytes that each device sends per update, by kind of collective.
+      peak: FLOP/s of the device in bfloat16, None if unknown or if bfloat16 is not used.
+      largest_batch: the largest that fits, None if it was not searched for.
+      gradient_checkpointing: the given policy, or the first one that fits.
     """
 
     model: str
@@ -113,37 +113,37 @@ class Plan:
 
     @property
     def peak_memory(self) -> int:
-        """Bytes that a device must have."""
+        """Bytes needed on each device."""
         return self.arguments + self.temporary + self.code
 
     def lines(self) -> Iterator[str]:
-        """For people."""
+        """Lines to print."""
         of = f" of {self.memory / GIGA:.1f} GB" if self.memory else ""
         fits = "" if self.memory is None or self.peak_memory <= self.memory else ": IT DOES NOT FIT"
-        yield f"{self.model}: {self.batch} a device on {self.devices}, {self.samples} samples an update"
-        yield f"  memory         {self.peak_memory / GIGA:.2f} GB{of} a device{fits}"
+        yield f"{self.model}: {self.batch} per device on {self.devices}, {self.samples} samples per update"
+        yield f"  memory         {self.peak_memory / GIGA:.2f} GB{of} per device{fits}"
         yield f"    weights, data  {self.arguments / GIGA:.2f} GB"
         policy = f"--gradient_checkpointing {self.gradient_checkpointing}"
         yield f"    activations    {self.temporary / GIGA:.2f} GB with {policy}"
         yield f"    program        {self.code / GIGA:.2f} GB"
-        least = f"{self.least_flops / TERA:.4g} TFLOP an update and device at least"
-        compiled = f"; compiled {self.flops / self.least_flops:.2f} of that" if self.flops else ""
+        least = f"at least {self.least_flops / TERA:.4g} TFLOP per update and device"
+        compiled = f"; compiled: {self.flops / self.least_flops:.2f} times that" if self.flops else ""
         yield f"  work           {least}{compiled}"
         sent = ", ".join(f"{kind} {count / 1e3:.1f} kB" for kind, count in self.crossing.items()) or "nothing"
-        yield f"  between devices  {sent} an update"
+        yield f"  between devices  {sent} per update"
         if self.peak:
             flops = self.flops or self.least_flops
             floor, usual = (flops / self.peak / share * 1e3 for share in (1, USUAL_UTILISATION))
             yield (
-                f"  time           {floor:.1f} ms an update at the published peak of {self.peak / TERA:.0f} TFLOP/s, "
+                f"  time           {floor:.1f} ms per update at the published peak of {self.peak / TERA:.0f} TFLOP/s, "
                 f"{usual:.1f} ms at {USUAL_UTILISATION:.0%} of it: an estimate, nothing was run"
             )
         if self.largest_batch is not None:
-            yield f"  largest batch  {self.largest_batch} a device"
+            yield f"  largest batch  {self.largest_batch} per device"
 
 
 def plan(config: PlanConfig) -> Plan:
-    """Compile the training step that the config describes, and read off what it needs.
+    """Compile the config's training step, and report what it needs.
 
     Raises:
       InputError: no such model or topology, libtpu is not installed, or the step does not fit.
@@ -156,8 +156,8 @@ def plan(config: PlanConfig) -> Plan:
     found = planner.at(config.train_batch_size)
     if found is None:
         raise InputError(
-            f"a batch of {config.train_batch_size} at {planner.resolution} px does not fit: the compiler finds no way "
-            "to lay it out in the device's memory; give a smaller --train_batch_size, or leave out "
+            f"a batch of {config.train_batch_size} at {planner.resolution} px does not fit: the compiler cannot "
+            "allocate it in the device's memory; give a smaller --train_batch_size, or leave out "
             "--gradient_checkpointing"
         )
     if config.largest_batch:
@@ -166,7 +166,7 @@ def plan(config: PlanConfig) -> Plan:
 
 
 def _largest_batch(config: PlanConfig, planner: Planner, found: Plan) -> int:
-    """The largest batch that fits; where nothing is said of it, with as much computed again as can be."""
+    """The largest batch that fits; without --gradient_checkpointing, the one that fits with full rematerialisation."""
     if config.gradient_checkpointing is None and found.gradient_checkpointing != "full":
         config = dataclasses.replace(config, gradient_checkpointing="full")
         planner = Planner(config, planner.dtype, planner.mesh.devices.tolist())
@@ -177,12 +177,12 @@ def _largest_batch(config: PlanConfig, planner: Planner, found: Plan) -> int:
 
 
 def array(shape: tuple[int, ...], dtype: Any) -> Any:
-    """An array of which only the shape is there."""
+    """A stand-in for an array: shape and dtype only."""
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
 class Planner:
-    """The step of one config on some devices, at any batch size."""
+    """Compiles one config's step for some devices, at any batch size."""
 
     def __init__(self, config: PlanConfig, dtype: Any, devices: Sequence[Any] | None = None):
         devices = jax.devices() if devices is None else devices
@@ -202,7 +202,7 @@ class Planner:
         self.devices = f"{len(devices)} x {kind}, {np.dtype(dtype).name}, {self.resolution} px"
 
     def at(self, batch: int) -> Plan | None:
-        """The plan for a batch on each device; None if the compiler says that it does not fit."""
+        """The plan for a batch per device; None if the compiler reports that it does not fit."""
         config = self.config
         accumulation = config.gradient_accumulation_steps
         samples = batch * accumulation * self.mesh.size
@@ -229,7 +229,7 @@ class Planner:
             temporary=compiled.temporary,
             code=compiled.code,
             memory=self.memory,
-            # The analysis counts the body of a loop once: the steps of a chunk, and the micro-batches of a step.
+            # The cost analysis counts a loop's body once: the updates of a chunk, and the micro-batches of an update.
             flops=None if self.on_cpu or any(kernel in text for kernel in KERNELS) else cost["flops"] * accumulation,
             least_flops=self.least_flops(batch) * accumulation,
             crossing=crossing_bytes(text),
@@ -238,7 +238,7 @@ class Planner:
         )
 
     def largest(self, first: Plan) -> int:
-        """The largest batch that fits, 0 if none does; each sample takes about the same memory."""
+        """The largest batch that fits, 0 if none does, by extrapolation: memory is about linear in the batch."""
         memory = self.memory
         if memory is None:
             raise InputError("--largest_batch: it is not known how much memory these devices have")
@@ -264,7 +264,7 @@ class Planner:
         return fits
 
     def _memory_for_the_step(self, devices: Sequence[Any], chip: Chip | None) -> float | None:
-        """Bytes on each device; None where nothing says how much there is."""
+        """Bytes available on each device; None if unknown."""
         published = chip.memory * (1 - SPARE) if chip else None
         return free_memory(devices) if self.config.topology is None else published
 
@@ -275,7 +275,7 @@ class Planner:
         }
 
     def _frozen(self) -> StepInputs:
-        """The step's constant arguments as shapes."""
+        """The step's constant inputs, as shapes."""
         config, networks = self.config, self.networks
         shapes = network_shapes(networks)
         del shapes["vae"]
@@ -302,9 +302,9 @@ class Planner:
         )
 
     def least_flops(self, batch: int) -> float:
-        """Of the loss and its gradient for the rows, at a batch."""
+        """Least FLOPs of the loss and its gradient with respect to the rows, for a batch."""
         frozen, config = self._frozen(), self.networks.vae.config
-        networks = self.networks.compiled_for(PLAIN)  # kernels do not say how much they compute
+        networks = self.networks.compiled_for(PLAIN)  # FLOPs of kernels cannot be counted
         side = self.resolution // self.networks.latent_factor
         noisy = array((batch, side, side, config.latent_channels), jnp.float32)
         timesteps = array((batch,), jnp.int32)
@@ -327,7 +327,7 @@ _TRANSFER = re.compile(
 
 
 def crossing_bytes(program: str) -> dict[str, int]:
-    """Bytes of the results of each kind of transfer between devices in a compiled program's text."""
+    """Bytes of the results of each kind of collective, from a compiled program's text."""
     found: dict[str, int] = {}
     for match in _TRANSFER.finditer(program):
         parts = re.findall(r"(\w+)\[([\d,]*)\]", match["shape"])
@@ -337,7 +337,7 @@ def crossing_bytes(program: str) -> dict[str, int]:
 
 
 def _configs(config: PlanConfig) -> Mapping[str, Mapping[str, Any]]:
-    """The components' configurations: of a model that is published under the name, or of the model itself."""
+    """The components' configurations: known ones for a published model's name, else those of the model itself."""
     name = config.pretrained_model_name_or_path
     if name is not None and name in PUBLISHED:
         return PUBLISHED[name]
@@ -347,7 +347,7 @@ def _configs(config: PlanConfig) -> Mapping[str, Mapping[str, Any]]:
 
 
 def _devices(topology: str | None) -> Sequence[Any]:
-    """This machine's devices, or those of a TPU slice that need not be there."""
+    """This machine's devices, or descriptions of a TPU slice's devices, which need not exist here."""
     if topology is None:
         return jax.devices()
     from jax.experimental import topologies
@@ -357,7 +357,7 @@ def _devices(topology: str | None) -> Sequence[Any]:
     except ImportError as error:
         message = "--topology needs libtpu, the TPU compiler: pip install 'ti_jax[plan]' (Linux only)"
         raise InputError(message) from error
-    # What there is to compute is computed here, and JAX looks for no TPU.
+    # Keep JAX from looking for a TPU; the little that is computed runs on the CPU.
     jax.config.update("jax_platforms", "cpu")
     for name, value in LIBTPU_SETTINGS.items():
         os.environ.setdefault(name, value)

@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time, its files' names, and what becomes of an earlier run's."""
+"""The folder of a run: its lock, its file names, and moving an earlier run's results aside."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LOCK_FILE = ".ti_jax-lock"
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for one run. The system lets go of it when the process ends, however it ends.
+    """Lock the folder for one run. The system releases the lock when the process ends, however it ends.
 
     Raises:
       InputError: another run has it.
@@ -107,7 +107,7 @@ def _is_our_png(path: Path) -> bool:
     return start.startswith(b"\x89PNG") and b"parameters" in start
 
 
-# What runs write, and how to tell somebody else's file of that name.
+# Patterns of the files that runs write, and a check that tells them from other files of the same name.
 _RESULTS: tuple[tuple[str, Callable[[Path], bool]], ...] = (
     ("learned_embeds*.safetensors", _always),
     ("checkpoints/[0-9]*", lambda path: path.is_dir() and path.name.isdigit()),
@@ -121,20 +121,20 @@ _RESULTS: tuple[tuple[str, Callable[[Path], bool]], ...] = (
     (OVERVIEW_FILE, _is_our_png),
     ("README.md", _says("^- textual_inversion$", "learned_embeds")),
 )
-# Of these the run would write over what is not its own.
+# Files that a run overwrites.
 _WRITTEN = ("metrics.jsonl", "scores.jsonl", "scores.json", "config.yaml", OVERVIEW_FILE)
 
 
 def results(folder: Path) -> list[Path]:
-    """Files, and folders of checkpoints, that an earlier run has left."""
+    """Files and checkpoint folders of an earlier run."""
     return [path for pattern, ours in _RESULTS for path in sorted(folder.glob(pattern)) if ours(path)]
 
 
 def check_free(folder: Path) -> None:
-    """Refuse to write over a file that no run has written.
+    """Check that no file would be overwritten that is not from a run.
 
     Raises:
-      InputError: names it.
+      InputError: names the file.
     """
     with disk_errors(folder):
         ours = set(results(folder))
@@ -147,10 +147,10 @@ def check_free(folder: Path) -> None:
 
 
 def prepare(folder: Path, resume_at: int | None) -> None:
-    """Make room for a run: what an earlier one has left is moved to ``previous-N``.
+    """Move the results of an earlier run to ``previous-N``.
 
     Args:
-      resume_at: the step that the run goes on from: then only checkpoints of later steps are moved. None: all.
+      resume_at: the step that the run resumes from: only checkpoints of later steps are moved. None: everything.
 
     Raises:
       InputError: the folder cannot be written.
@@ -175,10 +175,10 @@ def prepare(folder: Path, resume_at: int | None) -> None:
 
 
 def save_embedding(embedding: Embedding, folder: Path, step: int | None = None) -> None:
-    """Write the word in diffusers' format: as ``learned_embeds.safetensors``, or under its step.
+    """Write the word in diffusers' format, as ``learned_embeds.safetensors`` or under the name of its step.
 
-    The two files of an SDXL word are for diffusers; the one with ``clip_l`` and ``clip_g`` that AUTOMATIC1111 and
-    ComfyUI read is written beside the last of them.
+    diffusers reads an SDXL word from two files. AUTOMATIC1111 and ComfyUI read one file with ``clip_l`` and ``clip_g``,
+    which is also written, but not for the copies of earlier steps.
     """
     embedding.save(folder / (EMBEDDING_FILE if step is None else copy_name(step)), format="diffusers")
     if step is None and len(embedding.vectors) > 1:
@@ -186,5 +186,5 @@ def save_embedding(embedding: Embedding, folder: Path, step: int | None = None) 
 
 
 def copy_name(step: int) -> str:
-    """The file of the copy at a step."""
+    """File name of the copy saved at a step."""
     return f"learned_embeds-steps-{step}.safetensors"

@@ -1,4 +1,4 @@
-"""Pictures of a run: validation while it trains, and the overview that it ends with."""
+"""Pictures of a run: validation during training, and the overview at the end."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _draw(
     seeds: list[int],
 ) -> list[Image.Image]:
     assert config.validation_inference_steps is not None and config.validation_guidance_scale is not None
-    # As infer.py draws: the same prompt, seed and settings give the same picture there.
+    # Exactly as infer.py draws: the same prompt, seed and settings give the same picture there.
     draw = partial(
         sd.generate,
         prompts,
@@ -50,7 +50,7 @@ def _draw(
 
 
 def _settings(config: TrainConfig, sd: StableDiffusion) -> dict[str, Any]:
-    """What a picture's file says of how it was drawn, besides its prompt and seed."""
+    """Settings stored in a picture's file, besides its prompt and seed."""
     return {
         "negative_prompt": config.validation_negative_prompt,
         "num_inference_steps": config.validation_inference_steps,
@@ -65,16 +65,14 @@ def _seeds(config: TrainConfig, count: int) -> list[int]:
 
 
 def validation_path(folder: Path, step: int) -> Path:
-    """Where the validation pictures of a step are."""
+    """Path of the validation pictures of a step."""
     return folder / "samples" / f"step-{step:06d}.png"
 
 
 def save_validation(
     config: TrainConfig, sd: StableDiffusion, concept: Concept, embedding: Embedding, folder: Path, step: int
 ) -> Image.Image:
-    """Draw the validation prompt with the word as it is, into ``samples/step-N.png``; with the same seeds
-    each time.
-    """
+    """Draw the validation prompt with the current word into ``samples/step-N.png``, with the same seeds every time."""
     prompt = concept.validation_prompt
     assert prompt is not None, "it is drawn only if there is one"
     images = _draw(
@@ -94,15 +92,15 @@ def save_validation(
 def save_overview(
     config: TrainConfig, sd: StableDiffusion, concept: Concept, embedding: Embedding, folder: Path
 ) -> Path:
-    """The picture that shows what was learned: the concept, what the word draws before and after it was learned.
+    """Save the overview: the concept's pictures, and pictures drawn before and after training.
 
-    What is drawn for it is also kept picture by picture, ``samples/overview-NN.png``.
+    Each drawn picture is also saved by itself, as ``samples/overview-NN.png``.
     """
     columns = OVERVIEW_COLUMNS
     prompts = concept.overview_prompts
     before = concept.first_prompt_before_training
     drawn_prompts = [prompt for prompt in (before, *prompts) for _ in range(columns)]
-    # The same seeds in every row: what differs down a column is the prompt alone.
+    # The same seeds in every row, so that within a column only the prompt differs.
     seeds = _seeds(config, columns) * (1 + len(prompts))
     drawn = _draw(config, sd, concept, drawn_prompts, embedding, seeds)
     shown = [Image.fromarray(pixels) for pixels in as_uint8(concept.pictures.pixels[:columns])]
@@ -117,10 +115,10 @@ def save_overview(
 
 
 def check_pictures_to_draw(config: TrainConfig, model: ModelDescription, concept: CheckedConcept, log: LogLine) -> None:
-    """Build what is drawn and measured later: not after hours of training should it be found that it cannot be.
+    """Check everything that is drawn and scored later, so that no fault shows only after hours of training.
 
     Raises:
-      InputError: a sampler or its number of steps, a prompt, a negative prompt, or nothing to measure with.
+      InputError: a fault in the sampler, its number of steps or a prompt, or neither CLIP nor a judge to score with.
     """
     assert config.validation_inference_steps is not None, "the config is resolved"
     if (note := model.sampler_choice(config.scheduler).note) is not None:

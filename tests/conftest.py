@@ -6,8 +6,10 @@
 import ctypes
 import functools
 import gc
+import importlib.util
 import inspect
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -134,14 +136,16 @@ def pytest_terminal_summary(terminalreporter):
 # Modules that compile next to nothing. Of their tests, those that are slow, have a model of PyTorch's, or start a
 # process are not quick.
 QUICK = {
-    "test_agreement", "test_batches", "test_board", "test_cli", "test_config", "test_embedding_cards",
+    "test_agreement", "test_batches", "test_cli", "test_config", "test_embedding_cards",
     "test_embedding_formats", "test_embedding_names", "test_embedding_tools", "test_embeddings",
-    "test_embeddings_refused", "test_files", "test_images", "test_imports", "test_memory",
-    "test_model_card", "test_picture_folders", "test_picture_metadata", "test_pictures", "test_prompts",
-    "test_run_folder", "test_schedule", "test_single_file_refused", "test_tokenizer_files", "test_tokens",
-    "test_weights", "test_weights_refusals", "test_words", "test_work",
+    "test_embeddings_refused", "test_files", "test_flops", "test_folder", "test_images", "test_imports",
+    "test_launchers", "test_memory", "test_model_card", "test_picture_folders", "test_picture_metadata",
+    "test_run_folder", "test_schedule", "test_single_file_refused", "test_templates", "test_tensorboard",
+    "test_tokenizer_files", "test_tokens", "test_weights", "test_weights_refusals", "test_words",
 }  # fmt: skip
 MODELS = {"make_tiny_sd", "tiny_sd", "tiny_sdxl"}
+for _name in QUICK | OPTIMISED:
+    assert Path(__file__).with_name(f"{_name.partition('::')[0]}.py").exists(), f"{_name} has another name now"
 
 
 def _only_quick(config):
@@ -149,10 +153,16 @@ def _only_quick(config):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Do not even import the others: PyTorch takes longer than all quick tests of a module."""
-    if _only_quick(config) and collection_path.name.startswith("test_") and collection_path.stem not in QUICK:
+    """Do not even import what is not quick, nor what needs a PyTorch that is not installed."""
+    if not collection_path.name.startswith("test_") or not _only_quick(config):
+        return None
+    if collection_path.stem not in QUICK:
         return True
-    return None
+    pytorch = r"^(import|from) (safetensors\.)?(torch|diffusers|ldm_checkpoints)\b"
+    missing = importlib.util.find_spec("torch") is None and re.search(
+        pytorch, collection_path.read_text(), re.MULTILINE
+    )
+    return True if missing else None
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -6,8 +6,10 @@ from contextlib import contextmanager
 import pytest
 from permissions import shared_folder, without_rights  # noqa: F401 (a fixture)
 
+from ti_jax.config import TrainConfig
 from ti_jax.errors import InputError
-from ti_jax.files import disk_errors, ensure_writable_folder, write_atomically, write_together
+from ti_jax.files import append, disk_errors, ensure_writable_folder, write_atomically, write_together
+from ti_jax.training.report import Reporter, read_lines
 
 
 def only_line(error):
@@ -128,10 +130,13 @@ def tiny_disk(folder):
             subprocess.run(["umount", folder], check=True)
 
 
+NO_MOUNT = "mounting a tmpfs is not permitted here; the test with a file size limit stands for it"
+
+
 def test_a_full_disk(tmp_path):
     with tiny_disk(tmp_path) as mounted:
         if not mounted:
-            pytest.skip("mounting a tmpfs is not permitted here; the test with a file size limit stands for it")
+            pytest.skip(NO_MOUNT)
         said = write_too_much(tmp_path)
         remedy = "the disk is full; free some space or choose another place"
         assert said == [*(f"cannot write {tmp_path / name}: {remedy}" for name in ("kept", "new")), "['kept']"]
@@ -195,3 +200,43 @@ def test_disk_errors_let_other_errors_through():
         raise KeyError("k")
     with pytest.raises(InputError, match="cannot write x: Input/output error"), disk_errors("x"):
         raise OSError(5, "Input/output error")
+
+
+def fill(path):
+    with path.open("wb", buffering=0) as ballast, pytest.raises(OSError):
+        while True:
+            ballast.write(bytes(4096))
+
+
+def test_what_is_appended_is_there_as_a_whole_or_not_at_all(tmp_path):
+    with tiny_disk(tmp_path) as mounted:
+        if not mounted:
+            pytest.skip(NO_MOUNT)
+        log = tmp_path / "log"
+        append(log, b"one\n")
+        fill(tmp_path / "ballast")
+        append(log, b"two\n")  # in the page that the file has
+        with pytest.raises(InputError, match=f"cannot write {log}: the disk is full"):
+            append(log, b"x" * 8192)  # the first 4088 bytes would find a place
+        assert log.read_bytes() == b"one\ntwo\n"
+        (tmp_path / "ballast").unlink()
+        append(log, b"three\n")
+        assert log.read_bytes() == b"one\ntwo\nthree\n"
+
+
+@pytest.mark.parametrize("report_to", ["tensorboard", "none"])
+def test_figures_that_cannot_be_logged_are_a_warning(tmp_path, capsys, report_to):
+    with tiny_disk(tmp_path) as mounted:
+        if not mounted:
+            pytest.skip(NO_MOUNT)
+        reporter = Reporter(TrainConfig(report_to=report_to), tmp_path, 0, 9)
+        reporter.chunk(1, [0.5], 1e-3, 1)
+        fill(tmp_path / "ballast")
+        for step in (2, 3):
+            reporter.chunk(step, [0.5] * 1000, 1e-3, 1000)
+        (tmp_path / "ballast").unlink()
+        reporter.chunk(4, [0.5], 1e-3, 1)
+        reporter.close()
+        assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 4]
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+        assert "metrics.jsonl: the disk is full" in line

@@ -160,3 +160,15 @@ def test_train_refuses_its_own_output_as_pictures(data, output, pictures, tmp_pa
     err = capfd.readouterr().err.splitlines()
     assert len(err) == 1 and "--train_data_dir" in err[0] and "--output_dir" in err[0]
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_read_only_disk_is_one_line_before_training(tmp_path, capfd):
+    mount = ["mount", "-t", "tmpfs", "-o", "ro,size=64k", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a file system needs root")
+    try:
+        assert main(["train", "--output_dir", str(tmp_path / "out"), "--max_train_steps", "1"]) == 2
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert f"cannot write {tmp_path / 'out'}: the file system is read-only; choose another place" in line

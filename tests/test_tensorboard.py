@@ -11,7 +11,6 @@ def test_records_are_those_of_tensorboards_own_format(tmp_path):
     board = Board(tmp_path / "logs", first_step=5)
     board.scalar("loss", 0.25, 7)
     board.image("validation", Image.fromarray(np.zeros((4, 4, 3), np.uint8)), 8)
-    board.close()
     (path,) = (tmp_path / "logs").iterdir()
     assert path.name.startswith("events.out.tfevents.")
 

@@ -101,6 +101,23 @@ def _write_to_disk(path: Path, content: Content) -> None:
         os.fsync(file.fileno())
 
 
+def append(path: Path, content: bytes) -> None:
+    """Add ``content`` to the end of a file, all of it or nothing: half a record would spoil the next one too.
+
+    Raises:
+      InputError: the disk is full, or the file cannot be written. It is as it was.
+    """
+    # Without a buffer, so that closing cannot fail over what a full disk has refused before.
+    with whole(), disk_errors(path), path.open("ab", buffering=0) as file:
+        end, rest = file.seek(0, os.SEEK_END), memoryview(content)
+        try:
+            while rest:  # on a disk that is nearly full, write stops early without an error
+                rest = rest[file.write(rest) :]
+        except OSError:
+            file.truncate(end)
+            raise
+
+
 def ensure_writable_folder(folder: Path | str) -> Path:
     """Make the folder, with parents, if need be, and make sure that a file can really be written there.
 

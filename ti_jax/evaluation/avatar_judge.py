@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from ti_jax.batches import in_batches
 from ti_jax.errors import InputError
+from ti_jax.files import ensure_writable_folder, write_together
 from ti_jax.models.layers import Conv2d, GroupNorm
 from ti_jax.ops.matmul import exact_products
 
@@ -154,7 +155,6 @@ class Judge:
 
     def save(self, folder: Path) -> None:
         """Write ``config.json`` and ``model.safetensors`` into `folder`."""
-        folder.mkdir(parents=True, exist_ok=True)
         config = {
             "attributes": {name: list(words) for name, words in self.config.attributes},
             "identity": list(self.config.identity),
@@ -164,9 +164,15 @@ class Judge:
             "hidden": self.config.hidden,
             "side": self.config.side,
         }
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         leaves = flatten_dict(self.params, sep=".")
-        save_file({name: np.asarray(leaf, np.float16) for name, leaf in leaves.items()}, folder / "model.safetensors")
+        weights = {name: np.asarray(leaf, np.float16) for name, leaf in leaves.items()}
+        ensure_writable_folder(folder)
+        write_together(
+            {
+                folder / "config.json": (json.dumps(config, indent=2) + "\n").encode(),
+                folder / "model.safetensors": save(weights),
+            }
+        )
 
     @classmethod
     def load(cls, model_folder: Path) -> Judge:

@@ -14,7 +14,7 @@ from ti_jax.embeddings import Embedding
 from ti_jax.errors import InputError
 from ti_jax.evaluation.evaluate import Evaluator, load_measure, sampler_steps, write_scores
 from ti_jax.evaluation.scores import Scores
-from ti_jax.files import disk_errors, write_atomically
+from ti_jax.files import append, write_atomically
 from ti_jax.interrupts import interruptible
 from ti_jax.pipeline import StableDiffusion
 from ti_jax.training.report import read_lines
@@ -50,10 +50,12 @@ class ScoreTracker:
         self.last = (step, scores)
         # The word first: a kill between the two must not leave a logged best state that was not saved.
         if self._is_best(scores):
-            self.best = self.last
             embedding.save(self.folder / BEST_FILE, format="diffusers")
-        with disk_errors(self.folder), (self.folder / LOG_FILE).open("a", encoding="utf-8") as log:
-            log.write(json.dumps({"step": step, **scores.as_dict()}) + "\n")
+            self.best = self.last
+        try:
+            append(self.folder / LOG_FILE, (json.dumps({"step": step, **scores.as_dict()}) + "\n").encode())
+        except InputError as error:  # what was measured counts all the same
+            print(f"warning: {error}; a run that resumes measures step {step} again", file=sys.stderr)
         return scores
 
     def _is_best(self, scores: Scores) -> bool:

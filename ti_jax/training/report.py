@@ -6,6 +6,8 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +15,23 @@ from PIL import Image
 from tqdm import tqdm
 
 from ti_jax.config import TrainConfig
-from ti_jax.files import disk_errors, write_atomically
+from ti_jax.errors import InputError
+from ti_jax.files import append, disk_errors, write_atomically
 from ti_jax.training.tensorboard import Board
 
 
 class Reporter:
-    """Shows and logs a run. A resumed run truncates the log to its step and appends to the same files."""
+    """Shows and logs a run. A resumed run truncates the log to its step and appends to the same files.
+
+    Figures that cannot be logged are a warning: on a full disk the word may still find its place.
+    """
 
     def __init__(self, config: TrainConfig, output_dir: Path, first_step: int, total_steps: int):
         self._metrics_path = output_dir / "metrics.jsonl"
         with disk_errors(self._metrics_path):
             self._cut_back(first_step)
-            # Without a buffer, so that closing cannot fail over what a full disk has refused before.
-            self._metrics = self._metrics_path.open("ab", buffering=0)
+        append(self._metrics_path, b"")
+        self._warned = False
         self._board: Board | None = None
         if config.report_to == "tensorboard":
             self._board = Board(output_dir / config.logging_dir, first_step)  # an absolute logging_dir stands alone
@@ -74,8 +80,9 @@ class Reporter:
 
     def picture(self, name: str, image: Image.Image, step: int) -> None:
         """Show a PIL picture in TensorBoard."""
-        if self._board is not None:
-            self._board.image(name, image, step)
+        board = self._board
+        if board is not None:
+            self._log(lambda: board.image(name, image, step))
 
     def pause(self) -> None:
         """Exclude the time since the last chunk (saving, drawing) from the speed of the next one."""
@@ -86,20 +93,25 @@ class Reporter:
         tqdm.write(text, file=sys.stderr)
 
     def _write(self, record: dict[str, Any]) -> None:
-        with disk_errors(self._metrics_path):
-            self._metrics.write((json.dumps(record) + "\n").encode())
+        self._log(lambda: append(self._metrics_path, (json.dumps(record) + "\n").encode()))
 
     def _scalars(self, figures: dict[str, float], step: int) -> None:
-        if self._board is not None:
+        board = self._board
+        if board is not None:
             for name, value in figures.items():
-                self._board.scalar(name, value, step)
+                self._log(partial(board.scalar, name, value, step))
+
+    def _log(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except InputError as error:
+            if not self._warned:
+                self.print_line(f"warning: {error}; figures are missing in the logs from here on")
+            self._warned = True
 
     def close(self) -> None:
-        """Finish the bar and the files."""
+        """Finish the bar."""
         self._bar.close()
-        self._metrics.close()
-        if self._board is not None:
-            self._board.close()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

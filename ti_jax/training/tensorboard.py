@@ -18,19 +18,21 @@ from tensorboardX import summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
-from ti_jax.files import disk_errors
+from ti_jax.files import append, disk_errors
 
 
 class Board:
-    """One event file, unbuffered: a record has been written when the call returns."""
+    """One event file, unbuffered: a record has been written when the call returns.
+
+    Raises:
+      InputError: a record cannot be written; the file is as it was.
+    """
 
     def __init__(self, folder: Path, first_step: int):
         """Start a file; TensorBoard then hides records of earlier files from after ``first_step``."""
         self._path = folder / f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
         with disk_errors(self._path):
             folder.mkdir(parents=True, exist_ok=True)
-            # Without a buffer, so that closing cannot fail over what a full disk has refused before.
-            self._file = self._path.open("ab", buffering=0)
         self._write(Event(file_version="brain.Event:2"))
         if first_step:
             self._write(Event(step=first_step + 1, session_log=SessionLog(status=SessionLog.START)))
@@ -47,12 +49,7 @@ class Board:
         event.wall_time = time.time()
         content = event.SerializeToString()
         length = struct.pack("<Q", len(content))
-        with disk_errors(self._path):
-            self._file.write(length + _checksum(length) + content + _checksum(content))
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        append(self._path, length + _checksum(length) + content + _checksum(content))
 
 
 def _checksum(content: bytes) -> bytes:

@@ -232,7 +232,7 @@ def test_bfloat16_stays_near_float32_and_keeps_float32_gradients(tmp_path):
         ({"architectures": ["T5EncoderModel"]}, "T5EncoderModel"),
         ({"attention_dropout": 0.1}, "attention_dropout = 0.1"),
         ({"use_rotary": True}, "use_rotary = True"),
-        ({"eos_token_id": [1, 2]}, r"eos_token_id is \[1, 2\]"),
+        ({"eos_token_id": [1, 2]}, r"eos_token_id is \(1, 2\)"),
         ({"hidden_size": 30}, "hidden_size 30 is no multiple of num_attention_heads 4"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ({"layer_norm_eps": "x"}, "layer_norm_eps is 'x'"),

@@ -5,40 +5,61 @@ Held to transformers' ``CLIPEncoder`` on PyTorch; attribute names are theirs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import jax
 from flax import linen as nn
 
+from ti_jax.errors import InputError
 from ti_jax.models.layers import Dense
+from ti_jax.models.options import Options
 from ti_jax.ops.activations import gelu, quick_gelu
 from ti_jax.ops.attention import dot_product_attention
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"quick_gelu": quick_gelu, "gelu": gelu}
 
 
-class CLIPTransformerConfig(Protocol):
-    """The sizes of a transformer, as the configurations of the text encoder and of the vision tower have them."""
+@dataclass(frozen=True)
+class CLIPOptions(Options):
+    """The options of a transformer, as the configurations of the text encoder and of the vision tower have them."""
 
-    @property
-    def hidden_size(self) -> int: ...  # noqa: D102
-    @property
-    def intermediate_size(self) -> int: ...  # noqa: D102
-    @property
-    def num_hidden_layers(self) -> int: ...  # noqa: D102
-    @property
-    def num_attention_heads(self) -> int: ...  # noqa: D102
-    @property
-    def hidden_act(self) -> str: ...  # noqa: D102
-    @property
-    def layer_norm_eps(self) -> float: ...  # noqa: D102
+    # Of no bearing on what a frozen encoder computes: where the file comes from, how weights are initialised, token ids
+    # that are the tokenizer's business. transformers used to save its options of text generation with every config.
+    # fmt: off
+    METADATA = frozenset(
+        {"_name_or_path", "architectures", "model_type", "transformers_version", "torch_dtype", "dtype",
+         "initializer_factor", "initializer_range", "bos_token_id", "pad_token_id", "_commit_hash",
+         "chunk_size_feed_forward", "diversity_penalty", "encoder_no_repeat_ngram_size", "id2label", "label2id",
+         "length_penalty", "max_length", "min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams",
+         "num_return_sequences", "repetition_penalty", "return_dict", "temperature", "top_k", "top_p", "typical_p"}
+    )
+    # fmt: on
+    # Dropout must be off because a frozen encoder that draws is not the one published.
+    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {"attention_dropout": (0,), "dropout": (0,)}
+
+    hidden_size: int
+    intermediate_size: int
+    projection_dim: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    hidden_act: str
+    layer_norm_eps: float
+
+    def check(self) -> None:
+        """See `Options`."""
+        self.require_positive(*(field.name for field in fields(self) if field.type == "int"))
+        if self.hidden_act not in ACTIVATIONS:
+            raise InputError(f"{self.FILE}: hidden_act {self.hidden_act!r}; implemented: {', '.join(ACTIVATIONS)}")
+        if not isinstance(self.layer_norm_eps, float):
+            self.refuse("layer_norm_eps", "expected a number")
 
 
 class CLIPEncoder(nn.Module):
     """The transformer: [B, L, D] -> input and output of its last layer, [B, L, D] each."""
 
-    config: CLIPTransformerConfig
+    config: CLIPOptions
     dtype: Any
     causal: bool
 
@@ -55,7 +76,7 @@ class CLIPEncoder(nn.Module):
 class CLIPEncoderLayer(nn.Module):
     """Attention and feed-forward with pre-norm and residual connections: [B, L, D] -> [B, L, D]."""
 
-    config: CLIPTransformerConfig
+    config: CLIPOptions
     dtype: Any
     causal: bool
 
@@ -72,7 +93,7 @@ class CLIPEncoderLayer(nn.Module):
 class CLIPAttention(nn.Module):
     """Self-attention: [B, L, D] -> [B, L, D]; with `causal`, token i attends to tokens 0..i."""
 
-    config: CLIPTransformerConfig
+    config: CLIPOptions
     dtype: Any
     causal: bool
 
@@ -91,7 +112,7 @@ class CLIPAttention(nn.Module):
 class CLIPMLP(nn.Module):
     """Feed-forward: [B, L, D] -> [B, L, D]."""
 
-    config: CLIPTransformerConfig
+    config: CLIPOptions
     dtype: Any
 
     @nn.compact
@@ -102,6 +123,6 @@ class CLIPMLP(nn.Module):
         return Dense(self.config.hidden_size, dtype=self.dtype, name="fc2")(hidden)
 
 
-def layer_norm(config: CLIPTransformerConfig, dtype: Any, name: str) -> nn.LayerNorm:
+def layer_norm(config: CLIPOptions, dtype: Any, name: str) -> nn.LayerNorm:
     """Layer norm over D; statistics in float32 and the two-pass variance, as in PyTorch."""
     return nn.LayerNorm(epsilon=config.layer_norm_eps, dtype=dtype, use_fast_variance=False, name=name)

@@ -6,7 +6,6 @@ padding mask: attention is causal and nothing else.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,30 +15,20 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ti_jax.errors import InputError
-from ti_jax.models.clip_layers import ACTIVATIONS, CLIPEncoder, layer_norm
+from ti_jax.models.clip_layers import CLIPEncoder, CLIPOptions, layer_norm
 from ti_jax.models.layers import Dense
 
 ARCHITECTURES = ("CLIPTextModel", "CLIPTextModelWithProjection")
-
-# Of no bearing on what the frozen encoder computes: where the file comes from, how weights are initialised, token ids
-# that are the tokenizer's business. transformers used to save its options of text generation with every config.
-# fmt: off
-METADATA = frozenset(
-    {"_name_or_path", "model_type", "transformers_version", "torch_dtype", "dtype", "initializer_factor",
-     "initializer_range", "bos_token_id", "pad_token_id", "_commit_hash", "chunk_size_feed_forward",
-     "diversity_penalty", "encoder_no_repeat_ngram_size", "id2label", "label2id", "length_penalty", "max_length",
-     "min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences",
-     "repetition_penalty", "return_dict", "temperature", "top_k", "top_p", "typical_p"}
-)
-# fmt: on
 
 # From before transformers 4.31; the id was never the tokenizer's, and transformers keeps to the largest id instead.
 HISTORIC_EOS_TOKEN_ID = 2
 
 
 @dataclass(frozen=True)
-class CLIPTextConfig:
-    """Sizes and options of a text encoder, under their names in ``config.json``; defaults are transformers'."""
+class CLIPTextConfig(CLIPOptions):
+    """Sizes and options of a text encoder; defaults are transformers'."""
+
+    FILE = "text encoder config.json"
 
     vocab_size: int = 49408
     hidden_size: int = 512
@@ -71,44 +60,16 @@ class CLIPTextConfig:
             raise InputError(
                 f"text encoder config.json: architectures {architectures!r}; implemented: {', '.join(ARCHITECTURES)}"
             )
-        fields = {field.name for field in dataclasses.fields(cls)} - {"with_projection"}
-        for option, value in config.items():
-            # Dropout is in the list of what must be off because a frozen encoder that draws is not the one published.
-            off = value is None or value is False or (option in ("attention_dropout", "dropout") and value == 0)
-            if option not in fields and option not in METADATA and option != "architectures" and not off:
-                raise InputError(f"text encoder config.json: option {option} = {value!r} is not implemented")
-        parsed = cls(
-            **{name: value for name, value in config.items() if name in fields},
-            with_projection=architectures[0] == "CLIPTextModelWithProjection",
-        )
-        parsed._check()
-        return parsed
+        return cls.read(config, with_projection=architectures[0] == "CLIPTextModelWithProjection")
 
-    def _check(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "projection_dim",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "max_position_embeddings",
-            "eos_token_id",
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"text encoder config.json: {name} is {value!r}; expected a positive integer")
-        if self.hidden_act not in ACTIVATIONS:
-            raise InputError(
-                f"text encoder config.json: hidden_act {self.hidden_act!r}; implemented: {', '.join(ACTIVATIONS)}"
-            )
+    def check(self) -> None:
+        """See `Options`."""
+        super().check()
         if self.hidden_size % self.num_attention_heads:
             raise InputError(
-                f"text encoder config.json: hidden_size {self.hidden_size} is no multiple of num_attention_heads "
+                f"{self.FILE}: hidden_size {self.hidden_size} is no multiple of num_attention_heads "
                 f"{self.num_attention_heads}"
             )
-        if not isinstance(self.layer_norm_eps, float):
-            raise InputError(f"text encoder config.json: layer_norm_eps is {self.layer_norm_eps!r}; expected a number")
 
 
 class CLIPTextOutput(NamedTuple):

@@ -5,7 +5,6 @@ Held to transformers' ``CLIPModel`` on PyTorch; attribute names are theirs. Pict
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +14,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ti_jax.errors import InputError
-from ti_jax.models.clip_layers import ACTIVATIONS, CLIPEncoder, layer_norm
-from ti_jax.models.clip_text import METADATA, CLIPTextConfig, CLIPTextModel
+from ti_jax.models.clip_layers import CLIPEncoder, CLIPOptions, layer_norm
+from ti_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 
 
 @dataclass(frozen=True)
-class CLIPVisionConfig:
-    """Sizes and options of a vision tower, under their names in ``config.json``; defaults are transformers'."""
+class CLIPVisionConfig(CLIPOptions):
+    """Sizes and options of a vision tower; defaults are transformers'."""
+
+    FILE = "CLIP config.json, vision_config"
 
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -41,31 +42,16 @@ class CLIPVisionConfig:
         Raises:
           InputError: an option or value that is not implemented, or sizes that are none; names option and value.
         """
-        fields = {field.name for field in dataclasses.fields(cls)}
-        for option, value in config.items():
-            off = value is None or value is False or (option in ("attention_dropout", "dropout") and value == 0)
-            if option not in fields | METADATA | {"architectures"} and not off:
-                raise InputError(
-                    f"CLIP config.json: option {option} = {value!r} of the vision tower is not implemented"
-                )
-        parsed = cls(**{name: value for name, value in config.items() if name in fields})
-        parsed._check()
-        return parsed
+        return cls.read(config)
 
-    def _check(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise InputError(f"CLIP config.json: {field.name} is {value!r}; expected a positive integer")
-        if self.hidden_act not in ACTIVATIONS:
-            raise InputError(f"CLIP config.json: hidden_act {self.hidden_act!r}; implemented: {', '.join(ACTIVATIONS)}")
+    def check(self) -> None:
+        """See `Options`."""
+        super().check()
         if self.hidden_size % self.num_attention_heads or self.image_size % self.patch_size or self.num_channels != 3:
             raise InputError(
-                "CLIP config.json: hidden_size must be a multiple of num_attention_heads, image_size of patch_size, "
-                "and num_channels must be 3"
+                f"{self.FILE}: hidden_size must be a multiple of num_attention_heads, image_size of patch_size, and "
+                "num_channels must be 3"
             )
-        if not isinstance(self.layer_norm_eps, float):
-            raise InputError(f"CLIP config.json: layer_norm_eps is {self.layer_norm_eps!r}; expected a number")
 
 
 class CLIPVisionTransformer(nn.Module):

@@ -5,33 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ti_jax.errors import InputError
+from ti_jax.models.options import DIFFUSERS_METADATA, SILU, Options, is_number, is_positive
 
 DOWN_BLOCK_TYPES = ("CrossAttnDownBlock2D", "DownBlock2D")
 MID_BLOCK_TYPES = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
 UP_BLOCK_TYPES = ("CrossAttnUpBlock2D", "UpBlock2D")
-ACTIVATIONS = ("silu", "swish")  # two names of one function
-
-# The values at which an option of diffusers changes nothing. None and False do so for every other option.
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "attention_type": ("default",),
-    "conv_in_kernel": (3,),
-    "conv_out_kernel": (3,),
-    "dropout": (0, 0.0),
-    "mid_block_scale_factor": (1, 1.0),
-    "resnet_out_scale_factor": (1, 1.0),
-    "resnet_time_scale_shift": ("default",),
-    "time_embedding_type": ("positional",),
-}
-
-# Of no bearing on what the UNet computes. (The number of heads is that of an ``addition_embed_type`` "text", which is
-# refused itself. Both values of ``upcast_attention`` are met: attention scores are float32 always.)
-METADATA = frozenset(
-    {"_class_name", "_diffusers_version", "_name_or_path", "_use_default_values", "_commit_hash"}
-    | {"addition_embed_type_num_heads", "upcast_attention"}
-)
 
 
 @dataclass(frozen=True)
@@ -56,11 +37,23 @@ class Level:
 
 
 @dataclass(frozen=True)
-class UNetConfig:
-    """Sizes and options under their names in ``config.json``, lists as tuples; defaults are diffusers'.
+class UNetConfig(Options):
+    """Sizes and options; defaults are diffusers'. A single number where a tuple is possible holds for every level."""
 
-    A single number where a tuple is possible holds for every level.
-    """
+    FILE = "unet config.json"
+    # The number of heads is that of an ``addition_embed_type`` "text", which is refused itself. Both values of
+    # ``upcast_attention`` are met: attention scores are float32 always.
+    METADATA = DIFFUSERS_METADATA | {"addition_embed_type_num_heads", "upcast_attention"}
+    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "attention_type": ("default",),
+        "conv_in_kernel": (3,),
+        "conv_out_kernel": (3,),
+        "dropout": (0, 0.0),
+        "mid_block_scale_factor": (1, 1.0),
+        "resnet_out_scale_factor": (1, 1.0),
+        "resnet_time_scale_shift": ("default",),
+        "time_embedding_type": ("positional",),
+    }
 
     sample_size: int = 64
     in_channels: int = 4
@@ -99,20 +92,9 @@ class UNetConfig:
         class_name = config.get("_class_name", "UNet2DConditionModel")
         if class_name != "UNet2DConditionModel":
             raise InputError(f"unet config.json: _class_name {class_name!r}; only UNet2DConditionModel is implemented")
-        fields = {field.name for field in dataclasses.fields(cls)}
-        values: dict[str, Any] = {}
-        for option, value in config.items():
-            if option in fields:
-                values[option] = _as_tuple(value)
-            elif option in METADATA or value is None or value is False or value in NEUTRAL.get(option, ()):
-                continue
-            else:
-                raise InputError(f"unet config.json: option {option} = {value!r} is not implemented")
-        for option in ("sample_size", "cross_attention_dim"):
-            values[option] = _if_all_equal(values.get(option, getattr(cls, option)))
-        parsed = cls(**values)
-        parsed._check()
-        return parsed
+        # Files that give these for each level or side give the same for all.
+        same = {name: _if_all_equal(config[name]) for name in ("sample_size", "cross_attention_dim") if name in config}
+        return cls.read({**config, **same})
 
     @property
     def time_embed_dim(self) -> int:
@@ -174,30 +156,29 @@ class UNetConfig:
         value = getattr(self, option)
         return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """See `Options`."""
         if not isinstance(self.block_out_channels, tuple) or not self.block_out_channels:
-            self._refuse("block_out_channels", "expected a list of positive integers")
+            self.refuse("block_out_channels", "expected a list of positive integers")
         self._check_choices()
         self._check_numbers()
         self._check_levels()
 
     def _check_choices(self) -> None:
-        if self.act_fn not in ACTIVATIONS:
-            self._refuse("act_fn", f"implemented: {', '.join(ACTIVATIONS)}")
+        if self.act_fn not in SILU:
+            self.refuse("act_fn", f"implemented: {', '.join(SILU)}")
         if self.mid_block_type not in MID_BLOCK_TYPES:
-            self._refuse("mid_block_type", "implemented: UNetMidBlock2DCrossAttn, UNetMidBlock2D, null")
+            self.refuse("mid_block_type", "implemented: UNetMidBlock2DCrossAttn, UNetMidBlock2D, null")
         for option, types in (("down_block_types", DOWN_BLOCK_TYPES), ("up_block_types", UP_BLOCK_TYPES)):
             if not isinstance(getattr(self, option), tuple) or not set(getattr(self, option)) <= set(types):
-                self._refuse(option, f"a list of {' and '.join(types)} is implemented")
+                self.refuse(option, f"a list of {' and '.join(types)} is implemented")
         if self.addition_embed_type not in (None, "text_time"):
-            self._refuse("addition_embed_type", "implemented: text_time, null")
+            self.refuse("addition_embed_type", "implemented: text_time, null")
         if self.addition_embed_type is None and self.projection_class_embeddings_input_dim is not None:
-            self._refuse("projection_class_embeddings_input_dim", "implemented with addition_embed_type text_time only")
-        for option in ("flip_sin_to_cos", "use_linear_projection"):
-            if not isinstance(getattr(self, option), bool):
-                self._refuse(option, "expected true or false")
+            self.refuse("projection_class_embeddings_input_dim", "implemented with addition_embed_type text_time only")
+        self.require_switches("flip_sin_to_cos", "use_linear_projection")
         if not all(isinstance(value, bool) for value in _flatten(self.only_cross_attention)):
-            self._refuse("only_cross_attention", "expected true or false, or a list of them")
+            self.refuse("only_cross_attention", "expected true or false, or a list of them")
 
     def _check_numbers(self) -> None:
         scalars = ["sample_size", "in_channels", "out_channels", "norm_num_groups", "cross_attention_dim"]
@@ -205,25 +186,23 @@ class UNetConfig:
         per_level += ["transformer_layers_per_block", "reverse_transformer_layers_per_block"]
         if self.addition_embed_type == "text_time":
             scalars += ["addition_time_embed_dim", "projection_class_embeddings_input_dim"]
-        for option in scalars:
-            if not _is_positive(getattr(self, option)):
-                self._refuse(option, "expected a positive integer")
+        self.require_positive(*scalars)
         for option in per_level:
             value = getattr(self, option)
             if value is None and option in ("num_attention_heads", "reverse_transformer_layers_per_block"):
                 continue
             # A level that does not attend may well say that it has 0 transformer blocks.
             least = 0 if option.endswith("transformer_layers_per_block") else 1
-            if not all(_is_positive(number, least) for number in _flatten(value)):
-                self._refuse(option, "expected positive integers")
+            if not all(is_positive(number, least) for number in _flatten(value)):
+                self.refuse(option, "expected positive integers")
         if not isinstance(self.downsample_padding, int) or self.downsample_padding not in (0, 1):
-            self._refuse("downsample_padding", "implemented: 0 and 1")
+            self.refuse("downsample_padding", "implemented: 0 and 1")
         for option in ("norm_eps", "freq_shift"):
             value = getattr(self, option)
-            if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-                self._refuse(option, "expected a number")
+            if not is_number(value) or value < 0:
+                self.refuse(option, "expected a number")
         if self.block_out_channels[0] // 2 <= self.freq_shift:
-            self._refuse("freq_shift", "expected less than half of the first of block_out_channels")
+            self.refuse("freq_shift", "expected less than half of the first of block_out_channels")
 
     def _check_levels(self) -> None:
         levels = len(self.block_out_channels)
@@ -239,20 +218,20 @@ class UNetConfig:
         ):
             value = getattr(self, option)
             if isinstance(value, tuple) and len(value) != levels:
-                self._refuse(option, f"expected {levels} entries, as many as block_out_channels has")
+                self.refuse(option, f"expected {levels} entries, as many as block_out_channels has")
         nested = any(isinstance(depth, tuple) for depth in self._per_level("transformer_layers_per_block"))
         if nested and self.reverse_transformer_layers_per_block is None:
-            self._refuse("transformer_layers_per_block", "needs reverse_transformer_layers_per_block beside it")
+            self.refuse("transformer_layers_per_block", "needs reverse_transformer_layers_per_block beside it")
         reverse = self.reverse_transformer_layers_per_block
         if reverse is not None and not isinstance(reverse, tuple):
-            self._refuse("reverse_transformer_layers_per_block", "expected a list")
+            self.refuse("reverse_transformer_layers_per_block", "expected a list")
         for option, down in (("transformer_layers_per_block", True), ("reverse_transformer_layers_per_block", False)):
             for level in self.down_levels if down else self.up_levels:
                 if level.depths and len(level.depths) < level.num_resnets:
-                    self._refuse(option, f"expected {level.num_resnets} entries for {level.num_resnets} layers")
+                    self.refuse(option, f"expected {level.num_resnets} entries for {level.num_resnets} layers")
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
-                self._refuse("norm_num_groups", f"does not divide {channels} of block_out_channels")
+                self.refuse("norm_num_groups", f"does not divide {channels} of block_out_channels")
         for level in (*self.down_levels, self.mid_level, *self.up_levels):
             if level.depths and level.channels % level.heads:
                 raise InputError(
@@ -260,21 +239,10 @@ class UNetConfig:
                     f"not divide the {level.channels} channels of block_out_channels"
                 )
 
-    def _refuse(self, option: str, expected: str) -> None:
-        raise InputError(f"unet config.json: {option} is {getattr(self, option)!r}; {expected}")
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(_as_tuple(item) for item in value) if isinstance(value, list | tuple) else value
-
 
 def _if_all_equal(value: Any) -> Any:
-    return value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value
+    return value[0] if isinstance(value, list | tuple) and value and value.count(value[0]) == len(value) else value
 
 
 def _flatten(value: Any) -> list[Any]:
     return [leaf for item in value for leaf in _flatten(item)] if isinstance(value, tuple) else [value]
-
-
-def _is_positive(value: Any, least: int = 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

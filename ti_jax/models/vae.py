@@ -5,7 +5,6 @@ Held to diffusers' ``AutoencoderKL`` on PyTorch; attribute names are theirs.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,25 +15,23 @@ from flax import linen as nn
 
 from ti_jax.errors import InputError
 from ti_jax.models.layers import NO_PADDING, Conv2d, Dense, Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D
+from ti_jax.models.options import DIFFUSERS_METADATA, SILU, Options, is_number, is_positive
 from ti_jax.ops.attention import dot_product_attention
 
 NORM_EPSILON = 1e-6
-ACTIVATIONS = ("silu", "swish")  # two names of one function
-
-# Of no bearing on what the network computes; ``force_upcast`` is advice on fp16 (see `VAEConfig`).
-METADATA = frozenset(
-    {"_class_name", "_diffusers_version", "_name_or_path", "_use_default_values", "_commit_hash"} | {"force_upcast"}
-)
 
 
 @dataclass(frozen=True)
-class VAEConfig:
-    """Sizes and options under their names in ``config.json``, lists as tuples; defaults are diffusers'.
+class VAEConfig(Options):
+    """Sizes and options; defaults are diffusers'.
 
     Latents that a UNet sees are ``(latents - shift_factor) * scaling_factor``; this is the caller's to do. Weights
     whose config says ``force_upcast`` overflow in float16, not in bfloat16 or float32. ``sample_size``, the side in
     pixels of the pictures that it was trained on, says how large the tiles of `tile_latent_size` are.
     """
+
+    FILE = "vae config.json"
+    METADATA = DIFFUSERS_METADATA | {"force_upcast"}  # advice on float16
 
     in_channels: int = 3
     out_channels: int = 3
@@ -72,52 +69,29 @@ class VAEConfig:
         class_name = config.get("_class_name", "AutoencoderKL")
         if class_name != "AutoencoderKL":
             raise InputError(f"vae config.json: _class_name {class_name!r}; only AutoencoderKL is implemented")
-        fields = {field.name for field in dataclasses.fields(cls)}
-        values: dict[str, Any] = {}
-        for option, value in config.items():
-            if option in fields:
-                values[option] = tuple(value) if isinstance(value, list) else value
-            elif option not in METADATA and value is not None and value is not False:
-                raise InputError(f"vae config.json: option {option} = {value!r} is not implemented")
-        parsed = cls(**values)
-        parsed._check()
-        return parsed
+        return cls.read(config)
 
-    def _check(self) -> None:
-        for option in ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups"):
-            if not _is_positive(getattr(self, option)):
-                self._refuse(option, "expected a positive integer")
+    def check(self) -> None:
+        """See `Options`."""
+        self.require_positive("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups")
         channels = self.block_out_channels
-        if not isinstance(channels, tuple) or not channels or not all(map(_is_positive, channels)):
-            self._refuse("block_out_channels", "expected a list of positive integers")
+        if not isinstance(channels, tuple) or not channels or not all(map(is_positive, channels)):
+            self.refuse("block_out_channels", "expected a list of positive integers")
         for option, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             if getattr(self, option) != (kind,) * len(channels):
-                self._refuse(option, f"implemented: {kind}, once for each of block_out_channels")
-        if self.act_fn not in ACTIVATIONS:
-            self._refuse("act_fn", f"implemented: {', '.join(ACTIVATIONS)}")
+                self.refuse(option, f"implemented: {kind}, once for each of block_out_channels")
+        if self.act_fn not in SILU:
+            self.refuse("act_fn", f"implemented: {', '.join(SILU)}")
         sides = self.sample_size if isinstance(self.sample_size, tuple) else (self.sample_size,)
-        if not sides or not all(map(_is_positive, sides)):
-            self._refuse("sample_size", "expected a positive integer, or one for each side")
-        for option in ("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"):
-            if not isinstance(getattr(self, option), bool):
-                self._refuse(option, "expected true or false")
-        if not _is_number(self.scaling_factor) or self.scaling_factor <= 0:
-            self._refuse("scaling_factor", "expected a positive number")
-        if self.shift_factor is not None and not _is_number(self.shift_factor):
-            self._refuse("shift_factor", "expected a number or null")
+        if not sides or not all(map(is_positive, sides)):
+            self.refuse("sample_size", "expected a positive integer, or one for each side")
+        self.require_switches("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention")
+        if not is_number(self.scaling_factor) or self.scaling_factor <= 0:
+            self.refuse("scaling_factor", "expected a positive number")
+        if self.shift_factor is not None and not is_number(self.shift_factor):
+            self.refuse("shift_factor", "expected a number or null")
         if any(number % self.norm_num_groups for number in channels):
-            self._refuse("norm_num_groups", f"does not divide each of block_out_channels {list(channels)}")
-
-    def _refuse(self, option: str, expected: str) -> None:
-        raise InputError(f"vae config.json: {option} is {getattr(self, option)!r}; {expected}")
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+            self.refuse("norm_num_groups", f"does not divide each of block_out_channels {list(channels)}")
 
 
 class AutoencoderKL(nn.Module):

@@ -25,13 +25,15 @@ def change(tmp_path):
 
 def test_an_inpainting_model(tiny_sd, change):
     folder = change(tiny_sd, "unet/config.json", lambda config: config.update(in_channels=9))
-    with pytest.raises(InputError, match=r"the UNet takes 9 channels and makes 4 where .* an inpainting model"):
+    with pytest.raises(InputError, match=r"the UNet has 9 input and 4 output channels, but .* an inpainting model"):
         StableDiffusion.from_pretrained(folder)
 
 
 def test_a_text_encoder_of_another_width(tiny_sd, change):
     folder = change(tiny_sd, "unet/config.json", lambda config: config.update(cross_attention_dim=48))
-    with pytest.raises(InputError, match="reads text of width 48 and text_encoder make 32: parts of different models"):
+    with pytest.raises(
+        InputError, match="cross_attention_dim is 48, but text_encoder add up to 32: parts of different models"
+    ):
         StableDiffusion.from_pretrained(folder)
 
 

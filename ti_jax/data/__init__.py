@@ -1,1 +1,1 @@
-"""What a word is learned from: pictures and prompts."""
+"""Training data: the pictures and prompts that a word is learned from."""

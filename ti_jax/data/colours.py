@@ -1,4 +1,4 @@
-"""Any of Pillow's modes to 8-bit sRGB: bit depths, colour profiles and transparency."""
+"""Convert any of Pillow's modes to 8-bit sRGB: bit depths, colour profiles and transparency."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _SPACES = {"RGB": ("RGB",), "GRAY": ("L",), "CMYK": ("CMYK",)}
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode in 8-bit sRGB, transparent parts laid on white.
+    """Convert a picture of any mode to 8-bit sRGB, with transparent parts composited on white.
 
-    16-bit grey is scaled to 8 bits. An embedded ICC profile is converted to sRGB (perceptual intent). A profile that
-    is broken, or of another colour space than the pixels, is ignored, as browsers do.
+    16-bit grey is scaled to 8 bits. An embedded ICC profile is converted to sRGB (perceptual intent). A profile that is
+    broken, or of another colour space than the pixels, is ignored, as browsers do.
 
     Raises:
-      ValueError: 32-bit grey of which black and white are unknown.
+      ValueError: 32-bit grey whose values for black and white are unknown.
     """
     profile = image.info.get("icc_profile")
     image = _to_8_bits(image)
@@ -41,7 +41,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _to_8_bits(image: Image.Image) -> Image.Image:
     """16-bit and 32-bit grey to 8 bits; every other picture as it is."""
     if image.mode.startswith("I;16"):
-        # Pillow's own conversion clips everything above 255 to white. Of 16-bit RGB it takes the high byte, too.
+        # Pillow's own conversion clips everything above 255 to white. For 16-bit RGB it takes the high byte, as here.
         values = np.asarray(image)
         transparent = image.info.get("transparency")
         if isinstance(transparent, int):
@@ -53,10 +53,10 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def _grey_to_8_bits(values: np.ndarray) -> Image.Image:
-    """32-bit grey, integers or floats [H, W], to 8 bits. The file does not say which value is white.
+    """32-bit grey, integers or floats [H, W], to 8 bits. The file does not specify the white level.
 
-    Integers go to 65535 (Pillow reads 16-bit PGM as these). Floats go to 1, 255 or 65535, the smallest that no value
-    exceeds.
+    For integers it is 65535 (Pillow reads 16-bit PGM this way). For floats it is 1, 255 or 65535, the smallest that no
+    value exceeds.
     """
     lowest, highest = values.min(), values.max()
     whites = (65535,) if values.dtype.kind == "i" else (1.0, 255.0, 65535.0)
@@ -67,7 +67,7 @@ def _grey_to_8_bits(values: np.ndarray) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """A picture of mode L, RGB or CMYK as RGB; its colours by its ICC profile, if it has one that can be used."""
+    """Convert a picture of mode L, RGB or CMYK to sRGB, with its ICC profile if that is usable."""
     if not profile:
         return image.convert("RGB")
     try:
@@ -91,7 +91,7 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 def _is_identity(transform: ImageCms.ImageCmsTransform) -> bool:
     """Whether a transform from RGB to RGB changes colours by no more than its own rounding.
 
-    So it is for the profiles that cameras and editors write for sRGB itself: their pictures keep every bit.
+    True for the sRGB profiles of cameras and editors: their pictures are then left unchanged.
     """
     levels = np.arange(0, 256, 15, dtype=np.uint8)
     colours = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(len(levels), -1, 3)

@@ -1,7 +1,7 @@
-"""From a config to what the loop needs: the model, the words, the rows, and the data on the devices.
+"""The concept of a run, from its config: words, prompts, pictures and initial rows.
 
-Checks run in order of cost: what needs no model (`read_inputs`), what needs its configuration and tokenizers
-(`check_concept`, `check_pictures_to_draw`), and only then its weights (`load_model_and_concept`).
+Checks run in order of cost: first those that need no model (`read_inputs`), then those that need its configuration and
+tokenizers (`check_concept`, `check_pictures_to_draw`), and only then its weights (`load_model_and_concept`).
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ LogLine = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads that does not depend on its model.
+    """The inputs of a run that do not depend on its model.
 
     Attributes:
-      templates: with ``{}`` where the word goes. others: learned words that stay as they are.
-      start: the word whose vectors the rows start from, or None if they start from a token of the model.
-      pictures: as `load_images` gives them; None if their size is the model's own.
+      templates: prompts with ``{}`` in the word's place. others: learned words that are not trained.
+      start: the word whose vectors initialise the rows; None: they are initialised from a token.
+      pictures: from `load_images`; None if their size is the model's default.
     """
 
     templates: list[str]
@@ -48,15 +48,15 @@ class Inputs:
 
 @dataclass(frozen=True)
 class CheckedConcept:
-    """What is to be learned, and from what; made without the model's weights.
+    """The concept to learn and its data, checked without the model's weights.
 
     Attributes:
       token: the placeholder; its rows come first. words: it and the other learned words, with their numbers of vectors.
-      others: learned words that stay as they are.
-      start: the learned word that the rows start from, under a name of its own; None if they start from a token.
-      templates: with ``{}`` where the word goes. prompts: with the word in them. pictures: as `load_images` gives them.
-      overview_prompts, validation_prompt: what is drawn, with the word in it; the latter may be None.
-      initializer: the words of the model that the rows start from, unless there is a ``start``.
+      others: learned words that are not trained.
+      start: the learned word that initialises the rows, under another name; None: they are initialised from a token.
+      templates: with ``{}`` in the word's place. prompts: with the word filled in. pictures: from `load_images`.
+      overview_prompts, validation_prompt: to draw, with the word filled in; the latter may be None.
+      initializer: text of the tokens that initialise the rows, unless there is a ``start``.
     """
 
     token: str
@@ -72,22 +72,22 @@ class CheckedConcept:
 
     @property
     def embeddings(self) -> list[Embedding]:
-        """The learned words that prompts may use besides the one that is learned."""
+        """The learned words that prompts may use besides the placeholder."""
         return [*self.others, *([self.start] if self.start is not None else [])]
 
     @property
     def first_prompt_before_training(self) -> str:
-        """The first training prompt with what the rows start from in the place of the word."""
+        """The first training prompt with the initializer in the word's place."""
         return fill(self.templates[0], self.start.token if self.start else str(self.initializer))
 
 
 @dataclass(frozen=True)
 class Concept(CheckedConcept):
-    """What is to be learned, with the rows to start from.
+    """A checked concept with its initial rows.
 
     Attributes:
-      rows: start values, float32 [n, D] for each text encoder. row_mask: bool [n], true where they train.
-      metadata: what the learned word's file says of its origin.
+      rows: initial values, float32 [n, D] for each text encoder. row_mask: bool [n], true for rows that are trained.
+      metadata: origin of the word, to be saved in its file.
     """
 
     rows: dict[str, np.ndarray]
@@ -95,7 +95,7 @@ class Concept(CheckedConcept):
     metadata: dict[str, str]
 
     def embedding(self, rows: Rows, step: int) -> Embedding:
-        """The word as it is at ``step``, to be saved."""
+        """The word with the rows of ``step``, as an `Embedding` to save or draw with."""
         count = self.words[self.token]
         vectors = {name: np.asarray(value)[:count].astype(np.float32) for name, value in rows.items()}
         return Embedding(self.token, vectors, {**self.metadata, "steps": str(step)})
@@ -104,8 +104,8 @@ class Concept(CheckedConcept):
 def read_inputs(config: TrainConfig, log: LogLine) -> Inputs:
     """Read templates, learned words and pictures.
 
-    Where the pictures' size is the model's own, and the model is still to be downloaded, they are read once here in any
-    size: whether they can be read should not be found out after gigabytes.
+    If the pictures' size is the model's default and the model is yet to be downloaded, they are read here once at a
+    small size, so that an unreadable one is reported before gigabytes are downloaded.
 
     Raises:
       InputError: one of the files is missing or wrong.
@@ -144,11 +144,11 @@ def _load_start(config: TrainConfig, log: LogLine) -> Embedding | None:
     """The word of ``--initializer_embedding``.
 
     Raises:
-      InputError: no such file, not a word, or another number of vectors.
+      InputError: no such file, not a learned word, or another number of vectors than ``--num_vectors``.
     """
     if config.initializer_embedding is None:
         return None
-    # The file need not say a name that can be one here; "my cat.pt" has none.
+    # The name in the file may be no valid placeholder (that of "my cat.pt" is not), so use ours.
     start = Embedding.load(config.initializer_embedding, token=config.placeholder_token)
     where = f"--initializer_embedding {config.initializer_embedding}"
     if start.num_vectors != config.num_vectors:
@@ -165,7 +165,7 @@ def check_concept(config: TrainConfig, model: ModelDescription, inputs: Inputs, 
     """Check words, initializer, templates, prompts and pictures against a model's configuration and tokenizers.
 
     Raises:
-      InputError: whatever is wrong with one of them.
+      InputError: one of them is wrong.
     """
     assert config.placeholder_token and config.overview_prompts is not None, "the config is resolved"
     token, count = config.placeholder_token, config.num_vectors
@@ -204,7 +204,7 @@ def check_concept(config: TrainConfig, model: ModelDescription, inputs: Inputs, 
 
 
 def _name_of_start(token: str, words: Mapping[str, int]) -> str:
-    """A name for the word that the rows start from which none of ``words`` has."""
+    """A name that is not in ``words``, for the word that initialises the rows."""
     name = f"{token}-start"
     while same_word(name, words):
         name += "-"
@@ -212,7 +212,7 @@ def _name_of_start(token: str, words: Mapping[str, int]) -> str:
 
 
 def _check_room(config: TrainConfig, model: ModelDescription, prompts: list[str], words: Mapping[str, int]) -> None:
-    """Raise InputError if the word's vectors do not fit into a prompt beside its other tokens."""
+    """Raise InputError if a prompt with the word's vectors is longer than the text encoder reads."""
     token, count = str(config.placeholder_token), config.num_vectors
     for reader in model.prompt_tokenizers.readers().values():
         room = reader.max_length - 2  # start and end
@@ -230,7 +230,7 @@ def _check_room(config: TrainConfig, model: ModelDescription, prompts: list[str]
 def check_holds(
     model: ModelDescription, prompts: list[str], words: Mapping[str, int], token: str, weighted: bool
 ) -> None:
-    """Every prompt must hold all rows of the word, or nothing is learned from it without a sign of it."""
+    """Raise InputError unless every prompt contains all rows of the word: from others nothing would be learned."""
     for prompt in model.prompt_tokenizers.without(token, prompts, words, weighted):
         raise InputError(
             f"prompt {prompt!r} does not hold the new word {token!r} once it is cut into tokens; set it apart "
@@ -239,7 +239,7 @@ def check_holds(
 
 
 def with_rows(config: TrainConfig, checked: CheckedConcept, inputs: Inputs, sd: StableDiffusion) -> Concept:
-    """The concept with its start values, which are rows of the model's token table unless they come from a file."""
+    """Add the initial rows to a concept: from a learned word's file, or the rows of the initializer's tokens."""
     count = checked.words[checked.token]
     _, other_rows = tokens.combine(inputs.others)
     rows, row_mask = {}, {}
@@ -264,13 +264,13 @@ def with_rows(config: TrainConfig, checked: CheckedConcept, inputs: Inputs, sd: 
 
 
 def public_name(model: str) -> str:
-    """A model's hub id, or of a local folder or file the name alone: the path is nobody else's business."""
+    """A model's hub id, or the bare name of a local folder or file: paths are private."""
     path = Path(model).expanduser()
     return path.resolve().name if path.exists() or path.is_absolute() else model
 
 
 def _start_metadata(config: TrainConfig, start: Embedding | None) -> dict[str, str]:
-    """What a learned word says of where it started; a file is told by its name and the hash of its numbers."""
+    """The initialisation in a learned word's metadata: the token, or a file's name and a hash of its vectors."""
     if start is None:
         return {"initializer_token": str(config.initializer_token)}
     digest = hashlib.sha256(b"".join(vectors.tobytes() for vectors in start.vectors.values()))

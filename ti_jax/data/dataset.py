@@ -1,4 +1,4 @@
-"""What the training step draws from, on the device: moments, token ids, sizes."""
+"""The training data as arrays on the device: VAE moments, token ids, sizes."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from ti_jax.pipeline import StableDiffusion
 
 
 class Dataset(NamedTuple):
-    """What the loop draws from, whole on every device: a concept is a handful of pictures."""
+    """The training data, replicated on every device: a concept is a handful of pictures."""
 
     moments: jax.Array  # float32 [N, 2, h, w, 2c]: VAE mean and log-variance of each picture and of its mirror image
     ids: Mapping[str, jax.Array]  # int32 [P, L] for each text encoder: every prompt template, tokenized
-    time_ids: jax.Array  # float32 [N, 2, 6]: what SDXL is told of each picture and its mirror image, see `Condition`
+    time_ids: jax.Array  # float32 [N, 2, 6]: SDXL's size and crop conditioning of each picture and its mirror image
     flip_probability: jax.Array  # float32 scalar
     latent_scale: jax.Array  # float32 scalar: the VAE's scaling_factor
-    latent_shift: jax.Array  # float32 scalar: the VAE's shift_factor, mostly 0
+    latent_shift: jax.Array  # float32 scalar: the VAE's shift_factor, usually 0
 
 
 def make_dataset(config: TrainConfig, sd: StableDiffusion, concept: Concept) -> Dataset:
-    """Moments and token ids for the device."""
+    """Encode the pictures with the VAE and tokenize the prompts."""
     vae = sd.networks.vae.config
     return Dataset(
         moments=encode_moments(sd, concept.pictures.pixels, with_mirrored=config.flip_probability > 0),
@@ -41,13 +41,13 @@ def make_dataset(config: TrainConfig, sd: StableDiffusion, concept: Concept) -> 
 
 
 def time_ids(pictures: Pictures) -> np.ndarray:
-    """What SDXL is told of a picture (2307.01952, section 2.2): float32 [N, 2, 6], of each one and its mirror image.
+    """SDXL's micro-conditioning (arXiv 2307.01952, section 2.2) of each picture and its mirror image, [N, 2, 6].
 
-    Original height and width, what the crop cut at the top and left of the scaled picture, and the crop's own size.
+    In float32: original height and width, the crop's top and left offset in the scaled picture, and the crop's height and width.
     """
     resolution = pictures.pixels.shape[1]
     sizes, offsets = pictures.original_sizes, pictures.crop_offsets
-    # Of an odd overhang the right loses a pixel more than the left; in the mirror it is the left.
+    # If the overhang is odd, one pixel more is cut on the right than on the left; mirrored, on the left.
     overhang = np.maximum(sizes[:, 1] - sizes[:, 0], 0)
     right = np.round((overhang - overhang // 2) * resolution / sizes.min(axis=1)).astype(offsets.dtype)
     mirrored = np.stack([offsets[:, 0], right], axis=1)

@@ -1,4 +1,4 @@
-"""A folder of pictures as one array, whatever format the files have."""
+"""Load a folder of pictures of any format as one array."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ti_jax.errors import InputError, listed
 
 COMMON_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
-# Shorter side in pixels: with less there is nothing to see in a picture.
+# Smallest shorter side in pixels.
 MIN_SIDE = 8
-# Pictures that are enlarged more than this, or of which the square is less than one part in this, are reported.
+# Pictures that are enlarged by more than this factor, or are longer than wide by more than it, are reported.
 MAX_SCALE = 4
 
 
@@ -52,25 +52,25 @@ def load_images(
     skip_bad: bool = False,
     on_skip: Callable[[str], None] = _say,
 ) -> Pictures:
-    """Every picture directly in ``folder``, sorted by name, as squares of ``resolution`` pixels.
+    """Load every picture directly in ``folder``, sorted by name, as squares of ``resolution`` pixels.
 
-    Which files: those that are not hidden and whose suffix is one of a format that Pillow reads; HEIC needs pillow-heif
-    (the extra ``heif``). Pictures of other formats are reported; any other file (README.md, captions) and sub-folders
-    are left alone. How they are read: see `read_picture`.
+    Pictures are the files that are not hidden and have the suffix of a format that Pillow reads; HEIC needs pillow-heif
+    (the extra ``heif``). Pictures of other formats are reported; other files (README.md, captions) and sub-folders are
+    ignored. See `read_picture` for how a file is read.
 
     Args:
-      resolution: a positive multiple of 8, the VAE's pixels to a latent.
-      center_crop: the pixel path of diffusers' ``textual_inversion.py`` with ``--center_crop``: the largest centred
-        square is cut out, then resized with Pillow's bicubic filter. Otherwise the picture is scaled to cover the
-        square, aspect ratio kept, and the overhang cut on both sides alike; down with Lanczos, up with bicubic.
-      skip_bad: go on without files that cannot be read or are too small.
-      on_skip: called with a line on each file that is left out, one on all pictures of formats that are not read, one
-        on those that are enlarged a lot, and one on those of which most is cut off.
+      resolution: side in pixels, a positive multiple of 8 (the VAE's scale factor).
+      center_crop: as diffusers' ``textual_inversion.py`` with ``--center_crop``: crop the largest centred square, then
+        resize it with Pillow's bicubic filter. Otherwise scale the picture to cover the square, keeping its aspect
+        ratio, and crop the overhang equally on both sides; Lanczos to shrink, bicubic to enlarge.
+      skip_bad: skip files that cannot be read or are too small.
+      on_skip: called with a line for each skipped file, one for all pictures of unreadable formats, one for those that
+        are enlarged a lot, and one for those that are mostly cropped away.
 
     Raises:
-      InputError: no such folder, or it cannot be read; no picture in it; a file that cannot be read, is cut short, is
-        no picture, has a side of less than `MIN_SIDE` pixels, or more pixels than twice ``PIL.Image.MAX_IMAGE_PIXELS``
-        (179 million unless changed), which is found before it is decoded.
+      InputError: no such folder, or it cannot be read; no picture in it; a file that cannot be read, is truncated, is
+        not a picture, has a side of less than `MIN_SIDE` pixels, or more pixels than twice
+        ``PIL.Image.MAX_IMAGE_PIXELS`` (179 million by default), which is checked before decoding.
     """
     paths = picture_paths(folder)
     if unread := unread_pictures(folder):
@@ -90,7 +90,7 @@ def load_images(
             on_skip(f"left out: {error}")
             continue
         square, offset = square_of(image, resolution, center_crop)
-        # In float64, as diffusers has it; rounded once, at the end.
+        # In float64, as in diffusers; rounded once, at the end.
         pixels.append((np.asarray(square) / 127.5 - 1.0).astype(np.float32))
         names.append(path.name)
         sizes.append((image.height, image.width))
@@ -104,7 +104,7 @@ def load_images(
 def _report_sizes(
     names: list[str], sizes: list[tuple[int, int]], resolution: int, report: Callable[[str], None]
 ) -> None:
-    """A line on the pictures that are too small for ``resolution``, and one on those that are too narrow."""
+    """Report the pictures that are too small for ``resolution``, and those that are too narrow."""
     small = [name for name, size in zip(names, sizes, strict=True) if min(size) * MAX_SCALE < resolution]
     narrow = [name for name, size in zip(names, sizes, strict=True) if min(size) * MAX_SCALE < max(size)]
     if small:
@@ -124,7 +124,7 @@ def _count(names: list[str]) -> str:
 
 
 def as_uint8(pixels: np.ndarray) -> np.ndarray:
-    """Pixels in [-1, 1] -> uint8: the inverse of what `load_images` does to them."""
+    """Pixels in [-1, 1] -> uint8, the inverse of `load_images`."""
     return np.round((pixels + 1.0) * 127.5).astype(np.uint8)
 
 
@@ -135,7 +135,7 @@ def picture_paths(folder: str | Path) -> list[Path]:
       InputError: no such folder, a file instead of a folder, no permission, or no picture in it.
     """
     suffixes = readable_suffixes()
-    # A link to nothing is kept, so that reading it fails: it stood for a picture once.
+    # A broken link is kept, so that reading it is an error: it once pointed to a picture.
     paths = [path for path in _files(folder) if path.suffix.lower() in suffixes]
     if not paths:
         unread = unread_pictures(folder)
@@ -148,9 +148,9 @@ def picture_paths(folder: str | Path) -> list[Path]:
 
 
 def unread_pictures(folder: str | Path) -> str | None:
-    """What to say of pictures in ``folder`` that are not read: how many, which, and what to do. None without any.
+    """A message on the pictures in ``folder`` that cannot be read: how many, which, and what to do; None if none.
 
-    They are recognised by their suffix or, if it says nothing, by their first bytes.
+    They are recognised by their suffix or, if that is unknown, by their first bytes.
 
     Raises:
       InputError: as `picture_paths`, but for a folder without pictures.
@@ -171,7 +171,7 @@ def unread_pictures(folder: str | Path) -> str | None:
 
 
 def _files(folder: str | Path) -> list[Path]:
-    """Files of a folder that are not hidden, and links to nothing, sorted by name."""
+    """Files of a folder that are not hidden, and broken links, sorted by name."""
     folder = Path(folder)
     try:
         return sorted(
@@ -189,16 +189,18 @@ def _files(folder: str | Path) -> list[Path]:
 
 
 def square_of(image: Image.Image, resolution: int, center_crop: bool) -> tuple[Image.Image, tuple[int, int]]:
-    """The centred square of a picture, resized: see `load_images`; and its (top, left) in pixels after scaling."""
+    """Crop the centred square of a picture and resize it, see `load_images`; also returns its (top, left) in pixels
+    after scaling.
+    """
     side = min(image.size)
-    # Whole pixels, by diffusers' arithmetic: so a picture that has the resolution already is cut, never blurred.
+    # Whole pixels, as in diffusers: a picture that already has the resolution is cropped, never resampled.
     left, top = (image.width - side) // 2, (image.height - side) // 2
     box = (left, top, left + side, top + side)
     size = (resolution, resolution)
     if center_crop:
         square = image.crop(box).resize(size, Image.Resampling.BICUBIC)
     else:
-        # With a box, only the square is computed, but its edges see their neighbours outside: as if all were scaled.
+        # With a box only the square is computed, but its edges use the pixels outside, as if the whole were resized.
         down = side > resolution
         square = image.resize(size, Image.Resampling.LANCZOS if down else Image.Resampling.BICUBIC, box=box)
     return square, (round(top * resolution / side), round(left * resolution / side))

@@ -1,4 +1,4 @@
-"""Which picture formats are read, and what to do about files of other formats."""
+"""Which picture formats can be read, and how to deal with files of other formats."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-# Pillow recognises these formats, but has no decoder for them.
+# Formats that Pillow recognises but cannot decode.
 _ONLY_RECOGNISED = {"BUFR", "GRIB", "HDF5", "MPEG"}
 
 _RAW = (
@@ -17,7 +17,7 @@ _RAW = (
     ".nrw .orf .pef .ptx .pxn .raf .raw .rw2 .rwl .sr2 .srf .srw .x3f"
 )
 _EDITORS = ".afphoto .ai .cdr .clip .exr .hdr .indd .kra .ora .psb .svg .svgz .xcf"
-# Suffix -> the format of a picture file that Pillow may not read.
+# Suffix -> picture format that Pillow may be unable to read.
 _FORMATS = {
     **dict.fromkeys((".heic", ".heics", ".heif", ".heifs", ".hif"), "HEIC"),
     **dict.fromkeys((".avif", ".avifs"), "AVIF"),
@@ -25,7 +25,7 @@ _FORMATS = {
     **dict.fromkeys(_RAW.split(), "camera raw"),
     **dict.fromkeys(_EDITORS.split(), "of a drawing program"),
 }
-# First bytes -> format: of files whose suffix says nothing, and of those that do not keep what their suffix says.
+# First bytes -> format, for files with an unknown or wrong suffix.
 _SIGNATURES = {
     rb"\xff\xd8\xff": "JPEG",
     rb"\x89PNG\r\n\x1a\n": "PNG",
@@ -42,9 +42,9 @@ _SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "GIF": ".gif", "WebP": ".webp", "TIF
 
 @functools.cache
 def readable_suffixes() -> frozenset[str]:
-    """Suffixes, in lower case with their dot, of the formats that can be read.
+    """Suffixes of the readable formats, in lower case with their dot.
 
-    HEIC and HEIF are among them where the package pillow-heif is installed (the extra ``heif``).
+    Includes HEIC and HEIF if the package pillow-heif is installed (the extra ``heif``).
     """
     Image.init()
     with contextlib.suppress(ImportError):
@@ -56,13 +56,13 @@ def readable_suffixes() -> frozenset[str]:
 
 
 def format_by_suffix(path: Path) -> str | None:
-    """The picture format that the suffix stands for, if it is one that is not read."""
+    """The picture format of the suffix, if it is one that cannot be read; else None."""
     suffix = path.suffix.lower()
     return None if suffix in readable_suffixes() else _FORMATS.get(suffix)
 
 
 def format_by_content(path: Path) -> str | None:
-    """The picture format that the first bytes of a file stand for; None if it is no picture or cannot be read."""
+    """The picture format by a file's first bytes; None if it is not a picture or cannot be opened."""
     try:
         with path.open("rb") as file:
             start = file.read(32)
@@ -72,13 +72,13 @@ def format_by_content(path: Path) -> str | None:
 
 
 def is_read(name: str) -> bool:
-    """Whether pictures of a format can be read here."""
+    """Whether pictures of a format can be read."""
     suffixes = [suffix for suffix, format_ in _FORMATS.items() if format_ == name]
     return name in _SUFFIXES or not readable_suffixes().isdisjoint(suffixes)
 
 
 def remedy(name: str) -> str:
-    """What to do about pictures of a format that are not read."""
+    """Advice for pictures of a format that cannot be read."""
     if name == "HEIC":
         return "pip install 'ti_jax[heif]' reads them"
     if name == "AVIF":

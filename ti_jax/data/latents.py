@@ -1,4 +1,4 @@
-"""Pictures to VAE moments, once, so that the training loop never runs the VAE."""
+"""Encode the pictures to VAE moments once, so that the training loop never runs the VAE."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 from ti_jax.batches import in_batches
 from ti_jax.pipeline import StableDiffusion
 
-# Pictures at a time. The VAE's activations at full resolution are the memory's peak here: in bfloat16 at 1024 pixels
-# compiled for a TPU v5e, 8.9 GB for four pictures and 1.3 GB for one. Done once a run: its time hardly matters.
+# Pictures per batch. The VAE's activations at full resolution set the peak memory: 8.9 GB for four pictures and 1.3 GB
+# for one, in bfloat16 at 1024 pixels, compiled for a TPU v5e. It runs once, so that its speed hardly matters.
 ENCODE_BATCH = 4
-LARGE = 512  # pixels; pictures of a larger side are encoded one at a time
+LARGE = 512  # pixels; pictures with a larger side are encoded one at a time
 
 
 def encode_moments(sd: StableDiffusion, pixels: np.ndarray, with_mirrored: bool) -> jax.Array:
@@ -20,8 +20,7 @@ def encode_moments(sd: StableDiffusion, pixels: np.ndarray, with_mirrored: bool)
 
     Args:
       pixels: float32 [N, H, W, 3] in [-1, 1].
-      with_mirrored: also encode the pictures flipped left to right. The latents of a mirror image are not the mirrored
-        latents, so it has to be encoded itself.
+      with_mirrored: also encode the pictures flipped left to right; flipping the latents would not be the same.
 
     Returns:
       float32 [N, 2, h, w, 2c] (without mirror images [N, 1, h, w, 2c]), unscaled.
@@ -33,5 +32,5 @@ def encode_moments(sd: StableDiffusion, pixels: np.ndarray, with_mirrored: bool)
 
 
 def encode_batch(resolution: int, count: int) -> int:
-    """How many of ``count`` pictures with a side of ``resolution`` pixels are encoded at a time."""
+    """Batch size to encode ``count`` pictures with a side of ``resolution`` pixels."""
     return 1 if resolution > LARGE else min(ENCODE_BATCH, count)

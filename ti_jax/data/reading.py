@@ -1,4 +1,4 @@
-"""One picture file, of any format, as an upright picture in 8-bit sRGB."""
+"""Read one picture file of any format as an upright picture in 8-bit sRGB."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ti_jax.data.colours import to_rgb
 from ti_jax.data.formats import format_by_content, is_read, readable_suffixes, remedy
 from ti_jax.errors import InputError, one_line
 
-# What Pillow's decoders raise on broken files, besides OSError: they do not agree on one exception.
+# Exceptions that Pillow's decoders raise on broken files: they have no common class.
 _BROKEN = (
     OSError,
     ValueError,
@@ -33,7 +33,7 @@ _BROKEN = (
     zlib.error,
 )
 
-# The EXIF tag and, for each of its values but 1, what makes the picture upright.
+# The EXIF tag and, for each of its values but 1, the transposition that makes the picture upright.
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -47,10 +47,10 @@ _UPRIGHT = {
 
 
 def read_picture(path: Path) -> Image.Image:
-    """One picture in 8-bit sRGB, upright, transparent parts on white; of an animation, the first frame.
+    """Read a picture in 8-bit sRGB, upright, with transparent parts on white; of an animation, the first frame.
 
-    Only the pixels have to be whole. Broken EXIF tags, colour profiles and text are ignored; the orientation is used
-    where it can be read.
+    Only the pixel data must be intact. Broken EXIF tags, colour profiles and text are ignored; the orientation is
+    applied if it can be read.
 
     Raises:
       InputError: it cannot be read. The message has no remedy, because that depends on the caller.
@@ -67,8 +67,8 @@ def read_picture(path: Path) -> Image.Image:
                     return _decoded(io.BytesIO(content))
             raise
     except Image.DecompressionBombError as error:
-        # Pillow warns above its limit and refuses above twice the limit. Phones take pictures of 108 megapixels, which
-        # is above the limit.
+        # Pillow warns above its limit and refuses above twice the limit. Pictures of phones with 108 megapixels are
+        # between the two.
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise InputError(f"{path}: more than {limit:,} pixels, the most that one picture may have") from error
     except UnidentifiedImageError as error:
@@ -88,21 +88,21 @@ def read_picture(path: Path) -> Image.Image:
 
 
 def _decoded(file: Path | IO[bytes]) -> Image.Image:
-    # Pillow warns of large pictures (see above) and of metadata that the pixels do not depend on.
+    # Pillow warns about large pictures (see `read_picture`) and about metadata that does not affect the pixels.
     with warnings.catch_warnings(action="ignore"), Image.open(file) as image:
         image.load()
         turn = _UPRIGHT.get(_orientation(image))
         rgb = to_rgb(image)
         if turn is not None:
             rgb = rgb.transpose(turn)
-        rgb.info = {}  # or a picture that is saved again would get the profile that its colours do not have any more
+        rgb.info = {}  # or the picture, saved again, would carry a colour profile that no longer applies
         return rgb
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF (or XMP) orientation, 1 to 8; 1 where it is missing or cannot be read.
+    """The EXIF (or XMP) orientation, 1 to 8; 1 if it is missing or cannot be read.
 
-    `PIL.ImageOps.exif_transpose` is not used: it also writes all other tags anew, and fails if one of them is broken.
+    `PIL.ImageOps.exif_transpose` is not used: it rewrites all other tags too, and fails if one of them is broken.
     """
     try:
         value = image.getexif().get(_ORIENTATION, 1)
@@ -115,7 +115,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _without_metadata(content: bytes) -> Iterator[bytes]:
-    """A file whose metadata may be what is broken, with less and less of it; nothing for a format that has no need."""
+    """Copies of a file with less and less metadata, in case that is what is broken; none for most formats."""
     if content.startswith(b"\x89PNG\r\n\x1a\n"):
         yield _png_with(content, (b"eXIf", b"iCCP"))
         yield _png_with(content, ())
@@ -131,7 +131,7 @@ def _png_with(content: bytes, kept: tuple[bytes, ...]) -> bytes:
         end = start + 12 + length
         critical = not kind[0] & 0x20
         whole = content[end - 4 : end] == struct.pack(">I", zlib.crc32(content[start + 4 : end - 4]))
-        # What the pixels depend on stays even if its checksum is wrong, so that the decoder refuses it.
+        # Chunks that the pixels depend on stay even if their checksum is wrong, so that the decoder refuses them.
         if critical or kind == b"tRNS" or (kind in kept and whole):
             parts.append(content[start:end])
         start = end
@@ -147,7 +147,7 @@ _IMAGE_TAGS = {
 
 
 def _tiff_with_image_tags(content: bytes) -> bytes:
-    """A TIFF in whose first directory every tag that the pixels do not depend on is an unknown one with a zero."""
+    """A TIFF in whose first directory each tag that does not affect the pixels is made an unknown one with value 0."""
     order = "<" if content[:2] == b"II" else ">"
     changed = bytearray(content)
     with contextlib.suppress(struct.error):  # a file that ends within its directory

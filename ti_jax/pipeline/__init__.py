@@ -1,4 +1,4 @@
-"""A frozen Stable Diffusion with its weights, tokenizers and noise schedule, and drawing with it."""
+"""A frozen Stable Diffusion with its weights, tokenizers and noise schedule, and sampling from it."""
 
 from ti_jax.pipeline.stable_diffusion import StableDiffusion
 

@@ -1,4 +1,4 @@
-"""A Stable Diffusion before its weights are read: configuration, tokenizers and noise schedule."""
+"""A Stable Diffusion without its weights: configuration, tokenizers and noise schedule."""
 
 from __future__ import annotations
 
@@ -29,17 +29,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """All of a model but its weights: enough to check words, prompts and settings with.
+    """A model without its weights: enough to check words, prompts and settings.
 
     Attributes:
-      networks: the modules.
-      tokenizers: one for each text encoder, by the encoder's name.
+      networks: the Flax modules.
+      tokenizers: by text encoder.
       schedule: betas and prediction type that the model was trained with.
-      scheduler_config: the checkpoint's ``scheduler_config.json``, or what stands for it with a single file.
-      zeros_for_empty_prompt: guidance without a negative prompt starts from zeros (SDXL) and not from the empty prompt.
+      scheduler_config: the checkpoint's ``scheduler_config.json``; for a single file, an equivalent one.
+      zeros_for_empty_prompt: without a negative prompt the unconditional embedding is zeros (SDXL), not the empty
+        prompt's.
       dtype: of weights and activations.
       path: the folder or file that it is read from.
-      name: what the user called it: a path, a hub id, or "mini-sd" for the embedded default.
+      name: as given by the user: a path, a hub id, or "mini-sd" for the embedded default.
     """
 
     networks: Networks
@@ -53,12 +54,12 @@ class ModelDescription:
 
     @property
     def prompt_tokenizers(self) -> PromptTokenizers:
-        """The part that prompts are checked and tokenized with."""
+        """The tokenizers and lengths that prompts are checked and tokenized with."""
         return PromptTokenizers(dict(self.networks.text_encoders), self.tokenizers)
 
     @property
     def vocab_sizes(self) -> dict[str, int]:
-        """Rows of each text encoder's frozen token table; ids from there on are trained rows."""
+        """Rows of each text encoder's frozen token-embedding table; ids from there on are trained rows."""
         return self.prompt_tokenizers.vocab_sizes
 
     @property
@@ -68,11 +69,15 @@ class ModelDescription:
 
     @property
     def default_resolution(self) -> int:
-        """Side in pixels of the pictures that the model was trained on."""
+        """Side in pixels of the model's training pictures."""
         return self.networks.unet.config.sample_size * self.networks.latent_factor
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Shape [h, w, c] of the latents of a picture of that size in pixels."""
+        """Shape (h, w, c) of the latents of a picture of ``height`` x ``width`` pixels.
+
+        Raises:
+          InputError: a side is not a positive multiple of the VAE's scale factor.
+        """
         factor = self.networks.latent_factor
         for side in (height, width):
             if side < factor or side % factor:
@@ -88,7 +93,7 @@ class ModelDescription:
         return self.prompt_tokenizers.tokenize(prompts, words)
 
     def unprovided(self, prompts: Sequence[str], words: Mapping[str, int]) -> list[str]:
-        """What looks like a learned word in the prompts and is neither one of ``words`` nor known to the model."""
+        """Text in the prompts that looks like a learned word (``<cat>``) but is neither in ``words`` nor a token."""
         vocabularies = [tokenizer.get_vocab() for tokenizer in self.tokenizers.values()]
         found = unprovided(prompts, words)
         return [word for word in found if not any(word in vocabulary for vocabulary in vocabularies)]
@@ -100,13 +105,13 @@ class ModelDescription:
         return "ddim" if len(self.tokenizers) == 1 else "euler"
 
     def sampler_choice(self, scheduler: str | None = None) -> SamplerChoice:
-        """What pictures are drawn with; `note` says why, where it is not the checkpoint's own scheduler."""
+        """The sampler to use; its `note` explains why, if it is not the checkpoint's own scheduler."""
         if scheduler is not None:
             return SamplerChoice(scheduler, self.scheduler_config)
         return choose_sampler(self.scheduler_config, self._fallback_sampler)
 
     def make_sampler(self, scheduler: str | None, num_inference_steps: int) -> Sampler:
-        """Sampler "ddim", "euler", "euler_a" or "dpm++"; None: that of `sampler_choice`.
+        """The sampler "ddim", "euler", "euler_a" or "dpm++"; None: that of `sampler_choice`.
 
         Raises:
           InputError: as `ti_jax.diffusion.samplers.make_sampler`.
@@ -114,7 +119,7 @@ class ModelDescription:
         return make_sampler(scheduler, self.scheduler_config, num_inference_steps, self._fallback_sampler)
 
     def scheduler_name(self, scheduler: str | None) -> str:
-        """What a picture says that it was drawn with: the sampler asked for, or the checkpoint's own class."""
+        """The scheduler's name for a picture's metadata: the sampler asked for, or the checkpoint's own class."""
         choice = self.sampler_choice(scheduler)
         own = scheduler is None and choice.note is None
         return str(self.scheduler_config.get("_class_name", choice.name)) if own else choice.name
@@ -122,7 +127,7 @@ class ModelDescription:
 
 @dataclass(frozen=True)
 class OpenModel(ModelDescription):
-    """A model whose files are open, to load its weights from (``StableDiffusion.load``)."""
+    """A model whose files are open, so that ``StableDiffusion.load`` can read its weights."""
 
     source: Source
 
@@ -138,8 +143,9 @@ def open_model(
     token: str | None = None,
     vae: str | Path | None = None,
 ) -> Iterator[OpenModel]:
-    """Open a model (downloaded first if it is on the hub) and read what takes no time; arguments and errors are those
-    of ``StableDiffusion.from_pretrained``.
+    """Open a model (downloading it first if it is on the hub) and read everything but its weights.
+
+    Arguments and errors are those of ``StableDiffusion.from_pretrained``.
     """
     if dtype is None:
         dtype = Platform.of(jax.local_devices()[0]).dtype
@@ -159,11 +165,11 @@ def open_model(
             source=source,
         )
         for name, size in model.vocab_sizes.items():
-            # Ids past the table are those of learned rows; a word of the tokenizer's own there would be taken for one.
+            # Ids past the table belong to learned rows, so that the tokenizer must have no tokens of its own there.
             if len(model.tokenizers[name]) > size:
                 raise InputError(
-                    f"{path}: the tokenizer has {len(model.tokenizers[name])} tokens where {name} has {size} rows; "
-                    f"words were added to one of them only, use the original model"
+                    f"{path}: the tokenizer has {len(model.tokenizers[name])} tokens, but {name} has {size} rows: "
+                    f"tokens were added to one of them only; use the original model"
                 )
         yield model
 
@@ -171,7 +177,7 @@ def open_model(
 def open_model_of(
     config: TrainConfig | InferConfig | EvaluateConfig,
 ) -> contextlib.AbstractContextManager[OpenModel]:
-    """`open_model` of the model that a config names, in the precision that it names."""
+    """`open_model` for the model and the precision of a config."""
     return open_model(
         config.pretrained_model_name_or_path,
         {None: None, "no": jnp.float32, "bf16": jnp.bfloat16}[config.mixed_precision],
@@ -184,24 +190,24 @@ def open_model_of(
 
 
 def _check_family(path: Path, networks: Networks) -> None:
-    """Refuse what is made of Stable Diffusion's parts and is another thing: each file could be read for itself.
+    """Refuse other models that are built from Stable Diffusion's parts, each of which could be read by itself.
 
     Raises:
-      InputError: an inpainting model under the name of another, or parts of different models.
+      InputError: an inpainting model, or parts of different models.
     """
     text_encoders, unet, vae = dict(networks.text_encoders), networks.unet.config, networks.vae.config
     channels = (unet.in_channels, unet.out_channels)
     if channels != (vae.latent_channels,) * 2:
-        kind = "an inpainting model" if channels == (9, 4) else "no text-to-image model, or not of one model"
+        kind = "an inpainting model" if channels == (9, 4) else "no text-to-image model, or parts of different ones"
         raise InputError(
-            f"{path}: the UNet takes {channels[0]} channels and makes {channels[1]} where the autoencoder has "
-            f"{vae.latent_channels}: {kind}; only plain text-to-image models are read"
+            f"{path}: the UNet has {channels[0]} input and {channels[1]} output channels, but the autoencoder has "
+            f"{vae.latent_channels}: {kind}; only plain text-to-image models are supported"
         )
     width = sum(module.config.hidden_size for module in text_encoders.values())
     if unet.cross_attention_dim != width:
         raise InputError(
-            f"{path}: the UNet reads text of width {unet.cross_attention_dim} and {' and '.join(text_encoders)} make "
-            f"{width}: parts of different models"
+            f"{path}: the UNet's cross_attention_dim is {unet.cross_attention_dim}, but {' and '.join(text_encoders)} "
+            f"add up to {width}: parts of different models"
         )
     if (unet.addition_embed_type == "text_time") != (len(text_encoders) == 2):
         raise InputError(

@@ -1,4 +1,4 @@
-"""Prompts and rows to pictures: text encoders, the whole trajectory and the VAE in one compiled program."""
+"""Prompts and rows to pictures: text encoders, the sampler's loop and the VAE in one compiled program."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Ids = Mapping[str, Any]  # token ids [N, L] by text encoder, or `Chunk` of ids a
 
 
 def image_seeds(seed: int | Sequence[int], count: int) -> np.ndarray:
-    """Seeds uint32 [count]: ``seed``, ``seed + 1``, ... (after the largest comes 0), or the ones given.
+    """Seeds uint32 [count]: ``seed``, ``seed + 1``, ... (modulo 2**32), or the given ones.
 
     Raises:
-      InputError: a seed that is not in 32 bits, or as many seeds as pictures are not given.
+      InputError: a seed does not fit in 32 bits, or the number of seeds is not ``count``.
     """
     given = np.atleast_1d(np.asarray(seed, object)).tolist()
     for number in given:
@@ -45,9 +45,9 @@ def image_keys(seeds: jax.Array) -> jax.Array:
 
 
 def image_noise(keys: jax.Array, step: jax.Array | int, latent_shape: tuple[int, int, int]) -> jax.Array:
-    """Standard normal noise float32 [B, h, w, c]: 0 is what a picture starts from, i + 1 what step i adds.
+    """Standard normal noise float32 [B, h, w, c]: the initial noise for ``step`` 0, the noise of step i for i + 1.
 
-    Each picture's noise hangs on its own key alone, so it does not matter which others are drawn beside it.
+    It depends on each picture's own key only, so that a picture does not depend on the others of its batch.
     """
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step), latent_shape))(keys)
 
@@ -61,16 +61,16 @@ def sample_latents(
     guidance_scale: jax.Array | float,
     latent_shape: tuple[int, int, int],
 ) -> jax.Array:
-    """Draw latents, scaled as the UNet sees them: float32 [B, h, w, c]. Pure, to be used inside ``jax.jit``.
+    """Sample latents, scaled as the UNet sees them: float32 [B, h, w, c]. Pure, for use inside ``jax.jit``.
 
     Args:
-      condition_2B: of the B negative prompts and then the B prompts, which go through the UNet as one batch of 2B. With
-        B rows alone there is no guidance, and the UNet sees half as much.
+      condition_2B: the B negative prompts, then the B prompts; the UNet takes them as one batch of 2B. With only B rows
+        there is no guidance.
       keys: [B], from `image_keys`.
       guidance_scale: w in ``negative + w (prompt - negative)``, the classifier-free guidance of Ho & Salimans 2022
-        (arXiv 2207.12598), counted as diffusers does: 1 is none.
+        (arXiv 2207.12598) in diffusers' convention: 1 is no guidance.
 
-    The state of the sampler is float32 whatever the UNet computes in.
+    The sampler's state is float32 whatever the UNet's dtype.
     """
     total = condition_2B.context.shape[0]
     guided = total == 2 * keys.shape[0]
@@ -94,7 +94,7 @@ def sample_latents(
 def _encode(
     networks: Networks, params: Params, ids: Ids, negative_ids: Ids | None, rows: Rows | None, guided: bool
 ) -> Condition:
-    """The condition of `sample_latents`."""
+    """The condition for `sample_latents`: of the prompts, or of the negative prompts and the prompts."""
 
     def encode(ids: Ids) -> Condition:
         if any(isinstance(value, Chunk) for value in ids.values()):
@@ -108,8 +108,8 @@ def _encode(
     return encode(jax.tree.map(lambda *ids: jnp.concatenate(ids), negative_ids, ids))
 
 
-# The module-level jit keeps its programs: a new one is compiled only for other networks, kinds of sampler, numbers of
-# steps and shapes. Weights, rows, prompts, seeds and guidance are arguments.
+# A module-level jit, so that programs are cached: only another network, kind of sampler, number of steps or shape
+# recompiles. Weights, rows, prompts, seeds and guidance are arguments.
 @partial(jax.jit, static_argnames=("networks", "latent_shape", "guided", "tile"))
 def _draw_batch(
     networks: Networks,
@@ -125,12 +125,12 @@ def _draw_batch(
     guided: bool,
     tile: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Pixels uint8 [B, H, W, 3], and bool [B]: whether the picture is made of numbers."""
+    """Pixels uint8 [B, H, W, 3], and whether each picture is finite, bool [B]."""
     condition = _encode(networks, params, ids, negative_ids, rows, guided)
     latents = sample_latents(networks, params, sampler, condition, image_keys(seeds), guidance_scale, latent_shape)
     pixels = networks.decode_latents(params, latents, tile)
     finite = jnp.isfinite(pixels).all(axis=(1, 2, 3))
-    # As diffusers' VaeImageProcessor rounds.
+    # Rounds as diffusers' VaeImageProcessor.
     levels = jnp.round(jnp.clip(pixels / 2 + 0.5, 0.0, 1.0) * 255.0)
     return jnp.where(finite[:, None, None, None], levels, 0.0).astype(jnp.uint8), finite
 
@@ -153,19 +153,19 @@ def draw(
 
     Args:
       ids: token ids int32 [N, L] for each text encoder, or weighted chunks [N, K, L].
-      negative_ids: likewise, or None for an unconditional half that is all zeros, as SDXL's pipeline takes it when no
-        negative prompt is given.
-      rows: trained rows float32 [n, D] for each text encoder, where the ids go past the frozen table.
+      negative_ids: of the negative prompts; None: the unconditional embeddings are zeros, as in SDXL's pipeline without
+        a negative prompt.
+      rows: trained rows float32 [n, D] for each text encoder, for ids past the frozen table.
       latent_shape: (h, w, c).
       guidance_scale: at 1 or below there is no guidance, and the UNet sees half the batch.
       seed: one for each picture, or a number: then picture i has ``seed + i``. A picture depends on its own seed and
         prompt alone, so that any one of a call can be drawn again by itself.
       batch_size: pictures in one dispatch. The last batch is filled up, so that one program draws any number.
-      vae_tiling: whether pictures are decoded in tiles (`choose_tile`).
+      vae_tiling: whether the VAE decodes in tiles (`choose_tile`).
 
     Raises:
-      InputError: a seed that does not fit, a batch size below 1, a `vae_tiling` that is not known, or a picture that is
-        not made of finite numbers.
+      InputError: a seed out of range, a batch size below 1, an unknown `vae_tiling`, or a picture with non-finite
+        values.
     """
     if batch_size < 1:
         raise InputError(f"the batch size must be 1 or more, not {batch_size}")
@@ -188,13 +188,13 @@ def draw(
         _draw_batch(*arguments(first), latent_shape=latent_shape, guided=guided, tile=tile)
         for first in range(0, count, batch_size)
     ]
-    # Only now does the host wait: every batch is under way by then.
+    # The host waits only now, after every batch has been dispatched.
     pictures = np.concatenate([np.asarray(pixels) for pixels, _ in drawn])[:count]
     finite = np.concatenate([np.asarray(flags) for _, flags in drawn])[:count]
     if not finite.all():
         raise InputError(
             f"picture {int(np.flatnonzero(~finite)[0]) + 1} of {count} came out as NaN: a learned word or the weights "
-            "hold NaN, or the model overflows in this precision (try float32)"
+            "contain NaN, or the model overflows in this precision (try float32)"
         )
     return pictures
 

@@ -1,4 +1,4 @@
-"""The facade: a frozen Stable Diffusion with its weights, tokenizers and noise schedule."""
+"""`StableDiffusion`: a frozen model with its weights, tokenizers and noise schedule."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class StableDiffusion(ModelDescription):
 
     Attributes:
       params: ``{"text_encoder": tree, ["text_encoder_2": tree,] "unet": tree, "vae": tree}``, on the default device.
-      identity: a hash of the weights; two folders, or a folder and a file, with the same weights have the same.
+      identity: a hash of the weights; the same weights have the same hash, in a folder or a single file.
     """
 
     params: Params
@@ -60,16 +60,16 @@ class StableDiffusion(ModelDescription):
         (`ti_jax.weights.single_file`).
 
         Args:
-          dtype: of the frozen weights and activations. ``None``: `Platform.dtype`, bfloat16 on a
-            TPU and on a GPU that has it, else float32.
+          dtype: of the frozen weights and activations. ``None``: `Platform.dtype`, bfloat16 on a TPU and on a GPU that
+            supports it, else float32.
           revision, variant: as in diffusers, for folders and repositories.
-          prediction_type: ``epsilon`` or ``v_prediction``, for a single file that does not say what it predicts.
-          token: for gated repositories of the hub. ``None``: HF_TOKEN, or the one that ``hf auth login`` has stored.
+          prediction_type: ``epsilon`` or ``v_prediction``, for a single file that does not specify it.
+          token: for gated repositories of the hub. ``None``: HF_TOKEN, or the token stored by ``hf auth login``.
           vae: folder of another autoencoder in diffusers' layout, instead of the model's own.
 
         Raises:
-          InputError: no such model, a file that cannot be read, an option that is not implemented, or weights that do
-            not match the configuration.
+          InputError: no such model, an unreadable file, an option that is not implemented, or weights that do not match
+            the configuration.
         """
         with open_model(
             path_or_hub_id,
@@ -84,7 +84,7 @@ class StableDiffusion(ModelDescription):
 
     @classmethod
     def from_config(cls, config: TrainConfig | InferConfig | EvaluateConfig) -> StableDiffusion:
-        """The model that a config names, in the precision that it names; arguments and errors of `from_pretrained`."""
+        """The model of a config, in its precision; errors as `from_pretrained`."""
         with open_model_of(config) as model:
             return cls.load(model)
 
@@ -93,7 +93,7 @@ class StableDiffusion(ModelDescription):
         """Read the weights of an open model.
 
         Raises:
-          InputError: files that are missing or broken, or weights that do not match the configuration.
+          InputError: missing or broken files, or weights that do not match the configuration.
         """
         identity = Identity()
         params = model.source.load(network_shapes(model.networks), model.dtype, identity)
@@ -118,7 +118,7 @@ class StableDiffusion(ModelDescription):
         if rows is None:
             for name, value in ids.items():
                 if np.max(value) >= self.vocab_sizes[name]:
-                    raise ValueError("these ids hold a new word: encode_text needs its rows too")
+                    raise ValueError("these ids contain a new word: encode_text needs its rows too")
         return _encode_text(self.networks, self.params, arrays, rows)
 
     def predict_noise(self, latents: Any, timesteps: Any, cond: Condition) -> jax.Array:
@@ -130,7 +130,7 @@ class StableDiffusion(ModelDescription):
         return _encode_image(self.networks, self.params, jnp.asarray(pixels))
 
     def decode_latents(self, latents: Any, vae_tiling: VaeTiling = "auto") -> jax.Array:
-        """Scaled latents [B, h, w, c] -> pixels [B, H, W, 3] in [-1, 1]; in tiles where `vae_tiling` says so."""
+        """Scaled latents [B, h, w, c] -> pixels [B, H, W, 3] in [-1, 1]; `vae_tiling`: see `generate`."""
         latents = jnp.asarray(latents)
 
         def lower(tile: int | None) -> jax.stages.Lowered:
@@ -159,19 +159,19 @@ class StableDiffusion(ModelDescription):
 
         Args:
           embeddings: learned words that the prompts may use.
-          negative_prompt: what the pictures should keep away from: one for all, or one for each prompt.
-          guidance_scale: strength of classifier-free guidance; 1 or below turns it off.
-          scheduler: "ddim", "euler", "euler_a" or "dpm++"; None: the checkpoint's own, or where that is
-            not implemented "ddim" (SDXL: "euler").
+          negative_prompt: one for all pictures, or one for each prompt.
+          guidance_scale: of classifier-free guidance; 1 or below turns it off.
+          scheduler: "ddim", "euler", "euler_a" or "dpm++"; None: the checkpoint's own, or "ddim" (SDXL: "euler") if
+            that is not implemented.
           height, width: in pixels, multiples of 8; None: the size that the model was trained on.
-          seed: picture i is drawn from ``seed + i`` alone; or one seed for each picture.
-          batch_size: pictures at a time; None: `sampling.DEFAULT_BATCH_SIZE`.
-          vae_tiling: "auto", "always" or "never": whether pictures are decoded in tiles (`ti_jax.pipeline.vae_tiling`).
-          weighted: prompts are in AUTOMATIC1111's notation, ``(word:1.2)``, ``[word]``, ``BREAK``, and of any length
-            (`ti_jax.text.prompt_weights`).
+          seed: picture i is drawn with ``seed + i``, independently of the others; or one seed for each picture.
+          batch_size: pictures per batch; None: `sampling.DEFAULT_BATCH_SIZE`.
+          vae_tiling: "auto", "always" or "never": whether the VAE decodes in tiles (`ti_jax.pipeline.vae_tiling`).
+          weighted: parse prompts in AUTOMATIC1111's notation, ``(word:1.2)``, ``[word]``, ``BREAK``, and allow any
+            length (`ti_jax.text.prompt_weights`).
 
         Raises:
-          InputError: a prompt that is too long, an embedding of another model family, or a setting out of its range.
+          InputError: a prompt that is too long, an embedding of another model family, or a setting out of range.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:

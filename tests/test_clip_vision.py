@@ -117,7 +117,7 @@ def test_another_folder_is_told_as_such(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "siglip"}, "not a CLIP model of two towers"),
+        ({"model_type": "siglip"}, "not a CLIP model with two towers"),
         ({"vision_config": VISION | {"rope_theta": 1e4}}, "option rope_theta = 10000.0"),
         ({"vision_config": VISION | {"patch_size": 7}}, "image_size of patch_size"),
         ({"vision_config": VISION | {"hidden_act": "relu"}}, "hidden_act 'relu'"),

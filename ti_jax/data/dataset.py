@@ -43,7 +43,8 @@ def make_dataset(config: TrainConfig, sd: StableDiffusion, concept: Concept) -> 
 def time_ids(pictures: Pictures) -> np.ndarray:
     """SDXL's micro-conditioning (arXiv 2307.01952, section 2.2) of each picture and its mirror image, [N, 2, 6].
 
-    In float32: original height and width, the crop's top and left offset in the scaled picture, and the crop's height and width.
+    float32; original height and width, the crop's top and left offset in the scaled picture, and the crop's height and
+    width.
     """
     resolution = pictures.pixels.shape[1]
     sizes, offsets = pictures.original_sizes, pictures.crop_offsets

@@ -1,1 +1,1 @@
-"""Scores of what a learned word draws: is the concept there, and does the prompt still rule the rest?"""
+"""Scores of a learned word: identity (is it the concept?) and editability (are prompts still followed?)."""

@@ -1,7 +1,8 @@
-"""A small network that reads attributes off a picture: who is in it, and what is around.
+"""A small classifier of a picture's attributes: the subject's, such as hair, and its surroundings'.
 
-It comes with a model whose world has names for everything, such as the embedded one, in a folder ``judge`` beside the
-model's others: ``config.json`` and ``model.safetensors``. It was trained on true pictures alone.
+It comes with a model whose training pictures are fully labelled, such as the embedded one, in the folder ``judge`` of
+the diffusers folder: ``config.json`` and ``model.safetensors``. It was trained only on pictures of the model's training
+set, never on pictures drawn by a model.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Probe:
-    """A prompt to draw a word with, ``{}`` standing for it, and what else must then be in the picture.
+    """A prompt to draw a word with (``{}`` is its place), and what else must be in the picture.
 
-    ``expects`` maps names of attributes to words.
+    ``expects`` has pairs of an attribute's name and its value.
     """
 
     prompt: str
@@ -45,16 +46,16 @@ class Probe:
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """What a judge knows.
+    """A judge's configuration.
 
     Attributes:
-      attributes: name and words of each attribute.
-      identity: names of the attributes that make a subject what it is; the rest is its surroundings.
-      probes: prompts in the model's own words that a learned word is tried with.
-      patch: pixels of a square that is one place of the first level, one way.
-      channels: of each level; each but the first halves the picture.
-      hidden: width of the last layer before the answers.
-      side: pixels of a picture, both ways.
+      attributes: name and possible values (words) of each attribute.
+      identity: names of the attributes that belong to the subject; the others describe its surroundings.
+      probes: prompts in the model's vocabulary that a learned word is tested with.
+      patch: side in pixels of a patch, one position of the first level.
+      channels: of each level; each level after the first halves the resolution.
+      hidden: width of the last hidden layer.
+      side: height and width of a picture in pixels.
     """
 
     attributes: tuple[tuple[str, tuple[str, ...]], ...]
@@ -67,7 +68,7 @@ class JudgeConfig:
 
     @property
     def words(self) -> dict[str, tuple[str, ...]]:
-        """Words by attribute."""
+        """The possible values of each attribute."""
         return dict(self.attributes)
 
 
@@ -81,7 +82,7 @@ class JudgeNetwork(nn.Module):
 
     @nn.compact
     def __call__(self, pixels: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        """Read pictures."""
+        """Classify pictures."""
         batch, height, width, _ = pixels.shape
         patch = self.config.patch
         patches = pixels.reshape(batch, height // patch, patch, width // patch, patch, 3).transpose(0, 1, 3, 2, 4, 5)
@@ -100,7 +101,7 @@ class JudgeNetwork(nn.Module):
 
 
 def split_logits(config: JudgeConfig, logits: jax.Array) -> dict[str, jax.Array]:
-    """Logits of all attributes [..., words] -> of each."""
+    """Split the logits of all attributes [..., words] by attribute."""
     sizes = [len(words) for _, words in config.attributes]
     parts = jnp.split(logits, list(np.cumsum(sizes)[:-1]), axis=-1)
     return dict(zip((name for name, _ in config.attributes), parts, strict=True))
@@ -108,8 +109,8 @@ def split_logits(config: JudgeConfig, logits: jax.Array) -> dict[str, jax.Array]
 
 @partial(jax.jit, static_argnums=0)
 def _read(config: JudgeConfig, params: Tree, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Logits of all attributes, and the features that they are read from."""
-    # Flax types the result as a tuple that only mutable collections would make it.
+    """Logits of all attributes, and the last hidden layer's features."""
+    # Flax's type of the result includes a tuple that is returned only with mutable collections.
     with exact_products(jnp.float32):
         answer: Any = JudgeNetwork(config).apply({"params": params}, pixels)
     return answer[0], answer[1][-1]
@@ -132,7 +133,7 @@ class Judge:
         return {name: np.asarray(jax.nn.softmax(part)) for name, part in parts.items()}
 
     def features(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 pictures [N, side, side, 3] -> float32 [N, hidden], each of length 1: near where pictures are alike."""
+        """uint8 pictures [N, side, side, 3] -> unit vectors float32 [N, hidden], close for similar pictures."""
         features = self._run(pixels)[1]
         return features / np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
 
@@ -176,10 +177,10 @@ class Judge:
 
     @classmethod
     def load(cls, model_folder: Path) -> Judge:
-        """The judge that comes with the diffusers folder `model_folder`.
+        """Load the judge that comes with the diffusers folder `model_folder`.
 
         Raises:
-          InputError: it has none, or a broken one.
+          InputError: there is none, or it is broken.
         """
         folder = Path(model_folder) / FOLDER
         try:
@@ -193,14 +194,14 @@ class Judge:
             config = JudgeConfig(**values)
         except FileNotFoundError as error:
             raise InputError(
-                f"{model_folder}: no judge comes with this model (no {folder / 'config.json'}), so that attributes "
-                "cannot be read off its pictures"
+                f"{model_folder}: no judge comes with this model (no {folder / 'config.json'}), so that the attributes "
+                "of its pictures cannot be scored"
             ) from error
         except Exception as error:
-            raise InputError(f"{folder}: not a judge that can be read: {error}") from error
+            raise InputError(f"{folder}: the judge cannot be read: {error}") from error
         shapes = flatten_dict(judge_shapes(config), sep=".")
         if {name: leaf.shape for name, leaf in leaves.items()} != {name: leaf.shape for name, leaf in shapes.items()}:
-            raise InputError(f"{folder}: the weights are not those of config.json's network")
+            raise InputError(f"{folder}: the weights do not match config.json")
         return cls(
             config, unflatten_dict({name: jnp.asarray(leaf, jnp.float32) for name, leaf in leaves.items()}, sep=".")
         )

@@ -1,4 +1,4 @@
-"""Pictures and texts in CLIP's space, from any CLIP checkpoint in transformers' layout."""
+"""CLIP embeddings of pictures and texts, from any CLIP checkpoint in transformers' layout."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 BATCH = 16
-# OpenAI's, for a checkpoint that comes without a preprocessor_config.json.
+# OpenAI's values, for a checkpoint without a preprocessor_config.json.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -39,23 +39,23 @@ def _run(model: CLIPModel, method: str, params: Any, inputs: Any) -> Any:
 
 
 def read_clip_config(folder: Path) -> dict[str, Any]:
-    """Contents of the ``config.json`` of a CLIP model with both towers; InputError if the folder is another thing."""
+    """The ``config.json`` of a CLIP model with both towers; InputError if the folder is not one."""
     if not (folder / "config.json").is_file():
         raise InputError(
-            f"{folder}: not the folder of a CLIP model, it has no config.json (hf download "
-            "openai/clip-vit-large-patch14 --local-dir clip makes one)"
+            f"{folder}: not the folder of a CLIP model, it has no config.json (to get one: hf download "
+            "openai/clip-vit-large-patch14 --local-dir clip)"
         )
     config = read_json(folder / "config.json")
     if config.get("model_type") != "clip" or not all(
         isinstance(config.get(name), dict) for name in ("text_config", "vision_config")
     ):
-        raise InputError(f"{folder}: not a CLIP model of two towers (model_type {config.get('model_type')!r})")
+        raise InputError(f"{folder}: not a CLIP model with two towers (model_type {config.get('model_type')!r})")
     return config
 
 
 @dataclass(frozen=True)
 class CLIP:
-    """A CLIP model with its weights, tokenizer and the mean and spread of its pictures' colours."""
+    """A CLIP model with its weights, its tokenizer, and the mean and standard deviation to normalise pictures with."""
 
     model: CLIPModel
     params: Any
@@ -68,12 +68,12 @@ class CLIP:
         """Read a folder such as that of ``openai/clip-vit-large-patch14``, float32.
 
         Raises:
-          InputError: no such model, an option that is not implemented, or weights that do not fit.
+          InputError: no such model, an option that is not implemented, or weights that do not match.
         """
         folder = Path(folder)
         config = read_clip_config(folder)
         width = config.get("projection_dim", 512)
-        # What a tower's own configuration says of architectures is of the class that it was once saved with.
+        # A tower's own "architectures" names the class that it was once saved with.
         text = {**config["text_config"], "architectures": ["CLIPTextModel"]}
         vision = {**config["vision_config"], "architectures": None}
         model = CLIPModel(
@@ -94,13 +94,13 @@ class CLIP:
         return cls(model, params, load_tokenizer(folder, ""), tuple(mean), tuple(std))
 
     def image_features(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """Pictures of any size, at least one -> float32 [N, projection_dim], each of length 1."""
+        """Pictures of any size, at least one -> unit vectors float32 [N, projection_dim]."""
         side = self.model.vision_config.image_size
         pixels = [preprocess(image, side, self.mean, self.std) for image in images]
         return self._in_batches("image_features", np.stack(pixels))
 
     def text_features(self, texts: Sequence[str]) -> np.ndarray:
-        """Texts, at least one, cut where the model's positions end -> float32 [N, projection_dim], each of length 1."""
+        """Texts, at least one, truncated to the model's positions -> unit vectors float32 [N, projection_dim]."""
         length = self.model.text_config.max_position_embeddings
         ids = self.tokenizer(list(texts), padding="max_length", truncation=True, max_length=length).input_ids
         return self._in_batches("text_features", np.array(ids, np.int32))
@@ -110,7 +110,7 @@ class CLIP:
 
 
 def preprocess(image: Image.Image, side: int, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Scale the shorter edge to `side` (bicubic), cut the middle square, normalise: float32 [side, side, 3].
+    """Resize the shorter edge to `side` (bicubic), crop the centre, normalise: float32 [side, side, 3].
 
     Held to transformers' ``CLIPImageProcessor``.
     """

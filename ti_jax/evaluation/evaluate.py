@@ -1,4 +1,4 @@
-"""Measure a learned word with what is at hand: a CLIP model, or the judge that comes with the frozen model."""
+"""Score a learned word, with a CLIP model or with the judge that comes with the frozen model."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ JUDGE_IMAGES = 4
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Measures words of one concept for one model, always with the same prompts and seeds.
+    """Scores words of one concept for one model, always with the same prompts and seeds.
 
     Attributes:
-      pictures: of the concept, uint8 [N, S, S, 3]. distractors: of other concepts, likewise.
-      measure: a CLIP model or a judge. images: pictures of each prompt; None: 64 and 4.
+      pictures: of the concept, uint8 [N, S, S, 3]. distractors: of other concepts, in the same form.
+      measure: a CLIP model or a judge. images: number drawn per prompt; None: 64 for CLIP, 4 for a judge.
     """
 
     measure: CLIP | Judge
@@ -47,16 +47,16 @@ class Evaluator:
     batch_size: int = 8
 
     def scores(self, sd: StableDiffusion, embedding: Embedding, others: Sequence[Embedding] = ()) -> Scores:
-        """Draw with the word, and measure the pictures.
+        """Draw pictures with the word, and score them.
 
         Args:
           sd: the frozen model.
-          embedding: the word. others: words that may stand beside it.
+          embedding: the word. others: other learned words that prompts may use.
         """
         height, width = self.pictures.shape[1:3]
 
         def draw(prompts: Sequence[str]) -> list[Image.Image]:
-            # A prompt's pictures have the same seeds whatever stands beside it: scores of two words are comparable.
+            # A prompt's seeds do not depend on the other prompts, so that scores of two words are comparable.
             count: dict[str, int] = {}
             seeds = []
             for prompt in prompts:
@@ -87,18 +87,18 @@ class Evaluator:
 
 
 def sampler_steps(config: TrainConfig) -> int:
-    """Steps of the sampler when a run measures its word."""
+    """Number of sampler steps when a run scores its word."""
     return EMBEDDED_STEPS if config.pretrained_model_name_or_path is None else PAPER_STEPS
 
 
 def check_measure(model: ModelDescription, clip: str | None) -> None:
-    """Raise InputError if `load_measure` finds neither a CLIP model nor a judge."""
+    """Raise InputError if there is neither a CLIP model nor a judge for `load_measure`."""
     if clip is not None:
         read_clip_config(Path(clip))
     elif not (model.path / FOLDER).is_dir():
         raise InputError(
-            f"{model.name}: no judge comes with this model, so its words are measured with a CLIP model; give the "
-            "folder of one with --evaluation_clip (hf download openai/clip-vit-large-patch14 --local-dir clip)"
+            f"{model.name}: no judge comes with this model, so that scores need a CLIP model; give the folder of one "
+            "with --evaluation_clip (hf download openai/clip-vit-large-patch14 --local-dir clip)"
         )
 
 
@@ -106,7 +106,7 @@ def load_measure(model: ModelDescription, clip: str | None) -> CLIP | Judge:
     """The CLIP model in the folder `clip`, or the judge that comes with the model.
 
     Raises:
-      InputError: neither is there, or it cannot be read.
+      InputError: there is neither, or it cannot be read.
     """
     check_measure(model, clip)
     return Judge.load(model.path) if clip is None else CLIP.from_pretrained(Path(clip))
@@ -114,10 +114,10 @@ def load_measure(model: ModelDescription, clip: str | None) -> CLIP | Judge:
 
 @explaining_out_of_memory("give a smaller --batch_size, or end other programs that use the device")
 def evaluate(file: str, config: EvaluateConfig) -> Scores:
-    """Measure the word in `file` as a resolved config says; the scores are written to ``config.output`` too.
+    """Score the word in `file` with the settings of a resolved config; also writes the scores to ``config.output``.
 
     Raises:
-      InputError: something about the file, the pictures or the models is wrong.
+      InputError: something is wrong with the file, the pictures or the models.
     """
     assert config.num_inference_steps and config.guidance_scale is not None and config.train_data_dir, "it is resolved"
     if config.output is not None:
@@ -144,12 +144,12 @@ def evaluate(file: str, config: EvaluateConfig) -> Scores:
     scores = evaluator.scores(sd, embedding)
     if config.output is not None:
         write_scores(Path(config.output), embedding, scores)
-        print(f"scores are in {config.output}", file=sys.stderr)
+        print(f"the scores are saved in {config.output}", file=sys.stderr)
     return scores
 
 
 def write_scores(path: Path, embedding: Embedding, scores: Scores) -> None:
-    """A JSON file of all that was measured."""
+    """Write the scores as JSON."""
     content = {"token": embedding.token, **scores.as_dict()}
     write_atomically(
         path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
@@ -157,7 +157,7 @@ def write_scores(path: Path, embedding: Embedding, scores: Scores) -> None:
 
 
 def concept_folders(folder: Path, besides: Path) -> list[Path]:
-    """Folders in `folder`, sorted, without the concept's own.
+    """Sub-folders of `folder`, sorted, without `besides`, the concept's own.
 
     Raises:
       InputError: there is none.
@@ -165,5 +165,5 @@ def concept_folders(folder: Path, besides: Path) -> list[Path]:
     inside = sorted(path for path in folder.glob("*") if path.is_dir() and not path.name.startswith("."))
     found = [path for path in inside if path.resolve() != besides.resolve()]
     if not found:
-        raise InputError(f"--distractors {folder}: no folder of another concept's pictures in it")
+        raise InputError(f"--distractors {folder}: it has no sub-folder with another concept's pictures")
     return found

@@ -1,7 +1,7 @@
-"""Numbers on a learned word: *identity*, is the concept there, and *editability*, does the prompt rule the rest.
+"""Scores of a learned word: *identity* (is it the concept?) and *editability* (are prompts still followed?).
 
-Two ways to see a picture, and either or both may be at hand: a `Judge`, which names what is in it, and a `CLIP` model,
-whose scores are those of the textual inversion paper (Gal et al. 2022, arXiv 2208.01618, section 5.1).
+Pictures are scored either by a `Judge`, which classifies their attributes, or by a `CLIP` model, whose scores are those
+of the textual inversion paper (Gal et al. 2022, arXiv 2208.01618, section 5.1).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ti_jax.evaluation.clip import CLIP
 from ti_jax.words import fill
 
 Draw = Callable[[Sequence[str]], list[Image.Image]]
-"""Draws one picture for each prompt; the pictures are by seeds of their own."""
+"""Draws one picture for each prompt, each with its own seed."""
 
 CLIP_IMAGES = 64
 CLIP_PROMPT = "a photo of {}"
@@ -34,16 +34,17 @@ CLIP_EDITS = (
 
 @dataclass(frozen=True)
 class Scores:
-    """What was measured; None where it was not.
+    """Scores; None for those not measured.
 
     Attributes:
-      identity: mean over the judge's identity attributes of the share of pictures that show the concept's.
-      editability: mean over attributes that probes asked for of the share of pictures that show what was asked.
-      by_attribute: the shares behind both, ``identity/hair`` or ``editability/background``.
-      reference: what the judge sees in the concept's pictures.
-      clip_i: mean cosine of drawn pictures to the concept's, over all pairs.
-      clip_t: mean cosine of prompts, without the word, to the mean of the pictures drawn for each.
-      rank: place of the concept among distractors, by likeness to what was drawn (1 is best). candidates: of how many.
+      identity: share of drawn pictures with the concept's value, averaged over the identity attributes.
+      editability: share of drawn pictures with the value that the probe asked for, averaged over those attributes.
+      by_attribute: the shares by attribute, such as ``identity/hair`` or ``editability/background``.
+      reference: the concept's identity attributes, as the judge classifies its pictures.
+      clip_i: mean cosine between drawn pictures and the concept's, over all pairs.
+      clip_t: mean cosine between each prompt, without the word, and the mean of the pictures drawn for it.
+      rank: rank of the concept among the distractors by similarity to the drawn pictures (1 is best).
+      candidates: number of concepts ranked.
     """
 
     identity: float | None = None
@@ -56,11 +57,11 @@ class Scores:
     candidates: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """What was measured, for a JSON file."""
+        """The measured scores, for a JSON file."""
         return {name: value for name, value in vars(self).items() if value not in (None, {})}
 
     def __str__(self) -> str:
-        """One line."""
+        """The scores on one line."""
         parts = [f"{name} {getattr(self, name):.3f}" for name in MEASURES if getattr(self, name) is not None]
         if self.rank is not None:
             parts.append(f"rank {self.rank} of {self.candidates}")
@@ -71,7 +72,7 @@ MEASURES = ("identity", "editability", "clip_i", "clip_t")
 
 
 def reference_attributes(judge: Judge, pictures: np.ndarray) -> dict[str, str]:
-    """The identity attributes of a concept: the likeliest words over its pictures uint8 [N, S, S, 3] together."""
+    """The identity attributes of a concept: the likeliest values for all its pictures, uint8 [N, S, S, 3], together."""
     words = judge.config.words
     probabilities = judge.probabilities(pictures)
     return {
@@ -83,15 +84,15 @@ def reference_attributes(judge: Judge, pictures: np.ndarray) -> dict[str, str]:
 def attribute_scores(
     readings: Sequence[Mapping[str, str]], probes: Sequence[Probe], reference: Mapping[str, str]
 ) -> dict[str, float]:
-    """Shares of right pictures.
+    """Share of correct pictures by attribute.
 
     Args:
-      readings: what the judge reads off each picture, as `Judge.read` gives it.
-      probes: what each of them was drawn for.
+      readings: each picture's attributes, from `Judge.read`.
+      probes: the probe that each picture was drawn for.
       reference: the concept's identity attributes.
 
     Returns:
-      ``identity/NAME`` for each attribute in `reference`, over the pictures whose probe does not ask for another;
+      ``identity/NAME`` for each attribute in `reference`, over the pictures whose probe does not ask for another value;
       ``editability/NAME`` for each attribute that a probe asks for.
     """
     right: dict[str, list[bool]] = {}
@@ -119,15 +120,15 @@ def judge_scores(
     images_a_probe: int,
     distractors: Sequence[np.ndarray] = (),
 ) -> Scores:
-    """Draw the judge's probes with `word` and read them.
+    """Draw the judge's probes with `word`, and score the pictures.
 
     Args:
       judge: its config has the probes.
-      draw: draws prompts.
-      word: what stands in the probes' ``{}``.
+      draw: draws a picture for each prompt.
+      word: replaces ``{}`` in the probes.
       pictures: of the concept, uint8 [N, S, S, 3].
-      images_a_probe: pictures of each probe.
-      distractors: pictures of other concepts, an array each.
+      images_a_probe: pictures drawn per probe.
+      distractors: pictures of other concepts, one array for each.
     """
     probes = [probe for probe in judge.config.probes for _ in range(images_a_probe)]
     drawn = np.stack([np.asarray(image) for image in draw([fill(probe.prompt, word) for probe in probes])])
@@ -145,7 +146,7 @@ def judge_scores(
 
 
 def rank_among(drawn: np.ndarray, candidates: Sequence[np.ndarray]) -> int:
-    """Place of the first candidate by mean cosine to `drawn`: features [N, D] of length 1, of each candidate too."""
+    """Rank of the first candidate by mean cosine to `drawn`; all are unit feature vectors [N, D]."""
     likeness = [float(np.mean(drawn @ candidate.T)) for candidate in candidates]
     return 1 + sum(other > likeness[0] for other in likeness[1:])
 
@@ -160,9 +161,9 @@ def clip_scores(
     edits: Sequence[str] = CLIP_EDITS,
     distractors: Sequence[Sequence[Image.Image]] = (),
 ) -> Scores:
-    """The paper's scores: `images` pictures of the plain prompt for the image score, of each edit for the text score.
+    """The paper's scores: `images` pictures of `prompt` for the image score, and of each edit for the text score.
 
-    A text is compared without the word: ``a photo of on the beach``.
+    For the text score the word is left out of the prompt: ``a photo of on the beach``.
     """
     drawn = clip.image_features(draw([fill(prompt, word)] * images))
     concept = clip.image_features(pictures)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: models to measure with, and contenders that take turns."""
+"""Shared by the benchmarks: models, and contenders that run alternately in their own processes."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ SIZES = ("mini", "137m", "sd15", "sdxl")
 
 
 class Contender(Protocol):
-    """Something that is measured."""
+    """A program to measure."""
 
     def check(self) -> Any:
-        """Its answer to what all are asked, before anything is measured."""
+        """Its result for the common input, compared with the others' before anything is measured."""
 
     def compile(self) -> Mapping[str, float]:
-        """Get ready; seconds by kind."""
+        """Compile and warm up; returns seconds by kind."""
 
     def run(self, count: int) -> float:
-        """Seconds that so many of what is counted take."""
+        """Seconds for `count` units (steps or pictures)."""
 
 
 def peak_memory() -> int:
-    """Bytes that this process has had at most: in the GPU's memory where it has used one, else in the machine's."""
+    """Peak memory of this process in bytes: of the GPU if it has used one, else of the host."""
     torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
     if torch and torch.cuda.is_available() and (peak := torch.cuda.max_memory_allocated()):
         return peak
@@ -41,7 +41,7 @@ def peak_memory() -> int:
 
 
 def _work(make: Callable[[str, Any], Contender], name: str, setting: Any, alone: bool, pipe: Connection) -> None:
-    """A contender's process: answers a count with the seconds that it takes and the peak memory in bytes."""
+    """A contender's process: for each count received, sends back the seconds taken and the peak memory in bytes."""
     contender = make(name, setting)
     if not alone:
         pipe.send(contender.check())
@@ -60,16 +60,16 @@ def compare(
     count: int,
     unit: str,
 ) -> dict[str, dict[str, Any]]:
-    """Run all by turns, each in a process of its own that sleeps while another runs.
+    """Run all contenders alternately, each in its own process that sleeps while another runs.
 
     Args:
-      make: contender of a name, in its process.
-      setting: what `make` is told beside the name.
-      agree: of the contenders' answers; ends the program where they do not do the same. One alone is not asked.
-      count: of `unit` in a round.
+      make: makes the contender of a name; called in its process.
+      setting: further argument of `make`.
+      agree: compares the contenders' `check` results and ends the program if they differ. Not called for one alone.
+      count: number of `unit`s in a round.
 
     Returns:
-      By contender: "seconds" for one of `unit`, of each round, peak "memory" in bytes and seconds of "compile" by kind.
+      By contender: "seconds" per `unit` in each round, peak "memory" in bytes, and seconds of "compile" by kind.
     """
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
@@ -100,24 +100,24 @@ def compare(
 
 
 def ready_after(result: Mapping[str, Any]) -> str:
-    """Seconds of compiling, for a table."""
+    """Compile seconds as text, for a table."""
     return ", ".join(f"{value:.1f} s {kind}" for kind, value in result["compile"].items())
 
 
 def faster_by(result: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    """How many times as long a contender takes as ours: median over the rounds, smallest and largest."""
+    """Time of a contender divided by ours: median, smallest and largest over the rounds."""
     ratios = np.array(result["seconds"]) / np.array(ours["seconds"])
     return f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
 
 
 def make_model(size: str, folder: Path) -> Path:
-    """A diffusers folder of a published size with random weights; the embedded model as it is."""
+    """A diffusers folder of a published size with random weights, or the embedded model itself."""
     import torch
 
     if size == "mini":
         return ASSETS / "mini-sd"
     torch.manual_seed(0)
-    # SDXL's 3.5 billion numbers take half the time and disk.
+    # Half precision: half the time and disk for SDXL's 3.5 billion parameters.
     torch.set_default_dtype(torch.bfloat16 if size == "sdxl" else torch.float32)
     _pipeline(size).save_pretrained(folder)
     torch.set_default_dtype(torch.float32)

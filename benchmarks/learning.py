@@ -1,9 +1,9 @@
-"""Are words learned, and better than by diffusers' method? Measured on people whom the embedded model has never seen.
+"""Does training learn a word, and better than diffusers' method? Measured on people unknown to the embedded model.
 
     python benchmarks/learning.py --split dev --seeds 1     # for choosing settings
     python benchmarks/learning.py --split test --seeds 3    # once, for the README's table
     python benchmarks/learning.py --split style --seeds 3   # a style that the model has never seen
-    python benchmarks/learning.py --table                   # of what has been measured so far
+    python benchmarks/learning.py --table                   # table of all results so far
     python benchmarks/learning.py --split test --table --results benchmarks/learning.jsonl.gz     # the README's
 
 Each person's word is learned from four pictures by
@@ -13,23 +13,23 @@ Each person's word is learned from four pictures by
     stock-best   the same at STOCK_BEST_LEARNING_RATE
     ours         ti_jax with its defaults
 
-all at ti_jax's default steps and batch. Ceilings: the true description as the prompt ("described"), and the
-four pictures through the autoencoder ("autoencoder"); the floor is another person's word, measured as if it were this
-one's. A judge network reads the pictures that are drawn for the embedded model's probes, four of each with the same
-seeds for all: *identity* is the share of the person's hair, hair colour, skin, beard and nose that is right,
-*editability* the share of what the prompt asked for beside them.
+all with ti_jax's default number of steps and batch size. Upper bounds: the true description as the prompt
+("described"), and the four pictures through the autoencoder ("autoencoder"). Lower bound: another person's word, scored
+as if it were this person's. A judge network classifies the pictures drawn for the embedded model's probes, four of each
+with the same seeds for all methods. *identity* is the share of the person's hair, hair colour, skin, beard and nose
+that is right, *editability* the share of the prompt's other requests that is met.
 
-A style has no description; its word stands where the model's own styles stand ("a toon portrait of a person"), it
-starts from one of these, and its identity is the share of pictures that the judge takes for that style.
+A style has no description. Its word is used where the model's own styles are ("a toon portrait of a person") and is
+initialised from one of them; its identity is the share of pictures that the judge classifies as that style.
 
-Every measurement is a line in --results, and what is there is not measured again: the benchmark may be cut at any time.
-Seconds are those of the training alone; loading and compiling are apart. Run it with nothing beside it for them. Where
-only the pictures matter, one process a core is much faster, each with its own --people:
+Every measurement is a line in --results and is not repeated, so the benchmark can be stopped at any time. Seconds are
+those of the training only, without loading and compiling; for these run it on an idle machine. If only the pictures
+matter, one process per core is much faster, each with its own --people:
 
     taskset -c 0 python benchmarks/learning.py --split test --people test00 test01 ... &
     taskset -c 1 python benchmarks/learning.py --split test --people test08 test09 ...
 
-Lines say how many cores they had, and the table's seconds are those of the lines that had most.
+Each line has its number of cores; the table uses the seconds of the lines with the most cores.
 """
 
 from __future__ import annotations
@@ -72,18 +72,18 @@ CONCEPTS = ROOT / "ti_jax" / "assets" / "concepts"
 TOKEN = "<someone>"
 IMAGES_A_PROBE = 4
 INFERENCE_STEPS, GUIDANCE = 25, 3.0
-# Chosen on dev people (--methods stock --set learning_rate=...), as is ours in configs/demo.yaml.
+# Chosen on the dev people (--methods stock --set learning_rate=...), like ours in configs/demo.yaml.
 STOCK_BEST_LEARNING_RATE = 2.5e-3
-# A word of the model's own for a style, in its own form of captions.
+# A style word of the model, in the form of its captions.
 STYLE_INITIALIZER, STYLE_TEMPLATES = "toon", Path(__file__).parent / "style_templates.txt"
 METHODS = ("plain", "described", "autoencoder", "stock", "stock-best", "ours")
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-WITHOUT_SEED = ("plain", "described", "autoencoder")  # nothing random but the drawing, which is the same for all
+WITHOUT_SEED = ("plain", "described", "autoencoder")  # random only in the drawing, which is the same for all
 
 
 @dataclass(frozen=True)
 class Person:
-    """Somebody to learn, or a style: name, folder of pictures, and true identity, attribute -> word."""
+    """A person or style to learn: name, folder of pictures, and true identity (attribute -> word)."""
 
     name: str
     folder: Path
@@ -95,7 +95,7 @@ class Person:
         return "style" in self.truth
 
     def prompt(self, probe: Probe, word: str | None) -> str:
-        """The probe's prompt with the word in it; with None in its place nothing is said of whom or which style."""
+        """The probe's prompt with the word in it; None: without any person's or style's word."""
         if not self.is_style:
             return probe.prompt.replace("{}", word or "a person")
         article, rest = probe.prompt.replace("{}", "a person").split(" ", 1)
@@ -103,7 +103,7 @@ class Person:
 
 
 def people(split: str) -> list[Person]:
-    """The dev or the test people, or the style."""
+    """The dev people, the test people, or the style."""
     found = []
     for name, facts in json.loads((PEOPLE / "people.json").read_text()).items():
         folder = PEOPLE / name if (PEOPLE / name).is_dir() else CONCEPTS / name
@@ -114,7 +114,7 @@ def people(split: str) -> list[Person]:
 
 
 class Bench:
-    """The frozen model, its judge, and what is measured with them."""
+    """The frozen model, its judge, and the measurements with them."""
 
     def __init__(self, strips: Path):
         use_cores(resolve(TrainConfig()))  # as `train.py` does, before anything is computed
@@ -124,7 +124,7 @@ class Bench:
         self.strips = strips
 
     def draw(self, prompts: list[str], *embeddings: Embedding) -> np.ndarray:
-        """One picture for each prompt, uint8 [N, S, S, 3]; those of one probe by the seeds 0, 1, ..."""
+        """One picture for each prompt, uint8 [N, S, S, 3]; for each probe with seeds 0, 1, ..."""
         drawn = self.sd.generate(
             prompts, embeddings, num_inference_steps=INFERENCE_STEPS, guidance_scale=GUIDANCE,
             seed=[number % IMAGES_A_PROBE for number in range(len(prompts))], batch_size=8,
@@ -132,7 +132,7 @@ class Bench:
         return np.stack([np.asarray(image) for image in drawn])
 
     def pictures(self, method: str, person: Person, seed: int, changes: dict[str, Any]) -> tuple[np.ndarray, dict]:
-        """What the method draws for the probes, and its figures."""
+        """The method's pictures for the probes, and its figures."""
         if method == "plain":
             return self.draw([person.prompt(probe, None) for probe in self.probes]), {}
         if method == "described":
@@ -149,7 +149,7 @@ class Bench:
         return self.draw([person.prompt(probe, TOKEN) for probe in self.probes], embedding), figures
 
     def config(self, person: Person, seed: int, changes: dict[str, Any]) -> TrainConfig:
-        """ti_jax's defaults for the embedded model, but for `changes`."""
+        """ti_jax's defaults for the embedded model, with `changes`."""
         config = TrainConfig(
             train_data_dir=str(person.folder), placeholder_token=TOKEN, seed=seed,
             overview_prompts=("a portrait of {}",), report_to="none",
@@ -161,7 +161,7 @@ class Bench:
     def learn_ours(
         self, method: str, person: Person, seed: int, changes: dict[str, Any]
     ) -> tuple[Embedding, dict[str, Any]]:
-        """By ti_jax."""
+        """Learn the word with ti_jax."""
         config = self.config(person, seed, changes)
         with TemporaryDirectory() as folder:
             result = train(replace(config, output_dir=folder))
@@ -174,7 +174,7 @@ class Bench:
     def learn_stock(
         self, method: str, person: Person, seed: int, changes: dict[str, Any]
     ) -> tuple[Embedding, dict[str, Any]]:
-        """By diffusers' method, with the steps and the batch of ti_jax; it starts from one token, so from our first."""
+        """Learn the word with diffusers' method and ti_jax's steps and batch. It starts from one token: our first."""
         config = resolve(self.config(person, seed, {}))
         pixels = torch.from_numpy(load_images(person.folder, self.sd.default_resolution).pixels).permute(0, 3, 1, 2)
         settings: dict[str, Any] = {"learning_rate": STOCK_BEST_LEARNING_RATE} if method == "stock-best" else {}
@@ -199,14 +199,14 @@ class Bench:
 
 
 def description(person: Person, probe: Probe) -> str:
-    """The probe's prompt with all that is true of the person in the place of its word."""
+    """The probe's prompt with the person's true description in place of the word."""
     said = {**dict.fromkeys(world.ATTRIBUTES), **person.truth, **dict(probe.expects), "style": "persona"}
     medium = probe.prompt.split()[1]
     return world.caption(world.Scene(**said), medium=medium)
 
 
 def scores(line: Mapping[str, Any], truth: Mapping[str, str], judge: Judge) -> dict[str, float]:
-    """Identity, editability and the shares behind them, of a line of the results measured as `truth`."""
+    """Identity, editability and their parts, of a line of the results scored against `truth`."""
     count = len(line["readings"])
     blank = [replace(probe, expects=()) for probe in judge.config.probes][:1] * count
     probes = [probe for probe in judge.config.probes for _ in range(IMAGES_A_PROBE)]
@@ -216,12 +216,12 @@ def scores(line: Mapping[str, Any], truth: Mapping[str, str], judge: Judge) -> d
 
 
 def open_results(path: Path, mode: str) -> IO[str]:
-    """The file of results, packed where it is called ``.gz``."""
+    """The results file, opened with gzip if its name ends in ``.gz``."""
     return gzip.open(path, f"{mode}t") if path.suffix == ".gz" else path.open(mode)
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """The lines measured so far."""
+    """All lines of the results so far."""
     if not path.exists():
         return []
     with open_results(path, "r") as file:
@@ -229,17 +229,17 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 
 def key(line: Mapping[str, Any]) -> tuple:
-    """What makes a measurement: two with the same key need not both be made."""
+    """Identifies a measurement: it is not repeated for the same key."""
     return line["method"], line["person"], line["seed"], line["cores"], json.dumps(line["changes"], sort_keys=True)
 
 
 def label(line: Mapping[str, Any]) -> str:
-    """Method and changed settings."""
+    """Name of method and changed settings."""
     return " ".join([line["method"], *(f"{name}={value}" for name, value in line["changes"].items())])
 
 
 def table(lines: list[dict[str, Any]], everyone: list[Person], judge: Judge) -> Iterator[str]:
-    """Means over people and seeds, and differences paired by both, with their standard errors."""
+    """Print means over people and seeds, and differences paired by both with their standard errors."""
     truth = {person.name: person.truth for person in everyone}
     by_label: dict[str, dict[tuple[str, int], dict[str, float]]] = defaultdict(dict)
     most = max((line["cores"] for line in lines), default=1)
@@ -281,7 +281,7 @@ def table(lines: list[dict[str, Any]], everyone: list[Person], judge: Judge) -> 
 
 
 def sheet(strips: Path, chosen: list[Person], methods: list[str]) -> Image.Image:
-    """For each person the pictures to learn from, and a strip of each method below each other."""
+    """For each person, the training pictures and a strip for each method, below each other."""
     lines = []
     for person in chosen:
         own = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(person.folder.glob("*.png"))]

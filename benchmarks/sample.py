@@ -1,14 +1,14 @@
-"""How fast are pictures drawn, against diffusers' StableDiffusionPipeline on PyTorch? Both run by turns.
+"""Sampling speed compared with diffusers' StableDiffusionPipeline on PyTorch, run alternately.
 
     python benchmarks/sample.py                                        # the embedded model, 4 pictures, 25 steps
     python benchmarks/sample.py --size 137m --batch_size 1 --num_inference_steps 5   # a UNet of 137M parameters, 256 px
     python benchmarks/sample.py --size sd15 --mixed_precision bf16 --torch_compile   # on a GPU
 
-Same weights, prompts, starting latents, DDIM steps and guidance; from a prompt to pictures in memory, text encoder and
-autoencoder among it. Before anything is measured, the pictures of both must agree. Models but the embedded one have
-random weights. Each contender is a process of its own that sleeps while the other runs. Seconds do not hold compiling,
-which is told apart: with an empty cache of programs, and from the cache. Seconds a step are those of the whole over the
-number of steps.
+Same weights, prompts, initial latents, DDIM steps and guidance. Measured from prompt to pictures in memory, including
+text encoder and autoencoder. Before anything is measured, the pictures of both must agree. All models but the embedded
+one have random weights. Each contender has its own process and sleeps while the other runs. Compile time is reported
+separately, with an empty compile cache and with a filled one. Seconds per step are the total divided by the number of
+steps.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ PROMPTS = (
     "a person with black hair on a yellow background",
 )
 SEED = 0
-# Levels of 255 by which pictures may differ: in float32 at any place, where the fifth digit decides how a level is
-# rounded and guidance carries it on; in bfloat16 on average, as every step rounds to three digits.
+# Tolerance in levels of 255. In float32 the maximum: the fifth digit can change how a level is rounded, and guidance
+# amplifies it. In bfloat16 the mean, as every step rounds to three digits.
 AGREEMENT = {"no": 2.0, "bf16": 8.0}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured.
+    """The settings of a measurement.
 
     Attributes:
       model: a diffusers folder. resolution: side of the pictures in pixels.
-      batch_size: pictures at once. steps: of the sampler. guidance_scale: at 1 there is none.
+      batch_size: pictures at once. steps: of the sampler. guidance_scale: 1 is none.
       mixed_precision: "no" or "bf16", of all networks. torch_compile: of diffusers' UNet.
       latents: starting noise float32 [B, h, w, c].
     """
@@ -65,12 +65,12 @@ class Setting:
 
     @property
     def prompts(self) -> list[str]:
-        """One for each picture."""
+        """One prompt for each picture."""
         return [PROMPTS[number % len(PROMPTS)] for number in range(self.batch_size)]
 
 
 class Drawer:
-    """What both contenders do alike."""
+    """Base class of both contenders."""
 
     def draw(self) -> np.ndarray:
         """Pictures uint8 [B, H, W, 3], in the machine's memory."""
@@ -99,7 +99,7 @@ class Ours(Drawer):
 
         from ti_jax.pipeline import StableDiffusion
 
-        # Before anything is compiled: JAX looks for its cache once.
+        # Before anything is compiled: JAX reads its cache settings only once.
         self.cache = tempfile.TemporaryDirectory()
         jax.config.update("jax_compilation_cache_dir", self.cache.name)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -118,7 +118,7 @@ class Ours(Drawer):
         return np.stack(pictures)
 
     def compile(self) -> dict[str, float]:
-        """By how much a first drawing takes longer than a later one: cold is that of `check`."""
+        """Compile time: first call minus a later call. "cold" is that of `check`."""
         import jax
 
         jax.clear_caches()
@@ -127,13 +127,13 @@ class Ours(Drawer):
 
 
 class Diffusers(Drawer):
-    """Its pipeline on PyTorch."""
+    """diffusers' pipeline on PyTorch."""
 
     def __init__(self, setting: Setting):
         import diffusers
         import torch
 
-        # PyTorch counts the machine's cores, not those that this process may use.
+        # By default PyTorch uses all cores of the machine, not only those of this process.
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         self.setting, self.torch = setting, torch
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -158,7 +158,7 @@ class Diffusers(Drawer):
         return np.stack(pictures)
 
     def compile(self) -> dict[str, float]:
-        """By how much the first drawing took longer than a later one; PyTorch compiles in it, if at all."""
+        """First call minus a later call; PyTorch compiles in the first, if at all."""
         return {"in the first": max(0.0, self.first - self.run(1))}
 
 
@@ -168,7 +168,7 @@ def make(name: str, setting: Setting) -> Contender:
 
 
 def agree(pictures: Mapping[str, np.ndarray], setting: Setting) -> None:
-    """The pictures of both must be the same but for rounding."""
+    """End the program unless the pictures of both are equal up to rounding."""
     ours, theirs = (pictures[name].astype(int) for name in ("ours", "diffusers"))
     off = np.abs(ours - theirs)
     print(
@@ -182,14 +182,14 @@ def agree(pictures: Mapping[str, np.ndarray], setting: Setting) -> None:
 
 
 def starting_latents(model: Path, resolution: int | None, batch_size: int) -> tuple[np.ndarray, int]:
-    """The noise that ours starts from, float32 [B, h, w, c], and the side of the pictures in pixels."""
+    """Our initial noise, float32 [B, h, w, c], and the side of the pictures in pixels."""
     import jax
 
     from ti_jax.models.networks import make_networks
     from ti_jax.pipeline.sampling import image_keys, image_noise, image_seeds
     from ti_jax.weights.sources import open_source
 
-    # This process only makes noise, and a GPU is left to the contenders.
+    # This process only makes the noise; the GPU is for the contenders.
     jax.config.update("jax_platforms", "cpu")
     with open_source(model, None, None) as source:
         networks = make_networks(source.configs, jax.numpy.float32)
@@ -200,7 +200,7 @@ def starting_latents(model: Path, resolution: int | None, batch_size: int) -> tu
 
 
 def report(results: Mapping[str, Any], setting: Setting) -> None:
-    """A table; seconds and ratios are medians over the rounds, ratios with the smallest and the largest."""
+    """Print a table of medians over the rounds; ratios also with the smallest and the largest."""
     print("| | s/picture | pictures/s | s/step | peak memory | compiling | ours is faster by |")
     print("|---|---|---|---|---|---|---|")
     for name, result in results.items():

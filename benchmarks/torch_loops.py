@@ -1,9 +1,8 @@
-"""What we are measured against: loops on PyTorch.
+"""PyTorch training loops to compare with.
 
-`StockLoop` is the step of diffusers' ``textual_inversion.py``, and for SDXL of ``textual_inversion_sdxl.py``, in our
-words: every step draws latents from the autoencoder again, AdamW moves the whole token tables, and the rows that are
-not new are put back. Reading pictures from disk and cropping them is left out, which is to the rival's advantage.
-`StrongLoop` is the best that we know to write.
+`StockLoop` reimplements the step of diffusers' ``textual_inversion.py``, and for SDXL of ``textual_inversion_sdxl.py``:
+every step encodes the pictures again, AdamW updates the whole token tables, and the old rows are restored. Reading and
+cropping pictures is not included, which is to its advantage. `StrongLoop` is the fastest loop that we could write.
 """
 
 from __future__ import annotations
@@ -20,23 +19,23 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch.nn.functional import mse_loss
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-Ids = Mapping[str, torch.Tensor]  # token ids [B, L] for each text encoder
+Ids = Mapping[str, torch.Tensor]  # token ids [B, L] by text encoder
 
 
 @dataclass
 class StockLoop:
-    """Learns one row for `token`, in the table of each text encoder, from pictures.
+    """Learn one row for `token`, in the table of each text encoder, from pictures.
 
     Attributes:
       model: a diffusers folder.
       pixels: float32 [N, 3, H, W] in [-1, 1].
       templates: prompts with ``{}`` for the word.
-      token, initializer: the new word, and the word that its row starts from.
+      token, initializer: the new word, and the word from which its row is initialised.
       learning_rate, weight_decay: AdamW's; the script's defaults.
       batch_size: pictures a step.
-      seed: of all draws.
-      device, dtype: of the frozen autoencoder and UNet; text encoders are float32, under autocast where they are not.
-      time_ids: what SDXL is told of the pictures' sizes and crops, six numbers, the same of all.
+      seed: of all random numbers.
+      device, dtype: of the frozen autoencoder and UNet; text encoders are float32, under autocast if `dtype` is not.
+      time_ids: SDXL's six numbers for sizes and crops, the same for all pictures.
     """
 
     model: Path
@@ -68,7 +67,7 @@ class StockLoop:
         self.vae = AutoencoderKL.from_pretrained(self.model / "vae").requires_grad_(False)
         self.unet = UNet2DConditionModel.from_pretrained(self.model / "unet").requires_grad_(False)
         self.schedule = DDPMScheduler.from_pretrained(self.model / "scheduler")
-        # The files may hold half precision; the script trains in float32 unless it is told otherwise.
+        # The files may be in half precision; the script trains in float32 by default.
         for network in (self.vae, self.unet):
             network.to(self.device, self.dtype)
         self.tables: dict[str, torch.Tensor] = {}
@@ -88,18 +87,18 @@ class StockLoop:
         return self.tokenizers[name].convert_tokens_to_ids(self.token)
 
     def prepare(self) -> None:
-        """Make what trains, and its optimizer."""
+        """Create the trained parameters and their optimizer."""
         self.original = {name: table.detach().clone() for name, table in self.tables.items()}
         self.trained = {name: table.requires_grad_(True) for name, table in self.tables.items()}
         self.make_optimizer()
 
     def make_optimizer(self) -> None:
-        """Of what is trained."""
+        """AdamW over the trained parameters."""
         trained = self.trained.values()
         self.optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=self.weight_decay)
 
     def place(self, name: str) -> slice:
-        """Where the new row is in what is trained of the text encoder `name`."""
+        """Index of the new row in the trained parameter of the text encoder `name`."""
         return slice(self.id(name), self.id(name) + 1)
 
     @property
@@ -109,7 +108,7 @@ class StockLoop:
 
     @property
     def row_gradients(self) -> dict[str, np.ndarray]:
-        """The gradients that `loss(...).backward()` has left for the new rows, float32 [1, D]."""
+        """The gradients of the new rows after `loss(...).backward()`, float32 [1, D]."""
         return {name: each.grad[self.place(name)].cpu().numpy().copy() for name, each in self.trained.items()}
 
     def run(self, steps: int) -> float:
@@ -139,7 +138,7 @@ class StockLoop:
         }
 
     def latents(self, chosen: list[int], mirrored: torch.Tensor) -> torch.Tensor:
-        """Latents [B, c, h, w] of pictures, drawn from what the autoencoder makes of them."""
+        """Latents [B, c, h, w] of pictures, sampled from the autoencoder's moments."""
         pixels = torch.where(mirrored[:, None, None, None], self.pixels[chosen].flip(-1), self.pixels[chosen])
         posterior = self.vae.encode(pixels.to(self.device, self.dtype)).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=self.random).to(posterior.mean)
@@ -156,7 +155,7 @@ class StockLoop:
         self.update()
 
     def condition(self, ids: Ids) -> dict[str, Any]:
-        """What the UNet is told: arguments for it."""
+        """Conditioning arguments of the UNet."""
         if not self.xl:
             return {"encoder_hidden_states": self.text_encoders["text_encoder"](ids["text_encoder"])[0].to(self.dtype)}
         answers = [self.text_encoders[name](each, output_hidden_states=True) for name, each in ids.items()]
@@ -177,7 +176,7 @@ class StockLoop:
         return mse_loss(predicted.float(), target.float())
 
     def update(self) -> None:
-        """AdamW on the whole tables; then all rows but the new ones are put back."""
+        """AdamW on the whole tables; then all rows but the new ones are restored."""
         self.optimizer.step()
         self.optimizer.zero_grad()
         with torch.no_grad():
@@ -188,7 +187,7 @@ class StockLoop:
 
 
 class _WithNewRow(torch.nn.Module):
-    """A token table in whose place a new row is read for the last id."""
+    """A token table with a separate trained row for the last id."""
 
     def __init__(self, table: torch.Tensor):
         super().__init__()
@@ -202,14 +201,14 @@ class _WithNewRow(torch.nn.Module):
 
 
 class StrongLoop(StockLoop):
-    """The same learning with all that makes it fast: latents from cached moments, no gradient but the row's,
-    channels_last, and ``torch.compile`` if `compiled`. Attention is PyTorch's fused one in both loops.
+    """The same training, optimised: latents from cached moments, gradient of the row only, channels_last, and
+    ``torch.compile`` if `compiled`. Both loops use PyTorch's fused attention.
     """
 
     compiled = False
 
     def prepare(self) -> None:
-        """Encode all pictures and their mirror images, and let the autoencoder go."""
+        """Encode all pictures and their mirror images, then free the autoencoder."""
         with torch.no_grad():
             pictures = torch.stack([self.pixels, self.pixels.flip(-1)], dim=1).flatten(0, 1)
             posteriors = [self.vae.encode(each[None].to(self.device, self.dtype)).latent_dist for each in pictures]
@@ -230,11 +229,11 @@ class StrongLoop(StockLoop):
         self.make_optimizer()
 
     def place(self, name: str) -> slice:
-        """What is trained is the new row alone."""
+        """The trained parameter is the new row only."""
         return slice(None)
 
     def latents(self, chosen: list[int], mirrored: torch.Tensor) -> torch.Tensor:
-        """Latents [B, c, h, w] from the cached moments."""
+        """Latents [B, c, h, w] sampled from the cached moments."""
         sides = mirrored.long()
         mean, deviation = self.mean[chosen, sides], self.deviation[chosen, sides]
         noise = torch.randn(mean.shape, generator=self.random).to(mean)

@@ -1,4 +1,4 @@
-"""How fast is a training step, against PyTorch? All that are compared run by turns, and only ratios mean something.
+"""Speed of a training step compared with PyTorch. Contenders run alternately; only the ratios are meaningful.
 
     python benchmarks/train_step.py                                  # the embedded model, batch 8
     python benchmarks/train_step.py --size 137m --batch_size 2       # a UNet of 137M parameters at 256 px
@@ -7,13 +7,13 @@
     python benchmarks/train_step.py --size sd15 --batch_size 1 --contenders ours --gradient_checkpointing policy
 
     ours     ti_jax's training loop
-    stock    PyTorch as diffusers' script has it (benchmarks/torch_loops.py)
-    strong   PyTorch as fast as we know to write it; with --torch_compile compiled
+    stock    PyTorch, like diffusers' script (benchmarks/torch_loops.py)
+    strong   the fastest PyTorch loop that we could write; compiled with --torch_compile
 
-Models but the embedded one have random weights. Each contender is a process of its own that sleeps while another runs.
-Before anything is measured, the losses and the rows' gradients of all on the same draws must agree. Seconds do not
-hold compiling, which is told apart: with an empty cache of programs, and from the cache. One contender alone has nobody
-to agree with and compiles once, so that its peak memory is that of a training run.
+All models but the embedded one have random weights. Each contender has its own process and sleeps while another runs.
+Before anything is measured, the losses and row gradients of all contenders on the same random numbers must agree.
+Compile time is reported separately, with an empty compile cache and with a filled one. A single contender compiles only
+once and skips the comparison, so that its peak memory is that of a training run.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ CONTENDERS = ("ours", "stock", "strong")
 CONCEPT = ASSETS / "concepts" / "cleo"
 TEMPLATES = ASSETS / "demo_templates.txt"
 TOKEN, INITIALIZER = "<cleo>", "person"
-# Of float32 sums in another order, through the whole UNet and back.
+# Tolerance for float32 sums in another order, through the whole UNet and back.
 AGREEMENT = 1e-3
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured.
+    """The settings of a measurement.
 
     Attributes:
       model: a diffusers folder. resolution: side of the pictures in pixels, None: the model's.
-      batch_size: pictures a step. dtype: of the frozen networks. torch_compile: of the strong loop.
-      profile: where ours writes a trace, None: nowhere. gradient_checkpointing: of ours.
-      alone: there is one contender only.
+      batch_size: pictures per step. dtype: of the frozen networks. torch_compile: of the strong loop.
+      profile: folder for a trace of ours, None: no trace. gradient_checkpointing: of ours.
+      alone: there is only one contender.
     """
 
     model: Path
@@ -70,7 +70,7 @@ class Setting:
     alone: bool = False
 
     def config(self) -> TrainConfig:
-        """As ti_jax is told of it."""
+        """The same settings as a `TrainConfig`."""
         return TrainConfig(
             pretrained_model_name_or_path=str(self.model), train_data_dir=str(CONCEPT), placeholder_token=TOKEN,
             initializer_token=INITIALIZER, templates=str(TEMPLATES), resolution=self.resolution, learning_rate=1e-3,
@@ -79,7 +79,7 @@ class Setting:
 
 
 def draws(setting: Setting, latent_shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
-    """One batch for all: latents and noise [B, h, w, c], timesteps [B], and the numbers of templates [B]."""
+    """A common batch: latents and noise [B, h, w, c], timesteps [B], and template indices [B]."""
     random = np.random.default_rng(0)
     shape = (setting.batch_size, *latent_shape)
     return {
@@ -126,7 +126,7 @@ class Ours:
         self.latent_shape = self.sd.latent_shape(height, width)
 
     def compile(self) -> dict[str, float]:
-        """Cold and, unless alone, from the cache; then one step, to be warm."""
+        """Compile cold and, unless alone, from the cache; then run one step to warm up."""
         import jax
 
         from ti_jax.training.compile import StepBuilder
@@ -199,7 +199,7 @@ class Torch:
         )  # fmt: skip
 
     def compile(self) -> dict[str, float]:
-        """PyTorch compiles at the first step, if at all."""
+        """Run the first step, in which PyTorch compiles, if at all."""
         start = time.perf_counter()
         self.run(1)
         first = time.perf_counter() - start
@@ -230,7 +230,7 @@ def make(name: str, setting: Setting) -> Contender:
 
 
 def agree(answers: Mapping[str, tuple[float, np.ndarray]], setting: Setting) -> None:
-    """Losses and row gradients must be those of the first contender; float32 ones, for bfloat16 rounds too much."""
+    """End the program unless losses and row gradients equal those of the first; only in float32."""
     first, *others = answers
     loss, gradient = answers[first]
     print(f"{first}: loss {loss:.6f}", flush=True)
@@ -243,10 +243,10 @@ def agree(answers: Mapping[str, tuple[float, np.ndarray]], setting: Setting) -> 
 
 
 def report(results: Mapping[str, Any], batch_size: int, flops: float, peak: float | None) -> None:
-    """A table; ratios are medians over the rounds, with the smallest and the largest.
+    """Print a table; ratios are medians over the rounds, with the smallest and the largest.
 
     Args:
-      flops: the least work of a step. peak: FLOP/s of the device, if its maker says; MFU is of that.
+      flops: minimum work of a step. peak: the device's published FLOP/s, for MFU; None: unknown.
     """
     least = "MFU" if peak else "GFLOP/s of the least work"
     print(f"| | s/step | samples/s | {least} | peak memory | ready after | ours is faster by |")
@@ -262,7 +262,7 @@ def report(results: Mapping[str, Any], batch_size: int, flops: float, peak: floa
 
 
 def least_work(setting: Setting) -> float:
-    """Floating-point operations that a step cannot do without."""
+    """Minimum number of floating-point operations of a step."""
     import jax.numpy as jnp
 
     from ti_jax.config import PlanConfig, resolve_plan
@@ -273,7 +273,7 @@ def least_work(setting: Setting) -> float:
 
 
 def published_peak(setting: Setting) -> float | None:
-    """FLOP/s of this machine's device in bfloat16, as its maker says; None of others, and in float32."""
+    """Published bfloat16 FLOP/s of this machine's device; None for other devices, and for float32."""
     import jax
 
     from ti_jax.training.plan import CHIPS

@@ -1,12 +1,12 @@
-"""The UNet and the text encoder, trained jointly from nothing on latents and exact captions (v-prediction).
+"""Train the UNet and the text encoder jointly from scratch on latents and exact captions (v-prediction).
 
-Part of the captions of some people say a code token instead of what the person looks like. A code has one row, learned
-like any weight and thrown away at the end: so the model has seen that one vector can hold a whole person, which is what
-textual inversion asks of it.
+Some captions of some people have a code token instead of the person's description. A code has one row, which is trained
+like any weight and dropped at the end. So the model learns that one vector can represent a whole person, which is what
+textual inversion needs.
 
-Beside the noise, linear heads on the UNet's inner features name what is in the picture (the loss of representation
-alignment, arXiv 2410.06940, with true names in the place of another network's features): so the text is read early,
-where the squared error alone learns small shapes last. The heads are thrown away as well.
+In addition to the noise prediction, linear heads on the UNet's inner features classify what is in the picture (like the
+loss of representation alignment, arXiv 2410.06940, with true labels instead of another network's features). So the UNet
+uses the text early; with the squared error alone it learns small shapes last. The heads are dropped, too.
 """
 
 from __future__ import annotations
@@ -64,16 +64,16 @@ SCHEDULER_CONFIG = {
 
 @dataclass(frozen=True)
 class BaseTraining:
-    """How the UNet and the text encoder are trained."""
+    """Hyperparameters of the UNet's and text encoder's training."""
 
     steps: int = 6000
     batch: int = 64
-    draws: int = 2  # of noise and timestep for one picture of the batch; its caption is encoded once for all
+    draws: int = 2  # of noise and timestep per picture of the batch; the caption is encoded once
     learning_rate: float = 1e-3
-    naming: float = 0.1  # weight of the heads' cross entropy, mean over the attributes
+    naming: float = 0.1  # weight of the heads' cross-entropy, mean over the attributes
     empty_captions: float = 0.1
     embedding_noise: float = 0.008  # standard deviation; a token's row has about five times that
-    dtype: str = "float32"  # of activations; weights and their updates are float32 always
+    dtype: str = "float32"  # of activations; weights and updates are always float32
     seed: int = 0
 
 
@@ -102,7 +102,7 @@ VARIANTS = 7
 
 
 def caption_variants(scene: world.Scene, code: str | None, rng: np.random.Generator) -> list[str]:
-    """Seven ways to say what is in a picture, from everything to little; with a code the last three name it."""
+    """Seven captions of a picture, from complete to short; if there is a code, the last three use it."""
 
     def some(share: float) -> set[str]:
         return {name for name in world.ATTRIBUTES if rng.random() < share}
@@ -110,7 +110,7 @@ def caption_variants(scene: world.Scene, code: str | None, rng: np.random.Genera
     def medium() -> str:
         return world.pick(rng, MEDIA)
 
-    # Only a picture of another style must say so: what is not said is the main style.
+    # Only captions of other styles name their style; the default is the main style.
     named = scene.style != "persona"
     captions = [
         world.caption(scene, style=named, medium="portrait"),
@@ -121,7 +121,7 @@ def caption_variants(scene: world.Scene, code: str | None, rng: np.random.Genera
     if code is None:
         shares = (0.5, 0.3)
         captions += [world.caption(scene, style=named, medium=medium(), keep=some(share)) for share in shares]
-        # A style, and nothing of the person: the form in which a style is learned.
+        # The style without the person: the form in which a style is learned.
         return [*captions, world.caption(scene, style=True, medium=medium(), identity=False, keep=some(0.3))]
     for share in (1.0, 0.6, 0.2):
         captions.append(world.caption(scene, subject=code, identity=False, medium=medium(), keep=some(share)))
@@ -131,7 +131,7 @@ def caption_variants(scene: world.Scene, code: str | None, rng: np.random.Genera
 def make_captions(scenes: list[world.Scene], groups: np.ndarray, tokenizer: CLIPTokenizer, seed: int) -> np.ndarray:
     """Token ids int16 [N, VARIANTS, L]. The code of person r is id ``len(tokenizer) + r``."""
     rng = np.random.default_rng([seed, 2])
-    # A word that stands for all codes while the text is tokenized: none of the captions has it.
+    # Replaces every code while the text is tokenized; no caption contains it.
     stand_in = tokenizer("in").input_ids[1]
     texts = []
     for scene, group in zip(scenes, groups, strict=True):
@@ -142,10 +142,10 @@ def make_captions(scenes: list[world.Scene], groups: np.ndarray, tokenizer: CLIP
 
 
 def latent_weight(moments: np.ndarray, scaling_factor: float) -> np.ndarray:
-    """How much an error in each latent number counts, float32 [h, w, c], mean 1.
+    """Weight of the squared error for each latent element, float32 [h, w, c], mean 1.
 
-    More where the latents vary little, which is where eyes and mouths are: beside a background's colour they would
-    hardly be heard. What the model should predict is the same under any such weight.
+    Larger where the latents vary little, as at eyes and mouths, which a background's colour would outweigh. The optimal
+    prediction is the same for any such weights.
     """
     mean = moments[..., : moments.shape[-1] // 2] * scaling_factor
     weight = np.clip(1.0 / mean.std(axis=0), 0.5, 2.5)
@@ -158,14 +158,14 @@ NAMED_BLOCKS = ("mid_block", "up_blocks_1")
 
 
 def inner_feature(intermediate: Any) -> jax.Array:
-    """What a block has put out, at its own size [B, h, w, c]: an upsampler has doubled that of the second."""
+    """A block's output at its own size [B, h, w, c]: that of the second was doubled by an upsampler."""
     (feature,) = intermediate["__call__"]
     step = max(1, feature.shape[1] // 4)
     return feature[:, ::step, ::step].astype(jnp.float32)
 
 
 def naming_loss(heads: Any, features: dict[str, jax.Array], labels: jax.Array) -> jax.Array:
-    """Cross entropy of the `heads` on inner features [B, h, w, c] against labels [B, attributes], -1 where none."""
+    """Cross-entropy of the `heads` on inner features [B, h, w, c] with labels [B, attributes], -1 for none."""
     losses = []
     for name, feature in features.items():
         logits = feature.reshape(feature.shape[0], -1) @ heads[name]["kernel"] + heads[name]["bias"]
@@ -174,7 +174,7 @@ def naming_loss(heads: Any, features: dict[str, jax.Array], labels: jax.Array) -
 
 
 def init_heads() -> Any:
-    """Heads that find every name as likely."""
+    """Initial heads, with equal probability for every class."""
     channels, names = UNET_CONFIG["block_out_channels"], sum(len(words) for words in world.ATTRIBUTES.values())
     side = UNET_CONFIG["sample_size"]
     sizes = {"mid_block": channels[2] * (side // 4) ** 2, "up_blocks_1": channels[1] * (side // 2) ** 2}
@@ -189,15 +189,15 @@ def train_base(
     folder: Path,
     work: Path,
 ) -> Any:
-    """Train, or go on; returns ``{"unet": tree, "text_encoder": tree}``, averaged.
+    """Train or resume; returns the averaged ``{"unet": tree, "text_encoder": tree}``.
 
     Args:
-      config: how.
+      config: hyperparameters.
       tokenizer: of the captions.
       moments: float32 [N, h, w, 2c] of all pictures of the data folder, unscaled.
-      scaling_factor: brings latents to a standard deviation of 1.
+      scaling_factor: scales latents to a standard deviation of 1.
       folder: for checkpoints.
-      work: where ``data`` lies.
+      work: folder that contains ``data``.
     """
     groups = np.load(work / "data" / "group.npy")
     scenes = data.load_scenes(work / "data")

@@ -1,11 +1,11 @@
 """Pictures with exact captions: scenes -> SVG (DiceBear, in Node) -> 64 x 64 pixels (resvg) on a background.
 
-Everything follows from the seed. The result is one folder of arrays that the later stages map into memory::
+Everything is determined by the seed. The result is a folder of arrays, which the later stages memory-map::
 
     scenes.jsonl   one scene a line
     pixels.npy     uint8 [N, 64, 64, 3]
     labels.npy     int8 [N, attributes], see `world.Scene.labels`
-    group.npy      int16 [N]: which split a picture belongs to, and whose it is; see `Group`
+    group.npy      int16 [N]: split and person of a picture; see `Group`
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from PIL import Image
 HERE = Path(__file__).parent
 SIDE = 64
 
-# Groups: people with a code token are 0, 1, 2, ...; the rest is negative.
+# Groups: people with a code token are 0, 1, 2, ...; others are negative.
 RANDOM, VALIDATION, STYLED, UNSEEN_STYLE = -1, -2, -3, -4
-DEV_PEOPLE, TEST_PEOPLE = 10_000, 20_000  # + who
+DEV_PEOPLE, TEST_PEOPLE = 10_000, 20_000  # + index of the person
 
-# The eight people for choosing settings: six of them are the demo's concepts.
+# The eight people for choosing settings; six of them are the demo's concepts.
 DEV = {
     "ana": ("long hair", "red", "brown", "no beard", "round nose"),
     "ben": ("sideburns", "blond", "dark", "no beard", "round nose"),
@@ -45,11 +45,11 @@ DEV = {
 
 @dataclass(frozen=True)
 class DataConfig:
-    """How many pictures of what."""
+    """Numbers of pictures."""
 
     seed: int = 0
     random_pictures: int = 22_000
-    people: int = 512  # with a code token each
+    people: int = 512  # each with a code token
     pictures_a_person: int = 20
     styled_pictures: int = 4_000  # of each trained style besides the main one
     validation_pictures: int = 1_500
@@ -59,7 +59,7 @@ class DataConfig:
 
 
 def held_out_people(config: DataConfig) -> dict[str, tuple[str | None, ...]]:
-    """The 8 dev people and the test people, by name; all different."""
+    """The 8 dev people and the test people by name; all are different."""
     rng = np.random.default_rng([config.seed, 1])
     people = dict(DEV)
     while len(people) < len(DEV) + config.test_people:
@@ -107,9 +107,9 @@ def draw_scenes(config: DataConfig) -> tuple[list[world.Scene], np.ndarray]:
 
 
 def background_pixels(colour: str, pattern: str, side: int) -> np.ndarray:
-    """uint8 [side, side, 3]: one colour, or that and a lighter one in stripes or dots an eighth of the side apart."""
+    """uint8 [side, side, 3]: one colour, or stripes or dots of a lighter one, an eighth of the side apart."""
     base = np.array(world.BACKGROUNDS[colour], np.float32)
-    # White has nothing lighter.
+    # There is nothing lighter than white.
     second = base * 0.82 if colour == "white" else base + (255 - base) * 0.45
     rows, columns = np.indices((side, side), np.float32) * (64 / side)
     if pattern == "striped":
@@ -131,7 +131,7 @@ def rasterise(svg: str, scene: world.Scene, side: int = SIDE) -> np.ndarray:
 
 
 def render(scenes: list[world.Scene], work: Path, side: int = SIDE) -> np.ndarray:
-    """uint8 [N, side, side, 3], on all cores."""
+    """Pictures uint8 [N, side, side, 3], rendered on all cores."""
     svgs = run_node(scenes, work)
     with ProcessPoolExecutor() as pool:
         pictures = pool.map(rasterise, svgs, scenes, [side] * len(scenes), chunksize=256)
@@ -139,7 +139,7 @@ def render(scenes: list[world.Scene], work: Path, side: int = SIDE) -> np.ndarra
 
 
 def run_node(scenes: list[world.Scene], work: Path) -> list[str]:
-    """SVGs of the scenes, from the pinned npm packages (installed into `work` at the first call)."""
+    """SVGs of the scenes, from the pinned npm packages (installed into `work` by the first call)."""
     if shutil.which("npm") is None:
         raise SystemExit("data: Node is needed to draw the avatars (apt-get install npm)")
     if not (work / "node_modules").exists():
@@ -162,7 +162,7 @@ def load_scenes(folder: Path) -> list[world.Scene]:
 
 
 def make_data(config: DataConfig, work: Path) -> Path:
-    """Render everything into ``<work>/data``, unless it is there already; returns the folder."""
+    """Render everything into ``<work>/data`` unless it exists; returns the folder."""
     folder = work / "data"
     if (folder / "pixels.npy").exists():
         return folder
@@ -172,7 +172,7 @@ def make_data(config: DataConfig, work: Path) -> Path:
     (folder / "scenes.jsonl").write_text("".join(json.dumps(asdict(scene)) + "\n" for scene in scenes))
     np.save(folder / "labels.npy", np.array([scene.labels() for scene in scenes], np.int8))
     np.save(folder / "group.npy", groups)
-    # Last, because its presence says that the folder is whole.
+    # Last: if it exists, the folder is complete.
     np.save(folder / "pixels.tmp.npy", pixels)
     (folder / "pixels.tmp.npy").rename(folder / "pixels.npy")
     return folder

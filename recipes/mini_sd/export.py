@@ -18,7 +18,7 @@ from transformers import CLIPTokenizer
 from ti_jax.weights.names import CONV2D, DENSE, FLAX_NAMES_OF_WEIGHT
 
 Tree = Any
-NUMBERED_IN_PYTORCH_TOO = ("linear_1", "linear_2")  # names, not places in a list
+NUMBERED_IN_PYTORCH_TOO = ("linear_1", "linear_2")  # names, not list indices
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SCALING_DIGITS = 6
 
@@ -38,7 +38,7 @@ def state_dict(tree: Tree, prefix: str = "") -> dict[str, np.ndarray]:
 
 
 def export(folder: Path, params: Tree, vae_params: Tree, scaling_factor: float, tokenizer: CLIPTokenizer) -> None:
-    """Write the model to `folder`; the tokenizer's files are there already."""
+    """Write the model to `folder`, which already has the tokenizer's files."""
     index = {
         "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": "0.40.0",
@@ -66,7 +66,7 @@ def export(folder: Path, params: Tree, vae_params: Tree, scaling_factor: float, 
 
 
 def write_card(folder: Path, template: str, figures: dict[str, Any]) -> None:
-    """The model card: `template` with the model's words and the `figures` of `measure.measure` in it."""
+    """The model card: `template` filled with the model's vocabulary and the `figures` of `measure.measure`."""
     words = [f"- {name.replace('_', ' ')}: {', '.join(of)}" for name, of in world.ATTRIBUTES.items() if name != "style"]
     names = [name for name in world.ATTRIBUTES if name != "style"]
     rows = {

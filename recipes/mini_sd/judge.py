@@ -1,7 +1,7 @@
-"""The judge (which reads attributes off pictures, for the evaluation) and the critic (whose features teach the VAE).
+"""The judge (classifies attributes of pictures, for the evaluation) and the critic (its features train the VAE).
 
-They are two networks of one kind with nothing in common, so that the judge has never had a say in what it judges.
-Both are trained on true renders, some of them shifted, blurred, noisy, or of another brightness.
+Two separate networks of the same kind, so that the judge has no influence on what it judges. Both are trained on true
+renders, some of them shifted, blurred, noisy or with another brightness.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ti_jax.evaluation.avatar_judge import Judge, JudgeConfig, JudgeNetwork, Pro
 
 @dataclass(frozen=True)
 class JudgeTraining:
-    """How a judge is trained."""
+    """Hyperparameters of a judge's training."""
 
     steps: int = 4000
     batch: int = 64
@@ -33,12 +33,12 @@ class JudgeTraining:
     hidden: int = 256
 
 
-# What there is to read off a picture of this world.
+# The attributes of a picture of this world.
 NAMES = JudgeConfig(tuple(world.ATTRIBUTES.items()), world.IDENTITY)
 
 
 def augment(pixels: jax.Array, key: jax.Array) -> jax.Array:
-    """Pictures [B, S, S, 3] in [-1, 1], each a little worse: what a good picture may suffer and still be the same."""
+    """Augment pictures [B, S, S, 3] in [-1, 1] with small changes that keep their labels."""
     blur, shift, noise, bright = jax.random.split(key, 4)
     batch, side = pixels.shape[:2]
     weights = jnp.array([1, 2, 1, 2, 4, 2, 1, 2, 1]) / 16
@@ -56,7 +56,7 @@ def augment(pixels: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def cross_entropies(config: JudgeConfig, logits: jax.Array, labels: jax.Array) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """For each attribute the cross-entropy [B], and whether it is asked [B]; where a label is -1 it is not, and 0."""
+    """For each attribute the cross-entropy [B] and a mask [B]; both are 0 where the label is -1."""
     for index, part in enumerate(split_logits(config, logits).values()):
         label = labels[:, index].astype(jnp.int32)
         asked = label >= 0
@@ -64,13 +64,13 @@ def cross_entropies(config: JudgeConfig, logits: jax.Array, labels: jax.Array) -
 
 
 def answer_loss(config: JudgeConfig, logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean cross-entropy over attributes, of each over the pictures in which it is asked."""
+    """Cross-entropy, averaged per attribute over the pictures with a label, then over attributes."""
     losses = [jnp.sum(each) / jnp.maximum(jnp.sum(asked), 1) for each, asked in cross_entropies(config, logits, labels)]
     return sum(losses) / len(losses)
 
 
 def accuracy(judge: Judge, pixels: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Share of right answers for each attribute, where there is one."""
+    """Accuracy of each attribute over the pictures with a label."""
     result = {}
     for index, (name, part) in enumerate(judge.probabilities(pixels).items()):
         asked = labels[:, index] >= 0
@@ -80,7 +80,7 @@ def accuracy(judge: Judge, pixels: np.ndarray, labels: np.ndarray) -> dict[str, 
 
 
 def train_judge(config: JudgeTraining, folder: Path, work: Path) -> Judge:
-    """Train on all renders but the validation set and the people held out; kept in `folder`."""
+    """Train on all renders except the validation set and held-out people; saved in `folder`."""
     probes = tuple(Probe(prompt, tuple(expects.items())) for prompt, expects in world.PROBES)
     judge_config = replace(
         NAMES,

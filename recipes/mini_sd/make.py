@@ -1,7 +1,7 @@
-"""Make mini-sd from nothing: ``python recipes/mini_sd/make.py`` (see README.md beside this file).
+"""Make mini-sd from scratch: ``python recipes/mini_sd/make.py`` (see README.md beside this file).
 
-Stages: data, judges, vae, decoder, base, export, measure. Each goes on from where it was cut, and is skipped where its
-result is there. ``--smoke`` runs everything in a minute or two, at sizes at which nothing is learned.
+Stages: data, judges, vae, decoder, base, export, measure. Each resumes after an interruption, and is skipped if its
+result exists. ``--smoke`` runs everything in a minute or two, at sizes at which nothing is learned.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-# On CPU one device a core, each with one thread, is the fastest way to train: no thread ever waits for another within a
-# layer. Must be said before JAX starts.
+# On CPU, one device per core with one thread each trains fastest: threads never wait for each other within a layer.
+# Must be set before JAX starts.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={CORES} --xla_cpu_multi_thread_eigen=false")
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
@@ -55,7 +55,7 @@ class Recipe:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """The recipe in a YAML file: sections by stage; what is left out has its default."""
+    """The recipe in a YAML file, with a section for each stage; missing values have defaults."""
     recipe = Recipe()
     for name, value in (yaml.safe_load(path.read_text()) or {}).items():
         current = getattr(recipe, name)
@@ -67,19 +67,19 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def keep(path: Path, make) -> Any:
-    """The tree in the file `path`, made and written there first where it is not."""
+    """The tree in the file `path`, which is first made and written if it does not exist."""
     if not path.exists():
         write_atomically(path, serialization.msgpack_serialize(serialization.to_state_dict(make())))
     return serialization.msgpack_restore(path.read_bytes())
 
 
 def make_all(recipe: Recipe, work: Path, out: Path, kept: bool) -> dict[str, Any]:
-    """Run all stages; returns the figures, which are also in ``<work>/figures.json``.
+    """Run all stages; returns the figures, which are also saved in ``<work>/figures.json``.
 
-    With `kept`, the judge and the autoencoder are those of ``kept/`` beside this file, and are not trained.
+    With `kept`, the judge and the autoencoder are read from ``kept/`` beside this file instead of trained.
     """
     work.mkdir(parents=True, exist_ok=True)
-    # What was made with other settings must not be gone on with.
+    # Do not resume what was made with other settings.
     settings = work / "recipe.json"
     wanted = json.dumps({**asdict(recipe), "kept": kept}, indent=2)
     if settings.exists() and settings.read_text() != wanted:

@@ -1,4 +1,4 @@
-"""What the finished model can do, read by the judge: true renders, through the VAE, and drawn from full captions."""
+"""Accuracies by the judge for true renders, for renders through the VAE, and for pictures drawn from full captions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The people and the style that no training shows: folders of pictures to learn a word from, and what is true."""
+"""The held-out people and style: folders of pictures to learn a word from, and their true attributes."""
 
 from __future__ import annotations
 

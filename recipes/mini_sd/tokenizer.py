@@ -1,4 +1,4 @@
-"""A byte-pair tokenizer in CLIPTokenizer's form in which each word of the world is one token."""
+"""A byte-pair tokenizer in CLIPTokenizer's format; each word of the world is one token."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ MAX_LENGTH = 40
 
 
 def make_tokenizer(folder: Path) -> CLIPTokenizer:
-    """The tokenizer in `folder` as transformers reads it; learned from the vocabulary if it is not there yet.
+    """The tokenizer in `folder`, read by transformers; trained on the vocabulary if it does not exist yet.
 
-    Of pairs that are equally frequent the trainer merges now this one first, now that: a run that is gone on with must
-    keep the ids that it began with.
+    The trainer merges equally frequent pairs in no fixed order, so a resumed run must keep its first ids.
     """
     words = world.vocabulary()
     if not (folder / "vocab.json").exists():
@@ -41,7 +40,7 @@ def _learn(words: list[str], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     whole = tokenizer_of_merges([tuple(pair) for pair in merges], END, MAX_LENGTH)
     whole.save_pretrained(folder)
-    # transformers 5 writes tokenizer.json alone; these three are what older programs read.
+    # transformers 5 writes tokenizer.json only; older programs read these three.
     special = {f"{name}_token": getattr(whole, f"{name}_token") for name in ("bos", "eos", "pad", "unk")}
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")
     lines = ["#version: 0.2", *(f"{first} {second}" for first, second in merges)]
@@ -54,7 +53,7 @@ def encode(tokenizer: CLIPTokenizer, texts: list[str]) -> list[list[int]]:
     """Texts -> ids, `MAX_LENGTH` each.
 
     Raises:
-      ValueError: a text that does not fit.
+      ValueError: a text is too long.
     """
     ids = tokenizer(texts).input_ids
     longest = max(ids, key=len)

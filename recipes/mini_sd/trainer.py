@@ -1,8 +1,8 @@
-"""The loop that all stages share: data-parallel steps over the devices, averages of the weights, and resume.
+"""The training loop of all stages: data-parallel steps, an average of the weights, and resume.
 
-A stage is a loss function of (params, batch, key). The batch is drawn on the device from arrays that lie there. A
-checkpoint holds everything that the next step depends on; a run that is cut goes on from the last one, and draws what
-it would have drawn.
+A stage is a loss function of (params, batch, key). The batch is drawn on the device from arrays that are stored there.
+A checkpoint has everything that the next step depends on; a resumed run draws the same random numbers as an
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from ti_jax.files import write_atomically
 from ti_jax.training.parallel import AXIS, make_mesh, replicate
 
 Tree = Any
-# Steps from one update of the moving average to the next: in memory it costs as much as a third of AdamW.
+# Steps between updates of the moving average, whose memory traffic is a third of AdamW's.
 AVERAGE_EVERY = 8
 
 
 class State(NamedTuple):
-    """Where a training is."""
+    """Training state."""
 
     step: jax.Array
     params: Tree
@@ -37,15 +37,15 @@ class State(NamedTuple):
 
 
 def root_key(seed: int) -> jax.Array:
-    """Where all draws of a training come from. "rbg" draws many numbers several times as fast as the default on CPU."""
+    """The root key of all random numbers. "rbg" is several times as fast as the default on CPU."""
     return jax.random.key(seed + 1, impl="rbg")
 
 
 def share(batch: int, draws: int = 1) -> int:
-    """Pictures of a batch that one device draws, each `draws` times.
+    """Number of pictures of a batch per device, each used `draws` times.
 
     Raises:
-      ValueError: the devices cannot share it: with less than one picture each, the loss would be the mean of nothing.
+      ValueError: the devices cannot share the batch; with no picture, a device's loss would be the mean of nothing.
     """
     devices = jax.device_count()
     if batch % (draws * devices):
@@ -54,12 +54,12 @@ def share(batch: int, draws: int = 1) -> int:
 
 
 def schedule(peak: float, steps: int, warmup: int) -> optax.Schedule:
-    """Linear warm-up (a quarter of the steps at most), then a cosine down to a hundredth of the peak."""
+    """Linear warm-up (at most a quarter of the steps), then cosine decay to a hundredth of the peak."""
     return optax.warmup_cosine_decay_schedule(0.0, peak, min(warmup, steps // 4), steps, end_value=peak / 100)
 
 
 def adamw(rate: optax.Schedule, weight_decay: float = 0.0) -> optax.GradientTransformation:
-    """AdamW with the gradient's norm clipped to 1."""
+    """AdamW with the gradient norm clipped to 1."""
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=weight_decay))
 
 
@@ -77,20 +77,20 @@ def fit(
     checkpoint_seconds: float = 180.0,
     on_report: Callable[[State], None] | None = None,
 ) -> Tree:
-    """Train for `steps` steps, or go on from the checkpoint in `folder`.
+    """Train for `steps` steps, or resume from the checkpoint in `folder`.
 
     Args:
       folder: where ``checkpoint.msgpack`` and ``log.jsonl`` are written.
       init: key -> parameters.
-      loss: (params, data, key) -> (loss, figures): of the part of the batch that one device draws by `key`.
-      data: arrays that the loss draws its batch from; on every device.
-      optimizer: what turns gradients into updates.
-      steps: how many.
-      seed: of everything random.
-      decay: of the moving average; in the beginning the average follows faster.
-      report_every: steps between two lines.
-      checkpoint_seconds: time between two checkpoints.
-      on_report: called with the state after each line.
+      loss: (params, data, key) -> (loss, figures) on the part of the batch that one device draws with `key`.
+      data: arrays that the loss draws its batch from, replicated on every device.
+      optimizer: an optax transformation.
+      steps: number of steps.
+      seed: of all random numbers.
+      decay: of the moving average; smaller at the beginning.
+      report_every: steps between two log lines.
+      checkpoint_seconds: seconds between two checkpoints.
+      on_report: called with the state after each log line.
 
     Returns:
       The moving average of the parameters.
@@ -120,7 +120,7 @@ def fit(
         keep = jnp.minimum(decay, (1 + count) / (10 + count)) ** AVERAGE_EVERY
         return jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, average, params)
 
-    # Without check_vma, as `ti_jax.training.parallel` has it: a gradient is the device's own until it is averaged.
+    # Without check_vma, as in `ti_jax.training.parallel`: each device has its own gradient until they are averaged.
     mapped = jax.jit(
         jax.shard_map(step, mesh=mesh, in_specs=(P(), P()), out_specs=(P(), P()), check_vma=False), donate_argnums=0
     )
@@ -140,7 +140,7 @@ def fit(
             number += 1
             if number % AVERAGE_EVERY == 0:
                 state = state._replace(average=move_average(state.average, state.params, jnp.float32(number)))
-            if pending is not None:  # the step before, so that the device never waits for the host
+            if pending is not None:  # the previous step, so that the device never waits for the host
                 for name, value in pending.items():
                     sums[name] = sums.get(name, 0.0) + float(value)
                 counted += 1

@@ -1,11 +1,11 @@
-"""The autoencoder: f = 8, as Stable Diffusion's, trained on all renders but those held out.
+"""The autoencoder: f = 8 as in Stable Diffusion, trained on all renders except those held out.
 
-Loss: absolute and squared error, the error of the picture's differences, and the distance in a critic's features (see
-`judge`), which sees a mouth where the mean error sees four pixels; a small KL term keeps the latents near a normal
-distribution. The face counts three times: the parts that make a person are small.
+Loss: absolute and squared error, the error of the spatial differences, and the distance in a critic's features (see
+`judge`), for which a mouth is more than four pixels; a small KL term keeps the latents near a normal distribution. The
+face has a weight of three, because the parts that identify a person are small.
 
-Then the decoder goes on alone, with the critic counting more: the latents that the base is trained on stay what they
-are, and what they hold of noses and beards is drawn so that it can be told apart.
+Then the decoder is trained further on its own with a larger weight of the critic. The latents that the base is trained
+on stay the same, and noses and beards become easier to tell apart.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CONFIG = {
     "sample_size": data.SIDE,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
 }
-# Parts of the parameters that latents become pictures by.
+# The decoder's parts of the parameters.
 DECODER = ("decoder", "post_quant_conv")
 # Rows, columns of the main style's heads with hair and shoulders, and of their faces.
 FIGURE = (slice(2, 64), slice(8, 56))
@@ -52,7 +52,7 @@ FACE = (slice(20, 54), slice(16, 48))
 
 @dataclass(frozen=True)
 class VAETraining:
-    """How the autoencoder is trained."""
+    """Hyperparameters of the autoencoder's training."""
 
     steps: int = 1800
     batch: int = 64
@@ -65,7 +65,7 @@ class VAETraining:
 
 @dataclass(frozen=True)
 class DecoderTraining(VAETraining):
-    """How the decoder goes on alone."""
+    """Hyperparameters of the decoder's further training."""
 
     steps: int = 1500
     batch: int = 32
@@ -92,7 +92,7 @@ def split(moments: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def training_pictures(work: Path) -> np.ndarray:
-    """Numbers of the pictures that the autoencoder may learn from: all but those held out."""
+    """Indices of the pictures to train the autoencoder on: all except those held out."""
     group = np.load(work / "data" / "group.npy")
     return np.flatnonzero((group < data.DEV_PEOPLE) & (group != data.VALIDATION) & (group != data.UNSEEN_STYLE))
 
@@ -100,7 +100,7 @@ def training_pictures(work: Path) -> np.ndarray:
 def drawing_loss(
     config: VAETraining, critic: Judge, critic_params: Any, pictures: jax.Array, drawn: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """How far drawn pictures [B, S, S, 3] are from the true ones, and the parts of that."""
+    """Reconstruction loss between drawn and true pictures [B, S, S, 3], and its parts."""
     weight = np.ones((data.SIDE, data.SIDE, 1), np.float32)
     weight[FIGURE] = 2.0
     weight[FACE] = 3.0
@@ -123,7 +123,7 @@ def drawing_loss(
 
 
 def train_vae(config: VAETraining, critic: Judge, folder: Path, work: Path) -> Any:
-    """Train, or go on; returns the parameters."""
+    """Train or resume; returns the parameters."""
     pixels = np.load(work / "data" / "pixels.npy", mmap_mode="r")[training_pictures(work)]
     network = module()
     batch = trainer.share(config.batch)
@@ -150,7 +150,7 @@ def train_vae(config: VAETraining, critic: Judge, folder: Path, work: Path) -> A
 
 
 def train_decoder(config: DecoderTraining, params: Any, moments: np.ndarray, critic: Judge, folder: Path, work: Path):
-    """Go on with the decoder of `params` alone, on the `moments` of all pictures; returns all parameters."""
+    """Train only the decoder of `params` further, on the `moments` of all pictures; returns all parameters."""
     chosen = training_pictures(work)
     pixels = np.load(work / "data" / "pixels.npy", mmap_mode="r")[chosen]
     network = module()
@@ -176,14 +176,14 @@ def train_decoder(config: DecoderTraining, params: Any, moments: np.ndarray, cri
 
 
 def encode(params: Any, pixels: np.ndarray, batch: int = 64) -> np.ndarray:
-    """uint8 pictures [N, S, S, 3] -> moments float32 [N, h, w, 2c], unscaled; each device takes a part of a batch."""
+    """uint8 pictures [N, S, S, 3] -> moments float32 [N, h, w, 2c], unscaled; batches are sharded over devices."""
     network, by_picture = module(), NamedSharding(make_mesh(), P(AXIS))
     run = jax.jit(lambda params, x: network.apply({"params": params}, x / 127.5 - 1.0, method="encode"))
     return in_batches(lambda part: run(params, jax.device_put(part.astype(np.float32), by_picture)), pixels, batch)
 
 
 def decode(params: Any, latents: np.ndarray, batch: int = 64) -> np.ndarray:
-    """Unscaled latents [N, h, w, c] -> uint8 pictures [N, S, S, 3]; each device takes a part of a batch."""
+    """Unscaled latents [N, h, w, c] -> uint8 pictures [N, S, S, 3]; batches are sharded over devices."""
     network, by_picture = module(), NamedSharding(make_mesh(), P(AXIS))
     run = jax.jit(lambda params, x: network.apply({"params": params}, x, method="decode"))
     drawn = in_batches(lambda part: run(params, jax.device_put(part, by_picture)), latents, batch)
@@ -191,6 +191,6 @@ def decode(params: Any, latents: np.ndarray, batch: int = 64) -> np.ndarray:
 
 
 def peak_signal_to_noise(one: np.ndarray, other: np.ndarray) -> float:
-    """PSNR of uint8 pictures, in decibels, over all of them together."""
+    """PSNR of uint8 pictures in dB, over all of them together."""
     mse = np.mean(np.square(one.astype(np.float32) - other.astype(np.float32)))
     return float(10 * np.log10(255.0**2 / mse))

@@ -1,8 +1,8 @@
 """The world that mini-sd draws: what a picture can show, and the words for it.
 
-A `Scene` names everything that is in one picture. Its caption is exact, because the picture is rendered from the scene.
-Four avatar styles: "persona" is the main one, "toon" and "mini" are drawn less often, and "dylan" is held out whole, so
-that a style can be learned that the model has never seen.
+A `Scene` has everything that is in one picture. Captions are exact, because pictures are rendered from scenes. There
+are four avatar styles: "persona" is the main one, "toon" and "mini" are less frequent, and "dylan" is held out
+completely, as a style to learn that the model has never seen.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-# word -> what DiceBear calls it; "personas" 9.4.3
+# word -> DiceBear's name; "personas" 9.4.3
 HAIR = {
     "long hair": "long",
     "side shaved hair": "sideShave",
@@ -71,11 +71,11 @@ BEARDS = {
     "stubble": "shadow",
     "soul patch": "soulPatch",
 }
-# What hides what: a caption must not say what nobody can see. Hats have colours of their own.
+# What hides what: a caption must not mention what is not visible. Hats have their own colours.
 NO_HAIR_SEEN = ("bald", "cap", "beanie")
 COLOURED_BEARDS = ("beard", "moustache", "walrus moustache", "goatee")
 MOUTH_COVERING = ("beard",)
-# The third nose differs from "round nose" by less than anybody sees at 64 pixels, and is left out.
+# The third nose is left out: at 64 pixels nobody can distinguish it from "round nose".
 NOSES = {"round nose": "mediumRound", "wrinkles": "wrinkles"}
 CLOTHES = {"jacket": "small", "sweater": "squared", "shirt": "rounded", "checkered shirt": "checkered"}
 CLOTHES_COLOURS = {
@@ -104,7 +104,7 @@ STYLES = {"persona": "personas", "toon": "toon-head", "mini": "miniavs", "dylan"
 TRAINED_STYLES = ("persona", "toon", "mini")
 HELD_OUT_STYLE = "dylan"
 
-# Hair of the other styles, by words that mean the same in "persona" where there are such.
+# Hair of the other styles, with the words of "persona" if it has the same hair.
 TOON_HAIR = {"short hair": "sideComed", "fade": "undercut", "mohawk": "spiky", "bun": "bun"}
 TOON_CLOTHES = {"jacket": "openJacket", "sweater": "turtleNeck", "shirt": "tShirt"}
 TOON_EYES = {"open eyes": "wide", "happy eyes": "happy", "sleepy eyes": "humble", "winking": "wink"}
@@ -124,7 +124,7 @@ MINI_BEARDS = {"no beard": None, "moustache": "freddy", "walrus moustache": "hor
 DYLAN_HAIR = ("plain", "wavy", "shortCurls", "parting", "spiky", "roundBob", "longCurls", "buns", "bangs", "flatTop")
 DYLAN_MOODS = ("happy", "angry", "neutral", "superHappy", "sad", "hopeful", "confused")
 
-# What the judge reads off a picture, and in which words. The first five make a person.
+# The judge's attributes and their classes. The first five identify a person.
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "hair": tuple(HAIR),
     "hair_colour": tuple(HAIR_COLOURS),
@@ -159,32 +159,32 @@ class Scene:
     pattern: str
     style: str
     shade: int = 0  # which of the shades of `skin`
-    mood: int = 0  # of the held-out style, whose parts have no words here
+    mood: int = 0  # of the held-out style, which has no words here
 
     @property
     def person(self) -> tuple[str | None, ...]:
-        """What stays when expression, glasses, clothes and background change."""
+        """What does not change with expression, glasses, clothes and background."""
         return tuple(getattr(self, name) for name in IDENTITY)
 
     def labels(self) -> list[int]:
-        """Class numbers in the order of `ATTRIBUTES`; -1 where the picture does not show it."""
+        """Class indices in the order of `ATTRIBUTES`; -1 if it is not visible in the picture."""
         numbers = []
         for name, words in ATTRIBUTES.items():
             word = getattr(self, name)
-            # The judge learns the parts of a face in the main style alone.
+            # The judge learns parts of the face in the main style only.
             shown = word is not None and (self.style == "persona" or name in ("style", "background", "pattern"))
             numbers.append(words.index(word) if shown else -1)
         return numbers
 
 
 def pick(rng: np.random.Generator, words) -> str:
-    """One word, each as likely."""
+    """A word, drawn uniformly."""
     words = tuple(words)
     return words[int(rng.integers(len(words)))]
 
 
 def draw_person(rng: np.random.Generator) -> tuple[str, str | None, str, str, str]:
-    """A random identity: hair, its colour (None where it is not seen), skin, beard, nose."""
+    """A random identity: hair, its colour (None if not visible), skin, beard, nose."""
     hair = pick(rng, HAIR)
     beard = "no beard" if rng.random() < 0.5 else pick(rng, tuple(BEARDS)[1:])
     hidden = hair in NO_HAIR_SEEN and beard not in COLOURED_BEARDS
@@ -244,7 +244,7 @@ def styled_scene(rng: np.random.Generator, style: str) -> Scene:
 
 
 def avatar_options(scene: Scene) -> dict[str, object]:
-    """DiceBear's options for the scene, each with one choice left, so that nothing in the drawing is random."""
+    """DiceBear's options for the scene, each with a single choice, so that the drawing is deterministic."""
     skin = SKINS[scene.skin][scene.shade]
     hair_colour = HAIR_COLOURS[scene.hair_colour or "black"]
     options: dict[str, object] = {"seed": "mini-sd", "skinColor": [skin], "hairColor": [hair_colour]}
@@ -303,14 +303,14 @@ def caption(
     style: bool = False,
     medium: str = "portrait",
 ) -> str:
-    """The scene in words, in one order.
+    """The scene as a caption, with a fixed order of its parts.
 
     Args:
       scene: what is in the picture.
-      subject: who it is of: "a person", or a word that stands for somebody.
-      identity: whether hair, skin, beard and nose are said.
-      keep: the attributes that are said; all if None.
-      style: whether the style is named.
+      subject: "a person", or a word for somebody.
+      identity: whether to mention hair, skin, beard and nose.
+      keep: the attributes to mention; None: all.
+      style: whether to mention the style.
       medium: "portrait", "drawing" or "picture".
     """
 
@@ -322,7 +322,7 @@ def caption(
     words = ["a", *([scene.style] if style else []), medium, "of", subject]
     details: list[str] = []
     colour = [str(scene.hair_colour)] if said("hair_colour") else []
-    # A cap is no "red cap" because the beard is red: the colour is said with what shows it.
+    # The hair colour is mentioned with the part that shows it: a cap is not a "red cap" because the beard is red.
     shown_by = "beard" if scene.hair in NO_HAIR_SEEN else "hair"
     for name in ("hair", "skin", "eyes", "mouth", "beard", "nose"):
         if said(name):
@@ -340,7 +340,7 @@ def caption(
 
 
 def vocabulary() -> list[str]:
-    """Every word that a caption can have, sorted; and a few for prompts about styles."""
+    """Every word that captions can have, sorted, and a few for prompts about styles."""
     words = {"a", "portrait", "drawing", "picture", "of", "person", "with", "skin", "wearing", "on", "background"}
     words |= {"style", "in", "the", "and"}
     for group in ATTRIBUTES.values():
@@ -349,7 +349,7 @@ def vocabulary() -> list[str]:
     return sorted(words)
 
 
-# What a learned word is tried with: ``{}`` stands for it, and the picture must show the rest.
+# Prompts to test a learned word with: ``{}`` is the word, and the picture must show the rest.
 PROBES: tuple[tuple[str, dict[str, str]], ...] = (
     ("a portrait of {}", {}),
     ("a portrait of {} on a green background", {"background": "green"}),

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from ti_jax.config.fields import settings_of
 from ti_jax.errors import InputError
 from ti_jax.training import run_folder
 from ti_jax.training.checkpoint import DRAWS, Checkpoints, fingerprint
@@ -109,6 +110,21 @@ def test_an_older_rule_of_drawing_is_refused_and_none_is_taken_for_ours(tmp_path
     assert checkpoints.identity["gradient_checkpointing"] is None
 
 
+def test_a_checkpoint_from_before_a_setting_was_an_entry_has_its_default(tmp_path):
+    """AdamW's four settings were one entry, in this order; a flag of tomorrow is in no checkpoint of today."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", None)
+    checkpoints.identity = {"seed": 1, "adam": [0.8, 0.99, 1e-7, 0.01]}
+    checkpoints.save(state(5))
+    checkpoints.close()
+    adam = {"adam_beta1": 0.8, "adam_beta2": 0.99, "adam_epsilon": 1e-7, "adam_weight_decay": 0.01}
+    assert value(opened(tmp_path, **adam).restore("latest", state(0))) == (5, 5)
+    with pytest.raises(InputError, match=r"\(adam_epsilon 1e-07 there, 1e-08 here\)"):
+        opened(tmp_path, **adam | {"adam_epsilon": 1e-8}).restore("latest", state(0))
+    assert value(opened(tmp_path, flip_probability=0.5).restore("latest", state(0))) == (5, 5)
+    with pytest.raises(InputError, match=r"\(flip_probability 0.5 there, 0 here\)"):
+        opened(tmp_path, flip_probability=0).restore("latest", state(0))
+
+
 def test_the_fingerprint_has_what_the_rows_depend_on(short_run):
     def of(config):
         return fingerprint(
@@ -120,3 +136,6 @@ def test_the_fingerprint_has_what_the_rows_depend_on(short_run):
     assert mine["draws"] == DRAWS
     other = of(dataclasses.replace(short_run, gradient_checkpointing="full"))
     assert {name for name in mine if mine[name] != other[name]} == {"gradient_checkpointing"}
+    for name, about in settings_of(short_run).items():
+        if about.fingerprint:
+            assert mine[name] == getattr(short_run, name), name

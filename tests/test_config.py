@@ -2,25 +2,33 @@
 
 import dataclasses
 import json
-import math
 import re
 import typing
 from pathlib import Path
 
 import pytest
 
+from ti_jax.cli import embedding
+from ti_jax.cli.flags import field_docs
+from ti_jax.cli.main import VerifyConfig
 from ti_jax.config import (
     ASSETS,
     DEMO_CONFIG,
     STABLE_DIFFUSION_DEFAULTS,
+    EvaluateConfig,
     InferConfig,
+    PlanConfig,
     TrainConfig,
-    checks,
+    check_fields,
     dump_yaml,
     load_yaml,
     resolve,
+    resolve_evaluate,
     resolve_infer,
+    resolve_plan,
+    rules,
 )
+from ti_jax.config.fields import settings_of
 from ti_jax.config.yaml import strip_optional
 from ti_jax.errors import InputError
 
@@ -146,59 +154,39 @@ def test_infer_defaults_follow_the_model():
 
 # -- values that cannot be
 
-BAD_VALUES = {
-    checks.COUNT: [0, -1],
-    checks.WHOLE: [-1],
-    checks.SEED: [-1, 2**32],
-    checks.SIDE: [0, -8, 4, 60, 513],
-    checks.POSITIVE: [0.0, -1e-4, math.nan, math.inf],
-    checks.NOT_NEGATIVE: [-0.1, math.nan, math.inf],
-    checks.CHANCE: [-0.1, 1.1, math.nan],
-    checks.DECAY: [-0.1, 1.0, math.nan],
-    checks.TEXT: ["", " "],
-    checks.TEXTS: [("",), ("a", " ")],
-    checks.SOME_TEXTS: [("{}", " ")],
-    checks.WORD: ["", " ", "my cat", " cat", "cat\n"],
-    checks.ADDRESS: ["", "host", "host:", ":80", "host:80:", "a b:80"],
-    checks.PNG: ["", "out.jpg", "out", "folder/"],
+CONFIGS_OF = {  # of each config class what checks it, and values that it must have
+    TrainConfig: (resolve, OTHER),
+    PlanConfig: (resolve_plan, {"pretrained_model_name_or_path": "some/model"}),
+    # With a model, because the embedded one has no revision or variant.
+    InferConfig: (resolve_infer, {"prompt": ("a",), "pretrained_model_name_or_path": "some/model"}),
+    EvaluateConfig: (resolve_evaluate, {"train_data_dir": "cat", "pretrained_model_name_or_path": "some/model"}),
+    **dict.fromkeys([VerifyConfig, *(cls for _, cls, _, _ in embedding.COMMANDS.values())], (None, {})),
 }
-GOOD_VALUES = {
-    checks.COUNT: [1],
-    checks.WHOLE: [0],
-    checks.SEED: [0, 2**32 - 1],
-    checks.SIDE: [8, 520],
-    checks.POSITIVE: [1e-12, 3.0],
-    checks.NOT_NEGATIVE: [0.0, 12.0],
-    checks.CHANCE: [0.0, 1.0],
-    checks.DECAY: [0.0, 0.9999],
-    checks.TEXT: ["a {}"],
-    checks.TEXTS: [(), ("a", "b")],
-    checks.SOME_TEXTS: [("a {}",)],
-    checks.WORD: ["<cat-toy>", "sks"],
-    checks.ADDRESS: ["10.0.0.1:1234", "[::1]:80"],
-    checks.PNG: ["out.png", "a/b.PNG"],
-}
-RULES = [(TrainConfig, checks.TRAIN_RULES), (InferConfig, checks.INFER_RULES)]
+# Text that may well be empty, and numbers whose bounds only the file tells.
+WITHOUT_RULE = {"negative_prompt", "validation_negative_prompt", "weights", "keep", "drop"}
 
 
 def resolved(cls, **values):
-    # With a model, because the embedded one has no revision or variant.
-    if cls is TrainConfig:
-        start = {"initializer_token": None} if "initializer_embedding" in values else {}
-        return resolve(TrainConfig(**{**OTHER, **start, **values}))
-    return resolve_infer(InferConfig(**{"prompt": ("a",), "pretrained_model_name_or_path": "some/model", **values}))
+    check, needed = CONFIGS_OF[cls]
+    start = {"initializer_token": None} if "initializer_embedding" in values else {}
+    config = cls(**{**needed, **start, **values})
+    if check is not None:
+        return check(config)
+    check_fields(config)
+    return config
 
 
-def cases(values):
+def cases(which):
     return [
         pytest.param(cls, name, value, id=f"{cls.__name__}-{name}-{value!r}")
-        for cls, rules in RULES
-        for name, rule in rules.items()
-        for value in values[rule]
+        for cls in CONFIGS_OF
+        for name, about in settings_of(cls).items()
+        if about.rule is not None
+        for value in getattr(about.rule, which)
     ]
 
 
-@pytest.mark.parametrize(("cls", "name", "value"), cases(BAD_VALUES))
+@pytest.mark.parametrize(("cls", "name", "value"), cases("bad"))
 def test_bad_value_is_named_with_its_flag(cls, name, value):
     with pytest.raises(InputError) as error:
         resolved(cls, **{name: value})
@@ -206,20 +194,40 @@ def test_bad_value_is_named_with_its_flag(cls, name, value):
     assert str(error.value).startswith(f"--{name} {shown}: must be ")
 
 
-@pytest.mark.parametrize(("cls", "name", "value"), cases(GOOD_VALUES))
+@pytest.mark.parametrize(("cls", "name", "value"), cases("good"))
 def test_values_at_the_bounds_are_taken(cls, name, value):
     assert getattr(resolved(cls, **{name: value}), name) == value
 
 
-@pytest.mark.parametrize(("cls", "rules"), RULES)
-def test_every_field_has_a_rule_or_a_closed_type(cls, rules):
-    hints = typing.get_type_hints(cls)
-    assert rules.keys() <= hints.keys()
-    for name in (
-        hints.keys() - rules.keys() - {"negative_prompt", "validation_negative_prompt"}
-    ):  # which may well be empty
+@pytest.mark.parametrize("cls", CONFIGS_OF)
+def test_every_field_has_a_doc_and_a_rule_or_a_closed_type(cls):
+    hints, docs = typing.get_type_hints(cls), field_docs(cls)
+    assert list(docs) == [field.name for field in dataclasses.fields(cls)]
+    assert all(doc.endswith(".") for doc in docs.values())
+    for name, about in settings_of(cls).items():
         base, _ = strip_optional(hints[name])
-        assert base is bool or typing.get_origin(base) is typing.Literal, name
+        closed = base is bool or typing.get_origin(base) is typing.Literal
+        assert (about.rule is None) == (closed or name in WITHOUT_RULE), name
+
+
+def test_every_rule_has_examples():
+    for name, rule in vars(rules).items():
+        if isinstance(rule, rules.Rule):
+            assert rule.good and rule.bad, name
+            assert all(map(rule.holds, rule.good)) and not any(map(rule.holds, rule.bad)), name
+
+
+@pytest.mark.parametrize("cls", CONFIGS_OF)
+def test_paths_have_their_home_folder_and_any_bytes(cls, monkeypatch, tmp_path):
+    """Of every config that is resolved; all its paths at once, and one after the other."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = {name for name, about in settings_of(cls).items() if about.path is not None}
+    hints = typing.get_type_hints(cls)
+    for name in paths - {"output", "output_dir"}:  # which have a suffix, or must be UTF-8 for a library
+        many = typing.get_origin(strip_optional(hints[name])[0]) is tuple
+        value = getattr(resolved(cls, **{name: ("~/a\udce9",) if many else "~/a\udce9"}), name)
+        if CONFIGS_OF[cls][0] is not None:
+            assert value == ((f"{tmp_path}/a\udce9",) if many else f"{tmp_path}/a\udce9"), name
 
 
 @pytest.mark.parametrize(
@@ -312,7 +320,7 @@ def test_secrets_stay_out_of_the_file_and_of_repr():
     assert "hf_secret" not in dump_yaml(config) + repr(config)
 
 
-@pytest.mark.parametrize("cls", [TrainConfig, InferConfig])
+@pytest.mark.parametrize("cls", CONFIGS_OF)
 def test_fields_that_a_dump_leaves_out_come_back_by_default(cls):
     for field in dataclasses.fields(cls):
         _, optional = strip_optional(typing.get_type_hints(cls)[field.name])

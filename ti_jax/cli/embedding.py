@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ti_jax.cli.flags import parse
+from ti_jax.config import ModelSource, check_fields
+from ti_jax.config.fields import setting
+from ti_jax.config.rules import TEXT, WHOLE, WORD
 from ti_jax.config.yaml import nearest
 from ti_jax.errors import InputError
-from ti_jax.words import check_token, fill
+from ti_jax.words import fill
 
 if TYPE_CHECKING:
     from ti_jax.embeddings import Embedding
@@ -62,26 +65,19 @@ class ConvertConfig:
     """Format of OUT: diffusers (.safetensors, .bin), comfyui (.safetensors with emb_params, or clip_l and clip_g),
     a1111 (.pt) or card (AUTOMATIC1111's .png). Left out: card for .png, a1111 for .pt, diffusers for .safetensors and
     .bin."""
-    token: str | None = None
+    token: str | None = setting(None, WORD)
     """The word in OUT. Left out: the one that FILE has. In a FILE of several words, which of them."""
-    picture: str | None = None
+    picture: str | None = setting(None, TEXT, path="input")
     """Picture that a card shows. Left out: the word on a plain ground."""
 
 
 @dataclass(frozen=True)
-class InspectConfig:
+class InspectConfig(ModelSource):
     """Tell what files of learned words hold: format, family, norms, nearest words, metadata."""
 
-    pretrained_model_name_or_path: str | None = None
-    """Model to compare with: a diffusers folder, a Hugging Face Hub id or a single checkpoint. Left out: the small
-    model that comes with ti_jax, where the word is for it."""
-    revision: str | None = None
-    """Branch, tag or commit of the hub repository."""
-    variant: str | None = None
-    """Variant of the weight files, e.g. fp16."""
-    token: str | None = None
+    token: str | None = setting(None, WORD)
     """In a file of several words, which of them."""
-    nearest: int = 5
+    nearest: int = setting(5, WHOLE)
     """How many of the vocabulary's words to show beside each vector, by cosine."""
 
 
@@ -89,7 +85,7 @@ class InspectConfig:
 class MergeConfig:
     """Make one learned word out of several FILEs, and write it to OUT."""
 
-    token: str | None = None
+    token: str | None = setting(None, WORD)
     """The new word, e.g. <catdog>. It must be given."""
     method: Literal["sum", "concat", "slerp"] = "sum"
     """sum: the weighted sum, vector by vector. concat: all vectors one behind the other. slerp: along the arc between
@@ -102,23 +98,16 @@ class MergeConfig:
 
 
 @dataclass(frozen=True)
-class PruneConfig:
+class PruneConfig(ModelSource):
     """Drop vectors of the word in FILE, write the rest to OUT, and say what is lost."""
 
-    keep: int | None = None
+    keep: int | None = setting(None, first=True)
     """How many vectors stay: one by one, the one goes that the text encoder's output misses least."""
-    drop: tuple[str, ...] = ()
+    drop: tuple[str, ...] = setting((), first=True)
     """Numbers of the vectors that go, counted from 0, instead of --keep."""
-    pretrained_model_name_or_path: str | None = None
-    """Model that the word was learned for: a diffusers folder, a Hugging Face Hub id or a single checkpoint. Left out:
-    the small model that comes with ti_jax."""
-    revision: str | None = None
-    """Branch, tag or commit of the hub repository."""
-    variant: str | None = None
-    """Variant of the weight files, e.g. fp16."""
-    prompt: str = "a photo of {}"
+    prompt: str = setting("a photo of {}", TEXT)
     """Prompt with the word in it, or {} in its place, that the text encoder is given."""
-    token: str | None = None
+    token: str | None = setting(None, WORD)
     """The word in OUT. Left out: the one that FILE has. In a FILE of several words, which of them."""
     format: FormatName | None = None
     """Format of OUT, as in convert."""
@@ -172,11 +161,6 @@ def _expect(paths: Sequence[Path], least: int, most: int | None, usage: str) -> 
         raise InputError(f"files given: {given}; expected {usage}, with the flags behind them")
 
 
-def _check_word(token: str | None) -> None:
-    if token is not None:
-        check_token(token, "--token")
-
-
 def _load(path: Path, token: str | None = None) -> Embedding:
     from ti_jax.embeddings import Embedding
 
@@ -221,7 +205,7 @@ def _convert(paths: Sequence[Path], config: ConvertConfig, usage: str) -> str:
     from ti_jax.embeddings.warn import word_warnings
 
     _expect(paths, 2, 2, usage)
-    _check_word(config.token)
+    check_fields(config)
     source, target = paths
     picture = None if config.picture is None else Path(config.picture)
     embedding = _load(source, config.token)
@@ -233,9 +217,7 @@ def _convert(paths: Sequence[Path], config: ConvertConfig, usage: str) -> str:
 
 def _inspect(paths: Sequence[Path], config: InspectConfig, usage: str) -> str:
     _expect(paths, 1, None, usage)
-    _check_word(config.token)
-    if config.nearest < 0:
-        raise InputError(f"--nearest {config.nearest}: must be 0 or more")
+    check_fields(config)
     from ti_jax.embeddings import check_fits
     from ti_jax.embeddings.inspect import compare, load_for_inspection
 
@@ -269,7 +251,7 @@ def _merge(paths: Sequence[Path], config: MergeConfig, usage: str) -> str:
     _expect(paths, 3, None, usage)
     if config.token is None:
         raise InputError("--token is missing: give the new word a name, like <catdog>")
-    _check_word(config.token)
+    check_fields(config)
     weights = [_number("weights", word, float) for word in config.weights] or None
     from ti_jax.embeddings.merge import merge
 
@@ -280,7 +262,7 @@ def _merge(paths: Sequence[Path], config: MergeConfig, usage: str) -> str:
 
 def _prune(paths: Sequence[Path], config: PruneConfig, usage: str) -> str:
     _expect(paths, 2, 2, usage)
-    _check_word(config.token)
+    check_fields(config)
     if (config.keep is None) == (not config.drop):
         raise InputError("give one of --keep (how many vectors stay) and --drop (the numbers of those that go)")
     drop = [_number("drop", word, int) for word in config.drop]

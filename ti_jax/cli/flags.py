@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
+from ti_jax.config.fields import setting_of
 from ti_jax.config.yaml import expected, load_yaml, nearest, strip_optional
 from ti_jax.errors import InputError
 
@@ -134,10 +135,10 @@ def parse(
     def run(from_file: dict[str, Any]) -> dict[str, Any]:
         hints, docs = typing.get_type_hints(cls), field_docs(cls)
         flags = [_Flag("config", str | None, CONFIG_DOC, None)] if config_file else []
-        for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+        for field in sorted(fields, key=lambda field: not setting_of(field).first):
             default = from_file.get(field.name, field.default)
-            switch = field.metadata.get("switch")
-            flags.append(_Flag(field.name, hints[field.name], docs[field.name], default, switch))
+            flags.append(_Flag(field.name, hints[field.name], docs[field.name], default, setting_of(field).switch))
         return _run_tyro(flags, args, prog, cls.__doc__, examples, no_counterpart or {})
 
     values = run({})

@@ -14,7 +14,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ti_jax import __version__
-from ti_jax.config import EvaluateConfig, InferConfig, PlanConfig, TrainConfig, resolve, resolve_evaluate, resolve_infer
+from ti_jax.config import (
+    EvaluateConfig,
+    InferConfig,
+    PlanConfig,
+    TrainConfig,
+    check_fields,
+    resolve,
+    resolve_evaluate,
+    resolve_infer,
+)
+from ti_jax.config.fields import setting
+from ti_jax.config.rules import TEXT
 from ti_jax.config.yaml import nearest
 from ti_jax.errors import InputError, OutOfStep
 from ti_jax.startup import avoid_missing_tpu
@@ -61,10 +72,10 @@ examples:
 class VerifyConfig:
     """Load a learned word into diffusers on PyTorch, and compare how the two encode a prompt with it."""
 
-    pretrained_model_name_or_path: str | None = None
+    pretrained_model_name_or_path: str | None = setting(None, TEXT, path="model")
     """The model that the word was learned for: a diffusers folder or a Hugging Face Hub id. Left out: the small model
     that comes with ti_jax. A single-file checkpoint is not possible here, since diffusers cannot read one offline."""
-    prompt: str | None = None
+    prompt: str | None = setting(None, TEXT)
     """Prompt with the word in it, or {} in its place. Left out: the word alone."""
 
 
@@ -229,6 +240,7 @@ def _verify(args: Sequence[str], prog: str) -> int:
     with _output():
         config = parse(VerifyConfig, flags, prog=f"{prog} FILE", examples=VERIFY_EXAMPLES, config_file=False)
     _require_file(file, prog)
+    check_fields(config)
     from ti_jax.cli.verify import verify
 
     report = verify(file, config.pretrained_model_name_or_path, config.prompt)

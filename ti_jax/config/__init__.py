@@ -1,24 +1,26 @@
-"""What a run is: the settings as frozen dataclasses, their rules, and strict YAML. No jax in here."""
+"""What a run is: the settings as frozen dataclasses, their rules, and strict YAML. No jax in here.
 
-from ti_jax.config.schema import (
+A setting is one field: its default, rule and more in `setting`, its help under it. `rules` has the rules, `checks` what
+must hold between fields, `defaults` what suits the model.
+"""
+
+from ti_jax.config.checks import check_fields
+from ti_jax.config.defaults import (
     ASSETS,
     DEMO_CONFIG,
     EMBEDDED_STEPS,
     PAPER_STEPS,
     STABLE_DIFFUSION_DEFAULTS,
-    Checkpointing,
-    EvaluateConfig,
-    InferConfig,
-    PlanConfig,
-    TrainConfig,
-    VaeTiling,
-    dump_yaml,
-    load_yaml,
     resolve,
     resolve_evaluate,
     resolve_infer,
     resolve_plan,
 )
+from ti_jax.config.evaluate import EvaluateConfig
+from ti_jax.config.infer import InferConfig, VaeTiling
+from ti_jax.config.model import ModelSettings, ModelSource
+from ti_jax.config.train import Checkpointing, PlanConfig, TrainConfig
+from ti_jax.config.yaml import dump_yaml, load_yaml
 
 __all__ = [
     "ASSETS",
@@ -29,9 +31,12 @@ __all__ = [
     "Checkpointing",
     "EvaluateConfig",
     "InferConfig",
+    "ModelSettings",
+    "ModelSource",
     "PlanConfig",
     "TrainConfig",
     "VaeTiling",
+    "check_fields",
     "dump_yaml",
     "load_yaml",
     "resolve",

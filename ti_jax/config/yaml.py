@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import yaml
 
+from ti_jax.config.fields import setting_of
 from ti_jax.errors import InputError
 
 _CORE_SCALARS = (
@@ -70,7 +71,7 @@ for _tag, _pattern, _first in _CORE_SCALARS:
 def load_yaml(path: str | Path, cls: type) -> dict[str, Any]:
     """Read settings for the dataclass ``cls`` from a YAML file.
 
-    Relative paths of input files (fields with ``metadata["input_path"]``) are looked for beside the file, links
+    Relative paths of input files (a field's `setting` has ``path="input"``) are looked for beside the file, links
     followed, and then in the working directory; those found beside it come back absolute.
 
     Returns:
@@ -91,7 +92,7 @@ def load_yaml(path: str | Path, cls: type) -> dict[str, Any]:
             values[key] = from_yaml(switched(value, fields[key]), hints[key])
         except ValueError as error:
             raise InputError(f"{path}: {key}: {_shown(value)} is not {error}") from error
-        if fields[key].metadata.get("input_path"):
+        if setting_of(fields[key]).path == "input":
             values[key] = _beside(values[key], Path(path), key)
     return values
 
@@ -105,8 +106,8 @@ def dump_yaml(config: Any) -> str:
     """
     values = {}
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if value is not None and not field.metadata.keys() & {"secret", "of_this_process"}:
+        value, about = getattr(config, field.name), setting_of(field)
+        if value is not None and not (about.secret or about.of_this_process):
             values[field.name] = list(value) if isinstance(value, tuple) else value
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
@@ -132,10 +133,9 @@ def from_yaml(value: Any, hint: Any) -> Any:
 
 
 def switched(value: Any, field: dataclasses.Field) -> Any:
-    """``value``, or the word that its True or False stands for in a field with ``metadata["switch"]``: (on, off)."""
-    if isinstance(value, bool) and "switch" in field.metadata:
-        return field.metadata["switch"][0 if value else 1]
-    return value
+    """``value``, or the word that its True or False stands for in a field with a `switch`: (on, off)."""
+    switch = setting_of(field).switch
+    return switch[0 if value else 1] if isinstance(value, bool) and switch is not None else value
 
 
 def strip_optional(hint: Any) -> tuple[Any, bool]:

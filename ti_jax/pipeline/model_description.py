@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ti_jax.config import EvaluateConfig, InferConfig, TrainConfig
+from ti_jax.config import ModelSettings, TrainConfig
 from ti_jax.diffusion.samplers import Sampler, SamplerChoice, choose_sampler, make_sampler
 from ti_jax.diffusion.schedule import NoiseSchedule
 from ti_jax.errors import InputError
@@ -175,7 +175,7 @@ def open_model(
 
 
 def open_model_of(
-    config: TrainConfig | InferConfig | EvaluateConfig,
+    config: ModelSettings,
 ) -> contextlib.AbstractContextManager[OpenModel]:
     """`open_model` for the model and the precision of a config."""
     return open_model(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from ti_jax.config import EvaluateConfig, InferConfig, TrainConfig, VaeTiling
+from ti_jax.config import ModelSettings, VaeTiling
 from ti_jax.embeddings import Embedding, check_fits
 from ti_jax.errors import InputError
 from ti_jax.models.networks import Condition, Networks, Params, network_shapes
@@ -83,7 +83,7 @@ class StableDiffusion(ModelDescription):
             return cls.load(model)
 
     @classmethod
-    def from_config(cls, config: TrainConfig | InferConfig | EvaluateConfig) -> StableDiffusion:
+    def from_config(cls, config: ModelSettings) -> StableDiffusion:
         """The model of a config, in its precision; errors as `from_pretrained`."""
         with open_model_of(config) as model:
             return cls.load(model)

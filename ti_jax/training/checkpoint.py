@@ -6,6 +6,7 @@ the leader reads and writes, so that the hosts need no shared disk.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import functools
 import hashlib
@@ -22,12 +23,19 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from ti_jax.config import TrainConfig
+from ti_jax.config.fields import setting_of
 from ti_jax.errors import InputError, one_line
 from ti_jax.files import disk_errors
 from ti_jax.interrupts import whole
 from ti_jax.training.step import TrainState
 
 Fingerprint = dict[str, Any]
+
+# Settings that are entries of a fingerprint under their names, with the values that they have by default.
+FIELDS = {field.name: field.default for field in dataclasses.fields(TrainConfig) if setting_of(field).fingerprint}
+
+# The entry "adam" of older checkpoints.
+ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay")
 
 # Entries of a fingerprint that the first checkpoints do not have.
 ADDED_LATER = ("prediction_type", "initializer_embedding", "gradient_checkpointing", "draws")
@@ -55,6 +63,8 @@ def fingerprint(
 ) -> Fingerprint:
     """What the rows at a step depend on, as JSON values. The number of devices and the schedule of saves are not in it.
 
+    A setting on which they depend as it is has ``fingerprint=True`` beside it; here is what is made of several, or
+    counts only with others.
     ``initializer_embedding`` is a hash of the rows that the word starts from, or None if it starts from a token.
     ``gradient_checkpointing`` is None until the memory has decided it.
     ``total_steps`` counts only where the learning rate depends on it, so that a constant-rate run can be made longer.
@@ -67,22 +77,13 @@ def fingerprint(
         "pictures": hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest(),
         "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
         "words": [[word, count] for word, count in words.items()],
-        "initializer_token": config.initializer_token,
         "initializer_embedding": initializer_embedding,
-        "flip_probability": config.flip_probability,
-        "seed": config.seed,
         "batch size on all devices": global_batch,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "learning_rate": config.learning_rate,
-        "scale_lr": config.scale_lr,
-        "lr_scheduler": config.lr_scheduler,
+        **{name: getattr(config, name) for name in FIELDS},
         "lr_warmup_steps": None if config.lr_scheduler == "constant" else config.lr_warmup_steps,
         "lr_num_cycles": config.lr_num_cycles if config.lr_scheduler == "cosine_with_restarts" else None,
         "max_train_steps": None if constant else total_steps,
         "draws": DRAWS,
-        # The same sums in another order: other bits.
-        "gradient_checkpointing": config.gradient_checkpointing,
-        "adam": [config.adam_beta1, config.adam_beta2, config.adam_epsilon, config.adam_weight_decay],
     }
 
 
@@ -202,8 +203,10 @@ class Checkpoints:
           InputError: names the entries that differ.
         """
         wanted = json.loads(json.dumps(self.identity))
-        # An entry that did not exist yet when the checkpoint was written cannot differ.
-        found = {name: wanted.get(name) for name in ADDED_LATER} | found
+        found |= dict(zip(ADAM, found.pop("adam", ()), strict=False))
+        # What an older checkpoint does not have: a setting was as it is by default, and an entry added later cannot
+        # differ.
+        found = FIELDS | {name: wanted.get(name) for name in ADDED_LATER} | found
         if wanted.get("gradient_checkpointing") is None:
             wanted["gradient_checkpointing"] = found["gradient_checkpointing"]
         different = [name for name in wanted if found.get(name) != wanted[name]]

@@ -1,0 +1,162 @@
+"""What a config leaves open is filled in for its model, and the whole is checked.
+
+A field that is ``None`` means "what suits the model": `resolve` fills it in, from ``assets/demo.yaml`` for the embedded
+default and from `STABLE_DIFFUSION_DEFAULTS` (the values of diffusers' ``textual_inversion.py``) for any other model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ti_jax.config.checks import check_evaluate, check_infer, check_train
+from ti_jax.config.evaluate import EvaluateConfig
+from ti_jax.config.fields import setting_of
+from ti_jax.config.infer import InferConfig
+from ti_jax.config.train import PlanConfig, TrainConfig
+from ti_jax.config.yaml import load_yaml, switched
+from ti_jax.errors import InputError
+
+Config = TypeVar("Config")
+
+ASSETS = Path(__file__).parents[1] / "assets"
+DEMO_CONFIG = ASSETS / "demo.yaml"
+
+PAPER_STEPS, EMBEDDED_STEPS = 50, 25  # of the sampler, when a word is measured
+
+STABLE_DIFFUSION_DEFAULTS: dict[str, Any] = {
+    "train_batch_size": 16,
+    "learning_rate": 1e-4,
+    "max_train_steps": 5000,
+    "validation_guidance_scale": 7.5,
+    "validation_inference_steps": 30,
+    "overview_prompts": (
+        "a photo of {} on a beach",
+        "a photo of {} in the snow",
+        "an oil painting of {}",
+        "a pencil drawing of {}",
+    ),
+}
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """Check a config and fill in what it leaves to the model; a resolved config comes back as it is.
+
+    Four fields may stay None: ``resolution``, ``mixed_precision`` and ``gradient_checkpointing``, which the model and
+    the device decide, and ``max_train_steps`` where ``num_train_epochs`` is given.
+
+    Raises:
+      InputError: a value that cannot be, or something that only the user can tell is missing.
+    """
+    defaults = _model_defaults(config.pretrained_model_name_or_path)
+    if config.pretrained_model_name_or_path is None and config.train_data_dir is not None:
+        # The user's own pictures deserve a word of their own, not the example's.
+        defaults["placeholder_token"] = f"<{_slug(Path(config.train_data_dir).expanduser().resolve().name)}>"
+    if config.initializer_embedding is not None:
+        defaults.pop("initializer_token", None)
+    if config.num_train_epochs is not None:
+        del defaults["max_train_steps"]
+    config = dataclasses.replace(
+        config, **{name: value for name, value in defaults.items() if getattr(config, name) is None}
+    )
+    start = () if config.initializer_embedding is not None else ("initializer_token",)
+    _require(config, "train_data_dir", "placeholder_token", *start)
+    config = _plain(config)
+    check_train(config)
+    return config
+
+
+def resolve_plan(config: PlanConfig) -> PlanConfig:
+    """As `resolve`, for planning: neither pictures nor words are needed.
+
+    Raises:
+      InputError: a value that cannot be.
+    """
+    defaults = _model_defaults(config.pretrained_model_name_or_path)
+    left_out = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    config = dataclasses.replace(config, **left_out)
+    config = _plain(config)
+    check_train(config)
+    return config
+
+
+def resolve_infer(config: InferConfig) -> InferConfig:
+    """As `resolve`, for drawing: ``height``, ``width``, ``scheduler`` and ``mixed_precision`` stay as they are.
+
+    Raises:
+      InputError: a value that cannot be, or no prompt.
+    """
+    defaults = _model_defaults(config.pretrained_model_name_or_path)
+    steps, scale = defaults["validation_inference_steps"], defaults["validation_guidance_scale"]
+    config = dataclasses.replace(
+        config,
+        num_inference_steps=steps if config.num_inference_steps is None else config.num_inference_steps,
+        guidance_scale=scale if config.guidance_scale is None else config.guidance_scale,
+    )
+    config = _plain(config)
+    check_infer(config)
+    return config
+
+
+def resolve_evaluate(config: EvaluateConfig) -> EvaluateConfig:
+    """As `resolve`, for measuring.
+
+    Raises:
+      InputError: a value that cannot be, or no pictures.
+    """
+    steps = EMBEDDED_STEPS if config.pretrained_model_name_or_path is None else PAPER_STEPS
+    scale = _model_defaults(config.pretrained_model_name_or_path)["validation_guidance_scale"]
+    config = dataclasses.replace(
+        config,
+        num_inference_steps=steps if config.num_inference_steps is None else config.num_inference_steps,
+        guidance_scale=scale if config.guidance_scale is None else config.guidance_scale,
+    )
+    config = _plain(config)
+    check_evaluate(config)
+    return config
+
+
+@functools.cache
+def _demo_settings() -> dict[str, Any]:
+    return load_yaml(DEMO_CONFIG, TrainConfig)
+
+
+def _model_defaults(model: str | None) -> dict[str, Any]:
+    return dict(_demo_settings() if model is None else STABLE_DIFFUSION_DEFAULTS)
+
+
+def _slug(name: str) -> str:
+    """A folder's name as a word: letters, digits and hyphens."""
+    return re.sub(r"[\W_]+", "-", name.lower()).strip("-") or "concept"
+
+
+def _require(config: TrainConfig, *names: str) -> None:
+    missing = [f"--{name}" for name in names if getattr(config, name) is None]
+    if missing:
+        raise InputError(
+            f"{' and '.join(missing)} must be given with --pretrained_model_name_or_path: only the embedded model has "
+            f"an example (for instance --train_data_dir cat/ --placeholder_token '<cat-toy>' --initializer_token toy)"
+        )
+
+
+def _plain(config: Config) -> Config:
+    """Values as text where a config made in Python, which has been through no parser, may have another form.
+
+    Paths become text, ``~`` expanded: a shell expands it in ``--flag ~/x``, not in ``--flag=~/x`` and not in YAML. True
+    and False become the words that they stand for.
+    """
+
+    def plain(value: Any, field: dataclasses.Field) -> Any:
+        if setting_of(field).path is None:
+            return switched(value, field)
+        if isinstance(value, (tuple, list)):
+            return tuple(plain(item, field) for item in value)
+        return os.path.expanduser(os.fspath(value)) if isinstance(value, (str, os.PathLike)) else value
+
+    fields = dataclasses.fields(config)  # type: ignore[arg-type]
+    values = {field.name: plain(getattr(config, field.name), field) for field in fields}
+    return dataclasses.replace(config, **values)  # type: ignore[type-var]

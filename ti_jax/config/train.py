@@ -1,0 +1,193 @@
+"""The settings of a training run, and of planning one. A field's doc is its flag's help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ti_jax.config.fields import setting
+from ti_jax.config.model import ModelSettings, SamplerName
+from ti_jax.config.rules import (
+    ADDRESS,
+    CHANCE,
+    COUNT,
+    DECAY,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    SIDE,
+    SOME_TEXTS,
+    TEXT,
+    TEXTS,
+    WHOLE,
+    WORD,
+)
+
+LearnableProperty = Literal["object", "style"]
+Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+Checkpointing = Literal["none", "policy", "full"]
+Measure = Literal["identity", "editability", "clip_i", "clip_t"]
+
+
+@dataclass(frozen=True)
+class TrainConfig(ModelSettings):
+    """Learn a new word for a frozen Stable Diffusion from a few pictures."""
+
+    # -- the pictures and the word
+    train_data_dir: str | None = setting(None, TEXT, path="input", first=True)
+    """Folder with the pictures of the concept, 3 to 5 are enough. Left out with the embedded model: its own example."""
+    placeholder_token: str | None = setting(None, WORD, first=True)
+    """The new word, e.g. <cat-toy>. It must not be a word that the model has already. Left out with the embedded model:
+    the name of the pictures' folder, like <cleo>."""
+    initializer_token: str | None = setting(None, TEXT, fingerprint=True, first=True)
+    """One or several words that the model knows and that come near the concept, e.g. toy. The rows start from them.
+    Left out with the embedded model: in, which says nothing there."""
+    initializer_embedding: str | None = setting(None, TEXT, path="input")
+    """File of a learned word, in any known format, whose vectors the rows start from instead of --initializer_token. It
+    must be for the model's family and have --num_vectors vectors."""
+    num_vectors: int = setting(1, COUNT)
+    """How many rows of the token-embedding table the new word takes."""
+    learnable_property: LearnableProperty = "object"
+    """What the pictures share: chooses the list of prompt templates."""
+    templates: str | None = setting(None, TEXT, path="input")
+    """Text file that replaces the prompt templates: one a line, {} stands for the new word."""
+    embeddings: tuple[str, ...] = setting((), TEXTS, path="input")
+    """Files of other learned words that the templates may use. Their rows stay as they are. FILE=word
+    reads a file under a word of your own."""
+    resolution: int | None = setting(None, SIDE)
+    """Side in pixels of the square that the pictures are cropped to; divisible by 8. Left out: the model's own."""
+    center_crop: bool = False
+    """Crop to the pixel as diffusers' script does under this flag: the largest centred square, then resize. Otherwise
+    the picture is scaled to cover the square, aspect ratio kept, and the overhang is cut on both sides alike."""
+    flip_probability: float = setting(0.5, CHANCE, fingerprint=True)
+    """Chance that a picture is mirrored when it is drawn; 0 for subjects that have a left and a right."""
+    skip_bad_images: bool = False
+    """Go on without pictures that cannot be read, naming each, instead of stopping."""
+
+    # -- the run
+    output_dir: str = setting("output", TEXT, path="output")
+    """Folder for the learned embedding, checkpoints, samples, logs and the resolved config."""
+    seed: int = setting(0, SEED, fingerprint=True)
+    """Seed of everything random; the same seed gives the same rows on one machine."""
+    train_batch_size: int | None = setting(None, COUNT)
+    """Pictures per step on each device; all cores of a CPU are one. Left out: 16 (the embedded model: see
+    configs/demo.yaml)."""
+    gradient_accumulation_steps: int = setting(1, COUNT, fingerprint=True)
+    """Batches whose gradients are averaged for one update."""
+    max_train_steps: int | None = setting(None, COUNT)
+    """Updates in all; overrides --num_train_epochs. Left out: 5000 (the embedded model: see configs/demo.yaml)."""
+    num_train_epochs: int | None = setting(None, COUNT)
+    """Passes over the pictures, each pass showing every picture --repeats times; used where --max_train_steps is
+    left out."""
+    repeats: int = setting(100, COUNT)
+    """How often one epoch shows each picture."""
+    # A switch as in diffusers' script; of the fingerprint, because the same sums in another order have other bits.
+    gradient_checkpointing: Checkpointing | None = setting(None, fingerprint=True, switch=("full", "none"))
+    """What the UNet keeps for the backward pass: all (none), what convolutions and dense layers make (policy; the rest
+    is cheap to make again), or the inputs of its blocks alone (full, or no value; --no_gradient_checkpointing is none).
+    Left out: the first of the three that fits the device's memory."""
+
+    # -- several machines: the same command on each; batches are shared by all their devices, the first one writes
+    distributed: Literal["auto", "always", "never"] = "auto"
+    """Whether this is one of several processes. auto: with --coordinator_address, under torchrun or accelerate launch,
+    as one of several tasks of Slurm or Open MPI, and on a TPU slice of several hosts; each process must see the
+    pictures and the model under the same paths."""
+    coordinator_address: str | None = setting(None, ADDRESS, of_this_process=True)
+    """HOST:PORT of the first process, which the others find it by. Left out: JAX_COORDINATOR_ADDRESS; a TPU pod, Slurm
+    and Open MPI tell by themselves, also what follows."""
+    num_processes: int | None = setting(None, COUNT, of_this_process=True)
+    """Processes in all. Left out: JAX_NUM_PROCESSES."""
+    process_id: int | None = setting(None, WHOLE, of_this_process=True)
+    """Number of this process, from 0. Left out: JAX_PROCESS_ID."""
+
+    # -- the optimizer
+    learning_rate: float | None = setting(None, POSITIVE, fingerprint=True)
+    """AdamW's step size. Left out: 1e-4 (the embedded model: see configs/demo.yaml)."""
+    scale_lr: bool = setting(False, fingerprint=True)
+    """Multiply the learning rate by accumulation steps, batch size per device, and devices."""
+    lr_scheduler: Schedule = setting("constant", fingerprint=True)
+    """How the learning rate goes over the run."""
+    lr_warmup_steps: int = setting(500, WHOLE)
+    """Updates during which the learning rate rises from 0; the constant schedule has none."""
+    lr_num_cycles: int = setting(1, COUNT)
+    """Hard restarts of cosine_with_restarts."""
+    adam_beta1: float = setting(0.9, DECAY, fingerprint=True)
+    """Decay of AdamW's first moment."""
+    adam_beta2: float = setting(0.999, DECAY, fingerprint=True)
+    """Decay of AdamW's second moment."""
+    adam_weight_decay: float = setting(0.0, NOT_NEGATIVE, fingerprint=True)
+    """Weight decay of the new rows. diffusers has 1e-2, which only shrinks them; 0 here."""
+    adam_epsilon: float = setting(1e-8, POSITIVE, fingerprint=True)
+    """AdamW's epsilon."""
+
+    # -- looking at it
+    validation_prompt: str | None = setting(None, TEXT)
+    """Prompt with the new word (or {} in its place) that is drawn every --validation_steps updates; read as infer.py
+    reads a prompt, with weights such as (word:1.3)."""
+    validation_negative_prompt: str | None = None
+    """What validation and overview pictures should not show."""
+    num_validation_images: int = setting(4, COUNT)
+    """Pictures per validation."""
+    validation_steps: int = setting(100, COUNT)
+    """Updates between two validations."""
+    validation_guidance_scale: float | None = setting(None, NOT_NEGATIVE)
+    """Classifier-free guidance of validation and overview pictures. Left out: 7.5 (embedded model: 3)."""
+    validation_inference_steps: int | None = setting(None, COUNT)
+    """Sampler steps of validation and overview pictures. Left out: 30 (embedded model: 25)."""
+    scheduler: SamplerName | None = None
+    """The sampler of validation, overview and measured pictures. Left out: the one that comes with the model; where
+    that is not implemented ddim (SDXL: euler)."""
+    overview_prompts: tuple[str, ...] | None = setting(None, SOME_TEXTS)
+    """Prompts, {} for the word, of the overview picture that the run ends with; read as infer.py reads a prompt."""
+    evaluate: bool = False
+    """Measure the word at the end, as `ti-jax evaluate` does: scores.json and a line on the screen."""
+    evaluation_clip: str | None = setting(None, TEXT, path="input")
+    """Folder of a CLIP model (hf download openai/clip-vit-large-patch14 --local-dir ...) to measure with. Left out: the
+    judge that comes with the model, if it has one, as the embedded model has."""
+    evaluation_images: int | None = setting(None, COUNT)
+    """Pictures of each prompt that the word is measured with. Left out: 64 with a CLIP model, as in the paper; 4 with a
+    judge."""
+    keep_best: Measure | None = None
+    """Measure the word every --evaluation_steps updates and end with the one that is best by this measure, not with the
+    last; clip_i and clip_t need --evaluation_clip."""
+    evaluation_steps: int = setting(50, COUNT)
+    """Updates between two measurements for --keep_best."""
+    report_to: Literal["tensorboard", "none"] = "tensorboard"
+    """Where curves go besides metrics.jsonl."""
+    logging_dir: str = setting("logs", TEXT, path="output")
+    """Folder of the TensorBoard logs, inside --output_dir unless absolute."""
+    logging_steps: int = setting(10, COUNT)
+    """Updates in one dispatch to the device, after which loss and speed are shown and logged."""
+
+    # -- keeping it
+    save_steps: int = setting(500, COUNT)
+    """Updates between two copies of the embedding, learned_embeds-steps-N.safetensors."""
+    checkpointing_steps: int = setting(500, COUNT)
+    """Updates between two checkpoints to resume from (a few kilobytes each)."""
+    checkpoints_total_limit: int | None = setting(None, COUNT)
+    """Keep only this many of the newest checkpoints. Left out: all."""
+    resume_from_checkpoint: str | None = setting(None, TEXT, path="output")
+    """"latest", or the path of a checkpoint folder: go on from there. On a CPU or a TPU the result is bit for bit
+    that of a run that was never interrupted; on a GPU sums differ in their last digits from run to run."""
+    push_to_hub: bool = False
+    """Upload the result to the Hugging Face Hub at the end."""
+    hub_model_id: str | None = setting(None, TEXT)
+    """Hub repository to push to. Left out: the name of --output_dir."""
+    hub_license: str | None = setting(None, TEXT)
+    """License of the word on the hub, as its model card names it, e.g. cc-by-4.0. Left out: none is named."""
+    hub_token: str | None = setting(None, TEXT, secret=True)
+    """Token for the hub: to push, and to download a gated model. Left out: HF_TOKEN, or the one that `hf auth login`
+    has stored."""
+
+
+@dataclass(frozen=True)
+class PlanConfig(TrainConfig):
+    """What will a training run need? Its step is compiled, here or for a TPU slice that need not be there, and its
+    memory, work and traffic between devices are read off. Takes the settings of train.py; nothing is trained."""
+
+    topology: str | None = setting(None, TEXT)
+    """TPU slice to compile for, e.g. v5e:2x4, with libtpu (pip install 'ti_jax[plan]'). Left out: this machine's
+    devices."""
+    largest_batch: bool = False
+    """Also look for the largest --train_batch_size that fits, with --gradient_checkpointing full where that is left
+    out; this compiles the step several times."""

@@ -50,7 +50,7 @@ def odd_folder(tmp_path):
 
 def test_everything_on_such_consoles_with_such_paths(tiny_sd, pictures, short_run, odd_folder, tmp_path):
     cp1252, ascii_only = CONSOLES.values()
-    model, concept = odd_folder / "model", odd_folder / f"{NO_UTF8} pictures"
+    model, concept = odd_folder / f"{NO_UTF8} model", odd_folder / f"{NO_UTF8} pictures"
     shutil.copytree(tiny_sd, model)
     shutil.copytree(pictures, concept)
     os.rename(concept / "0.png", concept / f"{NO_UTF8}.png")

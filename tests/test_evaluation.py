@@ -198,7 +198,7 @@ def test_keep_best_ends_with_the_best_state(judged_sd, pictures, tmp_path, monke
 
     monkeypatch.setattr(Evaluator, "scores", told)
     config = settings(judged_sd, pictures, tmp_path, keep_best="identity", evaluation_steps=2, save_steps=2)
-    result = ti_jax.train(config)
+    result = ti_jax.train(config, devices=jax.devices()[:1])
     folder = tmp_path / "out"
     assert result.embedding.metadata["steps"] == "4"
     best = ti_jax.Embedding.load(folder / "learned_embeds-steps-4.safetensors")
@@ -210,7 +210,7 @@ def test_keep_best_ends_with_the_best_state(judged_sd, pictures, tmp_path, monke
 
 
 def test_evaluate_reports_at_the_end_and_again_from_the_file(judged_sd, pictures, tmp_path, capsys):
-    ti_jax.train(settings(judged_sd, pictures, tmp_path, evaluate=True))
+    ti_jax.train(settings(judged_sd, pictures, tmp_path, evaluate=True), devices=jax.devices()[:1])
     written = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert set(written["by_attribute"]) == {"identity/top", "editability/bottom"}
     assert "editability" in capsys.readouterr().err

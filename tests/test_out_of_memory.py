@@ -61,10 +61,10 @@ def test_what_was_saved_before_stays(short_run, monkeypatch):
     monkeypatch.setattr(loop, "_act", act_and_run_out)
     config = replace(short_run, checkpointing_steps=3, save_steps=3)
     with pytest.raises(InputError, match="out of memory"):
-        ti_jax.train(config)
+        ti_jax.train(config, devices=jax.devices()[:1])
     monkeypatch.undo()
     assert (Path(config.output_dir) / "learned_embeds-steps-6.safetensors").exists()
-    again = ti_jax.train(replace(config, resume_from_checkpoint="latest"))
+    again = ti_jax.train(replace(config, resume_from_checkpoint="latest"), devices=jax.devices()[:1])
     assert len(again.losses) == 6
 
 

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -60,7 +61,7 @@ def test_a_model_of_any_scheduler_trains_and_draws(name, short_run, with_schedul
         short_run, pretrained_model_name_or_path=model, max_train_steps=2, validation_prompt="a drawing of {}",
         validation_steps=1, num_validation_images=1, save_steps=2, checkpointing_steps=2,
     )  # fmt: skip
-    result = ti_jax.train(config)
+    result = ti_jax.train(config, devices=jax.devices()[:1])
     assert np.isfinite(result.losses).all()
     err = capsys.readouterr().err
     assert err.count("drawing with ddim") == 1, "told once"
@@ -89,7 +90,7 @@ def test_train_draws_with_the_scheduler_that_it_is_given(short_run, with_schedul
     config = replace(
         short_run, pretrained_model_name_or_path=with_scheduler("unipc"), max_train_steps=1, scheduler="euler"
     )
-    result = ti_jax.train(config)
+    result = ti_jax.train(config, devices=jax.devices()[:1])
     assert "drawing with" not in capsys.readouterr().err
     with Image.open(result.output_dir / "samples" / "overview-00.png") as image:
         assert "Sampler: Euler," in image.info["parameters"]
@@ -177,7 +178,7 @@ def test_pictures_of_a_run_are_those_of_infer(short_run, capsys, tmp_path):
         short_run, max_train_steps=1, validation_prompt=validation, validation_steps=1, overview_prompts=overview,
         validation_negative_prompt="a (person:1.2)", validation_guidance_scale=3.0, seed=5, scheduler="dpm++",
     )  # fmt: skip
-    out = ti_jax.train(config).output_dir
+    out = ti_jax.train(config, devices=jax.devices()[:1]).output_dir
 
     def drawn(prompt):
         path = tmp_path / "drawn.png"

@@ -1,7 +1,7 @@
-"""CLIP's text encoder (Radford et al. 2021, arXiv 2103.00020), with trained rows spliced in behind its token table.
+"""CLIP's text encoder (Radford et al. 2021, arXiv 2103.00020), with trained rows after its frozen token table.
 
-Held to transformers' ``CLIPTextModel`` and ``CLIPTextModelWithProjection`` on PyTorch. Stable Diffusion gives it no
-padding mask: attention is causal and nothing else.
+Held to transformers' ``CLIPTextModel`` and ``CLIPTextModelWithProjection`` on PyTorch. Stable Diffusion uses no
+padding mask, only the causal mask.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ti_jax.models.layers import Dense
 
 ARCHITECTURES = ("CLIPTextModel", "CLIPTextModelWithProjection")
 
-# From before transformers 4.31; the id was never the tokenizer's, and transformers keeps to the largest id instead.
+# Default before transformers 4.31. It was never the tokenizer's id; transformers uses the largest id instead.
 HISTORIC_EOS_TOKEN_ID = 2
 
 
@@ -48,7 +48,7 @@ class CLIPTextConfig(CLIPOptions):
         """From the contents of a text encoder's ``config.json``.
 
         Raises:
-          InputError: an option or value that is not implemented, or sizes that are none; names option and value.
+          InputError: an option or value that is not implemented, or invalid sizes; names option and value.
         """
         model_type = config.get("model_type", "clip_text_model")
         if model_type != "clip_text_model":
@@ -73,18 +73,18 @@ class CLIPTextConfig(CLIPOptions):
 
 
 class CLIPTextOutput(NamedTuple):
-    """What the encoder makes of token ids [B, L]; P is the projection's width, or D without one."""
+    """Output of the encoder for token ids [B, L]; P is the projection's width, or D without one."""
 
     last_hidden_state: jax.Array  # [B, L, D], after the final layer norm
-    penultimate_hidden_state: jax.Array  # [B, L, D], what the last layer was given, without the final layer norm
+    penultimate_hidden_state: jax.Array  # [B, L, D], input of the last layer, without the final layer norm
     pooled: jax.Array  # [B, P], last_hidden_state at the first end-of-text token, projected if the model projects
 
 
 def eos_positions(input_ids: jax.Array, config: CLIPTextConfig) -> jax.Array:
-    """Position [B] of the first end-of-text token in ids [B, L]; 0 where there is none.
+    """Position [B] of the first end-of-text token in ids [B, L]; 0 if there is none.
 
-    With the historic ``eos_token_id`` 2 it is the first position of the largest id, as in transformers, but of the ids
-    within the table: those of new words lie beyond it, above the end-of-text token's, and must not be taken for it.
+    With the historic ``eos_token_id`` 2 it is the first position of the largest id, as in transformers, but only among
+    ids of the frozen table: the ids of new words are larger than the end-of-text token's.
     """
     if config.eos_token_id == HISTORIC_EOS_TOKEN_ID:
         return jnp.argmax(jnp.where(input_ids < config.vocab_size, input_ids, -1), axis=-1)
@@ -96,7 +96,7 @@ class CLIPTextModel(nn.Module):
 
     Attributes:
       config: sizes and options.
-      dtype: of activations; layer norms and softmax are float32 inside whatever it is.
+      dtype: of activations; layer norms and softmax are always float32 inside.
     """
 
     config: CLIPTextConfig
@@ -108,7 +108,7 @@ class CLIPTextModel(nn.Module):
 
         Args:
           input_ids: int32 [B, L], L at most ``max_position_embeddings``. Id ``vocab_size + r`` is row r of `rows`.
-          rows: float32 [n, D], or None if there are no new words. An id behind the last row encodes as NaN.
+          rows: float32 [n, D], or None if there are no new words. Ids >= ``vocab_size + n`` encode as NaN.
         """
         hidden = CLIPTextEmbeddings(self.config, self.dtype, name="embeddings")(input_ids, rows)
         penultimate, hidden = CLIPEncoder(self.config, self.dtype, causal=True, name="encoder")(hidden)
@@ -120,7 +120,7 @@ class CLIPTextModel(nn.Module):
 
 
 class CLIPTextEmbeddings(nn.Module):
-    """Ids [B, L] -> table row, or trained row, plus position: [B, L, D]."""
+    """Token embeddings, from the frozen table or the trained rows, plus position embeddings: [B, L] -> [B, L, D]."""
 
     config: CLIPTextConfig
     dtype: Any
@@ -132,8 +132,8 @@ class CLIPTextEmbeddings(nn.Module):
         length = input_ids.shape[1]
         if length > config.max_position_embeddings:
             raise ValueError(f"{length} tokens, but the encoder has {config.max_position_embeddings} positions")
-        # Looked up and added in float32 and rounded once: of a trained row's small changes bfloat16 would lose most.
-        # (The tables stay in their own dtype: converted before the lookup they would be converted whole.)
+        # Look up and add in float32 and round once: bfloat16 would lose most of a trained row's small updates.
+        # (Cast after the lookup, not before, which would cast the whole tables.)
         tokens = nn.Embed(config.vocab_size, config.hidden_size, name="token_embedding")
         positions = nn.Embed(config.max_position_embeddings, config.hidden_size, name="position_embedding")
         if rows is None or rows.shape[0] == 0:

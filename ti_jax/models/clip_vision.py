@@ -1,4 +1,4 @@
-"""CLIP's vision tower, and the two towers as one model that compares pictures with texts (arXiv 2103.00020).
+"""CLIP's vision tower, and both towers as one model that compares pictures with texts (arXiv 2103.00020).
 
 Held to transformers' ``CLIPModel`` on PyTorch; attribute names are theirs. Pictures are [B, S, S, 3].
 """
@@ -40,7 +40,7 @@ class CLIPVisionConfig(CLIPOptions):
         """From the ``vision_config`` of a CLIP model's ``config.json``.
 
         Raises:
-          InputError: an option or value that is not implemented, or sizes that are none; names option and value.
+          InputError: an option or value that is not implemented, or invalid sizes; names option and value.
         """
         return cls.read(config)
 
@@ -55,7 +55,7 @@ class CLIPVisionConfig(CLIPOptions):
 
 
 class CLIPVisionTransformer(nn.Module):
-    """Pictures, normalised, [B, S, S, 3] -> the state of the class token after the last layer norm [B, D]."""
+    """Normalised pictures [B, S, S, 3] -> the class token's state after the final layer norm, [B, D]."""
 
     config: CLIPVisionConfig
     dtype: Any = jnp.float32
@@ -64,20 +64,20 @@ class CLIPVisionTransformer(nn.Module):
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """Encode pictures of the config's ``image_size``."""
         hidden = CLIPVisionEmbeddings(self.config, self.dtype, name="embeddings")(pixels)
-        hidden = layer_norm(self.config, self.dtype, "pre_layrnorm")(hidden)  # their spelling
+        hidden = layer_norm(self.config, self.dtype, "pre_layrnorm")(hidden)  # [sic]
         _, hidden = CLIPEncoder(self.config, self.dtype, causal=False, name="encoder")(hidden)
         return layer_norm(self.config, self.dtype, "post_layernorm")(hidden[:, 0])
 
 
 class CLIPVisionEmbeddings(nn.Module):
-    """A class token and one token for each patch, each with its position: [B, S, S, 3] -> [B, 1 + patches, D]."""
+    """Class token and patch tokens plus position embeddings: [B, S, S, 3] -> [B, 1 + patches, D]."""
 
     config: CLIPVisionConfig
     dtype: Any
 
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """Cut into patches and project."""
+        """Embed the patches."""
         config = self.config
         side = config.image_size
         if pixels.shape[1:] != (side, side, 3):
@@ -100,7 +100,7 @@ class CLIPVisionEmbeddings(nn.Module):
 
 
 class CLIPModel(nn.Module):
-    """Both towers with their projections into one space.
+    """Both towers with their projections into a common space.
 
     Attributes:
       text_config: of the text encoder, which does not project by itself.
@@ -113,22 +113,22 @@ class CLIPModel(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self) -> None:
-        """Name the parts."""
+        """Create the submodules."""
         self.text_model = CLIPTextModel(self.text_config, self.dtype)
         self.vision_model = CLIPVisionTransformer(self.vision_config, self.dtype)
         self.text_projection = nn.Dense(self.projection_dim, use_bias=False, dtype=self.dtype)
         self.visual_projection = nn.Dense(self.projection_dim, use_bias=False, dtype=self.dtype)
 
     def image_features(self, pixels: jax.Array) -> jax.Array:
-        """Normalised pictures [B, S, S, 3] -> [B, projection_dim], of length 1."""
+        """Normalised pictures [B, S, S, 3] -> unit vectors [B, projection_dim]."""
         return _unit(self.visual_projection(self.vision_model(pixels)))
 
     def text_features(self, input_ids: jax.Array) -> jax.Array:
-        """Token ids int32 [B, L] -> [B, projection_dim], of length 1."""
+        """Token ids int32 [B, L] -> unit vectors [B, projection_dim]."""
         return _unit(self.text_projection(self.text_model(input_ids).pooled))
 
     def __call__(self, pixels: jax.Array, input_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Both, for initialisation."""
+        """Both, to initialise all parameters."""
         return self.image_features(pixels), self.text_features(input_ids)
 
 

@@ -1,4 +1,4 @@
-"""A component's ``config.json``: read into a dataclass whose fields are the options that are implemented."""
+"""Read a component's ``config.json`` into a dataclass whose fields are the implemented options."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ti_jax.errors import InputError
 
 SILU = ("silu", "swish")  # two names of one function
 
-# Of no bearing on what a network computes: what diffusers writes into every config.
+# Entries in every diffusers config that do not change what a network computes.
 DIFFUSERS_METADATA = frozenset(
     {"_class_name", "_diffusers_version", "_name_or_path", "_use_default_values", "_commit_hash"}
 )
@@ -18,13 +18,13 @@ DIFFUSERS_METADATA = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Base of the configurations: fields under their names in ``config.json``, lists as tuples.
+    """Base class of configurations: fields are named as in ``config.json``, lists become tuples.
 
     Attributes:
-      FILE: how errors name the file.
-      METADATA: options of no bearing on what the network computes.
-      NEUTRAL: of options that are not implemented, the values at which they change nothing. None and False do so for
-        every one.
+      FILE: name of the file in errors.
+      METADATA: options that do not change what the network computes.
+      NEUTRAL: for options that are not implemented, values with no effect. None and False have no effect for any of
+        them.
     """
 
     FILE: ClassVar[str]
@@ -33,11 +33,10 @@ class Options:
 
     @classmethod
     def read(cls, config: Mapping[str, Any], **others: Any) -> Self:
-        """From the contents of a ``config.json``; ``others`` are fields that are no options of it.
+        """From the contents of a ``config.json``; ``others`` are fields that are not read from it.
 
         Raises:
-          InputError: an option or value that is not implemented, or sizes that do not go together; names option and
-            value.
+          InputError: an option or value that is not implemented, or inconsistent sizes; names option and value.
         """
         options = {field.name for field in dataclasses.fields(cls)} - set(others)
         for option, value in config.items():
@@ -49,7 +48,7 @@ class Options:
         return parsed
 
     def check(self) -> None:
-        """Raise InputError unless the options are such as are implemented, and go together."""
+        """Raise InputError unless all values are implemented and consistent."""
         raise NotImplementedError
 
     def refuse(self, option: str, expected: str) -> NoReturn:

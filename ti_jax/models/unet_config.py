@@ -17,15 +17,15 @@ UP_BLOCK_TYPES = ("CrossAttnUpBlock2D", "UpBlock2D")
 
 @dataclass(frozen=True)
 class Level:
-    """One resolution of the UNet: what a down or up block, or the mid block, is built of.
+    """Sizes of one resolution level of the UNet: of a down, mid or up block.
 
     Attributes:
       channels: of the block's output.
       heads: of its attention layers.
-      depths: number of transformer blocks behind each residual block; empty if the block does not attend to the text.
+      depths: number of transformer blocks after each residual block; empty if the block has no cross-attention.
       num_resnets: number of residual blocks.
       only_cross_attention: the transformer blocks have no self-attention.
-      resample: a down or up sampler follows.
+      resample: a down- or upsampler follows.
     """
 
     channels: int
@@ -38,11 +38,11 @@ class Level:
 
 @dataclass(frozen=True)
 class UNetConfig(Options):
-    """Sizes and options; defaults are diffusers'. A single number where a tuple is possible holds for every level."""
+    """Sizes and options; defaults are diffusers'. A single number instead of a tuple is for every level."""
 
     FILE = "unet config.json"
-    # The number of heads is that of an ``addition_embed_type`` "text", which is refused itself. Both values of
-    # ``upcast_attention`` are met: attention scores are float32 always.
+    # The number of heads belongs to ``addition_embed_type`` "text", which is refused. Both values of
+    # ``upcast_attention`` are fine: attention scores are always float32.
     METADATA = DIFFUSERS_METADATA | {"addition_embed_type_num_heads", "upcast_attention"}
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "attention_type": ("default",),
@@ -74,7 +74,7 @@ class UNetConfig(Options):
     transformer_layers_per_block: int | tuple[int | tuple[int, ...], ...] = 1
     reverse_transformer_layers_per_block: tuple[int | tuple[int, ...], ...] | None = None
     attention_head_dim: int | tuple[int, ...] = 8
-    """The *number* of heads, a misnomer that diffusers keeps for the sake of published files."""
+    """The *number* of heads, despite its name, which diffusers keeps for published files."""
     num_attention_heads: int | tuple[int, ...] | None = None
     use_linear_projection: bool = False
     addition_embed_type: str | None = None
@@ -86,24 +86,23 @@ class UNetConfig(Options):
         """From the contents of a UNet's ``config.json``.
 
         Raises:
-          InputError: an option or value that is not implemented, or sizes that do not go together; names option and
-            value.
+          InputError: an option or value that is not implemented, or inconsistent sizes; names option and value.
         """
         class_name = config.get("_class_name", "UNet2DConditionModel")
         if class_name != "UNet2DConditionModel":
             raise InputError(f"unet config.json: _class_name {class_name!r}; only UNet2DConditionModel is implemented")
-        # Files that give these for each level or side give the same for all.
+        # Files with these as a list have the same value for every level or side.
         same = {name: _if_all_equal(config[name]) for name in ("sample_size", "cross_attention_dim") if name in config}
         return cls.read({**config, **same})
 
     @property
     def time_embed_dim(self) -> int:
-        """Length of the time embedding."""
+        """Width of the time embedding."""
         return 4 * self.block_out_channels[0]
 
     @property
     def down_levels(self) -> tuple[Level, ...]:
-        """One for each down block."""
+        """Levels of the down blocks, in order."""
         depths = self._per_level("transformer_layers_per_block")
         last = len(self.block_out_channels) - 1
         return tuple(
@@ -115,16 +114,16 @@ class UNetConfig(Options):
 
     @property
     def mid_level(self) -> Level:
-        """The mid block: two residual blocks and a transformer between, or one residual block alone."""
+        """The mid block: two residual blocks with a transformer in between, or a single residual block."""
         depth = self._per_level("transformer_layers_per_block")[-1]
         attends = self.mid_block_type == "UNetMidBlock2DCrossAttn"
         level = self._level(-1, attends, depth, 1)
-        # The mid block takes no notice of only_cross_attention.
+        # The mid block ignores only_cross_attention.
         return dataclasses.replace(level, num_resnets=2 if attends else 1, only_cross_attention=False)
 
     @property
     def up_levels(self) -> tuple[Level, ...]:
-        """One for each up block, which runs over the levels in reverse."""
+        """Levels of the up blocks, in order; they go over the resolutions in reverse."""
         if self.reverse_transformer_layers_per_block is None:
             depths = self._per_level("transformer_layers_per_block")[::-1]
         else:
@@ -191,7 +190,7 @@ class UNetConfig(Options):
             value = getattr(self, option)
             if value is None and option in ("num_attention_heads", "reverse_transformer_layers_per_block"):
                 continue
-            # A level that does not attend may well say that it has 0 transformer blocks.
+            # A level without cross-attention may have 0 transformer blocks.
             least = 0 if option.endswith("transformer_layers_per_block") else 1
             if not all(is_positive(number, least) for number in _flatten(value)):
                 self.refuse(option, "expected positive integers")

@@ -25,13 +25,13 @@ NORM_EPSILON = 1e-6
 class VAEConfig(Options):
     """Sizes and options; defaults are diffusers'.
 
-    Latents that a UNet sees are ``(latents - shift_factor) * scaling_factor``; this is the caller's to do. Weights
-    whose config says ``force_upcast`` overflow in float16, not in bfloat16 or float32. ``sample_size``, the side in
-    pixels of the pictures that it was trained on, says how large the tiles of `tile_latent_size` are.
+    The UNet's latents are ``(latents - shift_factor) * scaling_factor``, which the caller computes. Weights whose
+    config has ``force_upcast`` overflow in float16, not in bfloat16 or float32. ``sample_size``, the side in pixels of its
+    training pictures, determines the tile size (`tile_latent_size`).
     """
 
     FILE = "vae config.json"
-    METADATA = DIFFUSERS_METADATA | {"force_upcast"}  # advice on float16
+    METADATA = DIFFUSERS_METADATA | {"force_upcast"}  # only matters in float16
 
     in_channels: int = 3
     out_channels: int = 3
@@ -51,9 +51,9 @@ class VAEConfig(Options):
 
     @property
     def tile_latent_size(self) -> int:
-        """Side in latents of the tiles that a picture is decoded in, ``tile_latent_min_size`` in diffusers.
+        """Side of a tile in latents for tiled decoding, ``tile_latent_min_size`` in diffusers.
 
-        At least 4, below which a tile has no quarter to share with the next.
+        At least 4, so that a tile can share a quarter with the next one.
         """
         side = self.sample_size[0] if isinstance(self.sample_size, tuple) else self.sample_size
         return max(4, side // 2 ** (len(self.block_out_channels) - 1))
@@ -63,8 +63,7 @@ class VAEConfig(Options):
         """From the contents of an autoencoder's ``config.json``.
 
         Raises:
-          InputError: an option or value that is not implemented, or sizes that do not go together; names option and
-            value.
+          InputError: an option or value that is not implemented, or inconsistent sizes; names option and value.
         """
         class_name = config.get("_class_name", "AutoencoderKL")
         if class_name != "AutoencoderKL":
@@ -99,14 +98,14 @@ class AutoencoderKL(nn.Module):
 
     Attributes:
       config: sizes and options.
-      dtype: of activations; norms and softmax are float32 inside whatever it is.
+      dtype: of activations; norms and softmax are always float32 inside.
     """
 
     config: VAEConfig
     dtype: Any = jnp.float32
 
     def setup(self) -> None:
-        """Name the parts."""
+        """Create the submodules."""
         config = self.config
         self.encoder = Encoder(config, self.dtype)
         self.decoder = Decoder(config, self.dtype)
@@ -134,7 +133,7 @@ class AutoencoderKL(nn.Module):
         return self.decoder(latents)
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """Encode, and decode the mean: both halves' parameters, for initialisation."""
+        """Encode, then decode the mean: initialises the parameters of both halves."""
         return self.decode(jnp.split(self.encode(pixels), 2, axis=-1)[0])
 
 
@@ -177,7 +176,7 @@ class Decoder(nn.Module):
 
 
 class DownEncoderBlock2D(nn.Module):
-    """Residual blocks, then perhaps half the size: [B, H, W, C] -> [B, H / 2, W / 2, channels]."""
+    """Residual blocks, then optionally a downsampler: [B, H, W, C] -> [B, H / 2, W / 2, channels]."""
 
     config: VAEConfig
     channels: int
@@ -193,7 +192,7 @@ class DownEncoderBlock2D(nn.Module):
 
 
 class UpDecoderBlock2D(nn.Module):
-    """Residual blocks, then perhaps twice the size: [B, H, W, C] -> [B, 2 H, 2 W, channels]."""
+    """Residual blocks, then optionally an upsampler: [B, H, W, C] -> [B, 2 H, 2 W, channels]."""
 
     config: VAEConfig
     channels: int
@@ -210,7 +209,7 @@ class UpDecoderBlock2D(nn.Module):
 
 
 class MidBlock2D(nn.Module):
-    """Two residual blocks, between them perhaps attention over all pixels: [B, h, w, C] -> [B, h, w, C]."""
+    """Two residual blocks, optionally with attention in between: [B, h, w, C] -> [B, h, w, C]."""
 
     config: VAEConfig
     dtype: Any
@@ -226,7 +225,7 @@ class MidBlock2D(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Group norm and attention of one head over all pixels, beside a shortcut: [B, h, w, C] -> [B, h, w, C]."""
+    """Group norm and single-head attention over all pixels, plus a shortcut: [B, h, w, C] -> [B, h, w, C]."""
 
     num_groups: int
     dtype: Any

@@ -38,7 +38,7 @@ def load(folder):
 def test_as_transformers_loads_it(cut, caplog):
     module, params = load(cut)
     assert [record.getMessage() for record in caplog.records] == [
-        "text_encoder: 1 layers of its weights are left away, as num_hidden_layers in its config.json is 2 (clip skip)"
+        "text_encoder: 1 layers of its weights are not used, as num_hidden_layers in its config.json is 2 (clip skip)"
     ]
     ids = np.array([[3, 5, 7, 39, 39, 39, 39, 39]], np.int32)
     theirs = transformers.CLIPTextModel.from_pretrained(cut / "text_encoder").eval()

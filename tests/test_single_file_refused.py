@@ -98,7 +98,7 @@ OTHER_FILES = {
     "component": (lambda: {"down_blocks.0.resnets.0.conv1.weight": ONE}, "one component in diffusers' layout"),
     "VAE": (lambda: {"encoder.down.0.block.0.conv1.weight": ONE}, "a VAE alone"),
     "UNet": (lambda: {"input_blocks.0.0.weight": ONE}, "a UNet alone"),
-    "word": (lambda: {"emb_params": ONE}, "a learned word and not a model"),
+    "word": (lambda: {"emb_params": ONE}, "a learned word, not a model"),
     "something": (lambda: {"a": ONE}, "no Stable Diffusion checkpoint; ti_jax reads"),
     "nothing": (dict, "holds no tensors"),
 }
@@ -164,7 +164,7 @@ def test_given_twice(tmp_path):
         ("sd2", "cond_stage_model.model.token_embedding.weight", torch.ones(300, 0), "has the shape [300, 0]"),
         ("sd2", "cond_stage_model.model.token_embedding.weight", torch.ones(300, 40), "num_attention_heads is 0"),
         ("sd2", "cond_stage_model.model.token_embedding.weight", torch.ones(300, 64), "text of width 128 where the"),
-        ("sdxl", f"{UNET}label_emb.0.0.weight", torch.ones(128, 81), "its UNet takes 81 numbers beside the text"),
+        ("sdxl", f"{UNET}label_emb.0.0.weight", torch.ones(128, 81), "81 numbers in addition to the text"),
     ],
 )
 def test_sizes_that_are_none(tmp_path, family, name, tensor, said):

@@ -250,7 +250,7 @@ def make_sampler(
     if name == "ddim" and prediction_type == "epsilon" and not coefficients["signal"].all():
         raise InputError(
             "scheduler_config.json: rescale_betas_zero_snr with prediction_type 'epsilon' starts ddim from a timestep "
-            "without signal, where noise says nothing of the picture; choose another --scheduler"
+            "without signal, where noise has no information about the picture; choose another --scheduler"
         )
     clips = name == "ddim" and config.get("clip_sample", config.get("_class_name", "DDIMScheduler") in _CLIPS_UNASKED)
     return Sampler(

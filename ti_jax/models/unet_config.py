@@ -220,7 +220,7 @@ class UNetConfig(Options):
                 self.refuse(option, f"expected {levels} entries, as many as block_out_channels has")
         nested = any(isinstance(depth, tuple) for depth in self._per_level("transformer_layers_per_block"))
         if nested and self.reverse_transformer_layers_per_block is None:
-            self.refuse("transformer_layers_per_block", "needs reverse_transformer_layers_per_block beside it")
+            self.refuse("transformer_layers_per_block", "needs reverse_transformer_layers_per_block, too")
         reverse = self.reverse_transformer_layers_per_block
         if reverse is not None and not isinstance(reverse, tuple):
             self.refuse("reverse_transformer_layers_per_block", "expected a list")

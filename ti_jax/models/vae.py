@@ -26,8 +26,8 @@ class VAEConfig(Options):
     """Sizes and options; defaults are diffusers'.
 
     The UNet's latents are ``(latents - shift_factor) * scaling_factor``, which the caller computes. Weights whose
-    config has ``force_upcast`` overflow in float16, not in bfloat16 or float32. ``sample_size``, the side in pixels of its
-    training pictures, determines the tile size (`tile_latent_size`).
+    config has ``force_upcast`` overflow in float16, not in bfloat16 or float32. ``sample_size``, the side in pixels of
+    its training pictures, determines the tile size (`tile_latent_size`).
     """
 
     FILE = "vae config.json"

@@ -60,7 +60,7 @@ def initializer_ids(tokenizer: CLIPTokenizer, initializer: str) -> list[int]:
             )
         ids += pieces
     if not ids:
-        raise InputError("the initializer is empty; give a word that the model knows and that comes near the concept")
+        raise InputError("the initializer is empty; give a known word close to the concept")
     return ids
 
 

@@ -119,7 +119,7 @@ _OTHER_KINDS: tuple[tuple[tuple[str, ...], Literal["start", "anywhere"], str], .
     (
         ("lora_", "lycoris_", ".hada_w", ".lokr_w", ".oft_blocks"),
         "anywhere",
-        "a LoRA, which changes a model and is none; give the model",
+        "a LoRA, which modifies a model; give the model itself",
     ),
     (("control_model.", "controlnet_cond_embedding."), "start", "a ControlNet, which ti_jax does not read"),
     (("joint_blocks.", f"{UNET}joint_blocks."), "start", "a Stable Diffusion 3 model, which ti_jax does not read"),
@@ -134,7 +134,7 @@ _OTHER_KINDS: tuple[tuple[tuple[str, ...], Literal["start", "anywhere"], str], .
     (
         ("emb_params", "emp_params", "string_to_param", "clip_l", "clip_g"),
         "start",
-        "a learned word and not a model; it goes where embeddings are asked for",
+        "a learned word, not a model; pass it as an embedding",
     ),
 )
 

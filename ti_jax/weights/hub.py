@@ -58,7 +58,7 @@ def resolve(
         if not (folder / MODEL_INDEX).is_file():
             raise InputError(
                 f"{path_or_hub_id}: a folder without {MODEL_INDEX}, so not a diffusers model; give the one that has it "
-                "(or the file, if a single checkpoint lies in there)"
+                "(or the file, for a single-file checkpoint)"
             )
         pipeline_components(read_component_config(folder, None), folder)
         return folder

@@ -75,7 +75,7 @@ def unet_config(shapes: Shapes, family: Family, prediction_type: str) -> dict[st
         heads = [max(1, width // family.head_channels) for width in channels]
     first = next((name for name in shapes if name.startswith(UNET) and name.endswith(".attn2.to_k.weight")), None)
     if first is None:
-        raise InputError("its UNet does not attend to a text")
+        raise InputError("its UNet has no cross-attention to text")
     proj_in = f"{first.partition('.transformer_blocks.')[0]}.proj_in.weight"
     mid_depth = _count(shapes, f"{UNET}middle_block.1.transformer_blocks.{{}}.norm1.weight")
     down_types = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths]
@@ -99,7 +99,7 @@ def unet_config(shapes: Shapes, family: Family, prediction_type: str) -> dict[st
         per_number, rest = divmod(width - pooled, NUM_TIME_IDS)
         if rest or per_number < 1:
             raise InputError(
-                f"its UNet takes {width} numbers beside the text; expected {pooled} of the pooled text and "
+                f"its UNet takes {width} numbers in addition to the text; expected {pooled} of the pooled text and "
                 f"{NUM_TIME_IDS} times as many for the picture's sizes"
             )
         config |= {

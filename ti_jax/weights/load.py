@@ -163,7 +163,7 @@ def surplus_layers(
     whole = {number: layer for number, layer in layers.items() if sorted(layer.values()) == sorted(first.items())}
     if whole:
         logger.warning(
-            "%s: %d layers of its weights are left away, as num_hidden_layers in its config.json is %d (clip skip)",
+            "%s: %d layers of its weights are not used, as num_hidden_layers in its config.json is %d (clip skip)",
             component, len(whole), count,
         )  # fmt: skip
     return {name for layer in whole.values() for name in layer}

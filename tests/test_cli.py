@@ -309,7 +309,11 @@ def test_help_into_a_closed_pipe_is_quiet():
         ("infer.py", "infer.py: error: --prompt is missing: say what to draw"),
         (
             "infer.py --prompt a --height 63",
-            "infer.py: error: --height 63: must be 8 or more pixels and divisible by 8",
+            "infer.py: error: --height 63: must be from 8 to 8192 pixels and divisible by 8",
+        ),
+        (
+            "infer.py --prompt a --height 1000000",
+            "infer.py: error: --height 1000000: must be from 8 to 8192 pixels and divisible by 8",
         ),
         ("infer.py --prompt a --output a.jpg", "infer.py: error: --output 'a.jpg': must be the path of a .png file"),
         ("infer.py --prompt a --scheduler pndm", "infer.py: error: --scheduler pndm: must be one of ddim, euler, "),
@@ -337,7 +341,7 @@ def check_refusal(stdout, stderr, message):
     [
         ("-m ti_jax trian", "ti-jax: error: unknown command 'trian'; did you mean train?"),
         ("train.py --num_vectors 0", "train.py: error: --num_vectors 0: must be 1 or more"),
-        ("infer.py --prompt a --height 63", "infer.py: error: --height 63: must be 8 or more pixels and divisible by"),
+        ("infer.py --prompt a --height 63", "infer.py: error: --height 63: must be from 8 to 8192 pixels and "),
     ],
 )
 def test_scripts_end_in_one_line_and_status_2(command, message):

@@ -11,11 +11,13 @@ from ti_jax.words import is_word
 COUNT = Rule("1 or more", lambda value: value >= 1, good=(1,), bad=(0, -1))
 WHOLE = Rule("0 or more", lambda value: value >= 0, good=(0,), bad=(-1,))
 SEED = Rule("from 0 to 4294967295", lambda value: 0 <= value < 2**32, good=(0, 2**32 - 1), bad=(-1, 2**32))
+# The largest square already has 67 million pixels. Beyond it is a slip of the keyboard, which would run for days or until
+# XLA aborts.
 SIDE = Rule(
-    "8 or more pixels and divisible by 8",
-    lambda value: value >= 8 and value % 8 == 0,
-    good=(8, 520),
-    bad=(0, -8, 4, 60, 513),
+    "from 8 to 8192 pixels and divisible by 8",
+    lambda value: 8 <= value <= 8192 and value % 8 == 0,
+    good=(8, 520, 8192),
+    bad=(0, -8, 4, 60, 513, 8200, 1_000_000),
 )
 POSITIVE = Rule(
     "above 0 and finite",

@@ -11,7 +11,7 @@ from ti_jax.words import is_word
 COUNT = Rule("1 or more", lambda value: value >= 1, good=(1,), bad=(0, -1))
 WHOLE = Rule("0 or more", lambda value: value >= 0, good=(0,), bad=(-1,))
 SEED = Rule("from 0 to 4294967295", lambda value: 0 <= value < 2**32, good=(0, 2**32 - 1), bad=(-1, 2**32))
-# The largest square has 67 million pixels. More is a slip of the keyboard, which would run for days or until XLA aborts.
+# The largest square has 67 million pixels. More is a slip of the keyboard: it would run for days, or until XLA aborts.
 SIDE = Rule(
     "from 8 to 8192 pixels and divisible by 8",
     lambda value: 8 <= value <= 8192 and value % 8 == 0,

@@ -284,7 +284,7 @@ def test_help_into_a_closed_pipe_is_quiet():
         ("-m ti_jax train --sed 1", "ti-jax: error: unknown flag --sed; did you mean --seed?"),
         (
             "-m ti_jax verify",
-            "ti-jax: error: the embedding file is missing: ti-jax verify FILE, with its flags behind it",
+            "ti-jax: error: the embedding file is missing: ti-jax verify FILE, with the flags after it",
         ),
         (
             "-m ti_jax verify x.safetensors --seed 1",
@@ -296,7 +296,10 @@ def test_help_into_a_closed_pipe_is_quiet():
             "train.py: error: --gradient_checkpointing half: must be one of none, policy or full",
         ),
         ("train.py --num_vectors 0", "train.py: error: --num_vectors 0: must be 1 or more"),
-        ("train.py --local_rank 3", "train.py: error: --local_rank has no counterpart here (JAX finds the devices by "),
+        (
+            "train.py --local_rank 3",
+            "train.py: error: --local_rank has no counterpart here (JAX detects the devices by ",
+        ),
         (
             "train.py --pretrained_model_name_or_path a/b",
             "train.py: error: --train_data_dir and --placeholder_token and ",

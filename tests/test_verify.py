@@ -153,7 +153,7 @@ def test_single_file_models_are_not_for_diffusers(tmp_path):
     word(1).save(tmp_path / "a.safetensors", format="diffusers")
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(
-        InputError, match=r"model\.safetensors: a single file, of which diffusers asks the hub"
+        InputError, match=r"model\.safetensors: a single file, for which diffusers would download"
     ) as error:
         verify(tmp_path / "a.safetensors", tmp_path / "model.safetensors")
     assert "\n" not in str(error.value)

@@ -1,6 +1,6 @@
-"""``ti-jax embedding convert|inspect|merge|prune``: learned words as files, from one into another.
+"""``ti-jax embedding convert|inspect|merge|prune``: tools for files of learned words.
 
-What takes long to import is imported inside the commands, once the command line is known to be right.
+Modules that are slow to import are imported inside the commands, after the command line has been checked.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ examples:
   {prog} learned_embeds.safetensors cat-toy.pt
       from diffusers' format to AUTOMATIC1111's
   {prog} cat-card.png cat.safetensors --token "<cat-toy>"
-      out of an AUTOMATIC1111 image card, under a word of your own
+      from an AUTOMATIC1111 image card, under another name
   {prog} learned_embeds.safetensors cat.safetensors --format comfyui
-      an SDXL word's two files into the one file with clip_l and clip_g
+      an SDXL word's two files into one file with clip_l and clip_g
 """
 
 INSPECT_EXAMPLES = """\
@@ -45,70 +45,70 @@ examples:
   {prog} cat.pt dog.pt catdog.safetensors --token "<catdog>"
       the mean of the two
   {prog} cat.pt dog.pt mostly-cat.safetensors --token "<catdog>" --method slerp --weights 3 1
-      a quarter of the way from cat to dog
+      a quarter of the arc from cat to dog
   {prog} cat.pt watercolour.pt both.safetensors --token "<both>" --method concat
 """
 
 PRUNE_EXAMPLES = """\
 examples:
   {prog} cat.safetensors cat-2.safetensors --keep 2 --pretrained_model_name_or_path ./my-sd
-      keeps the two vectors that matter most to that model's text encoder
+      keep the two vectors that matter most to that model's text encoder
   {prog} cat.safetensors cat-short.safetensors --drop 0 3 --pretrained_model_name_or_path ./my-sd
 """
 
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """Read the learned word in FILE, of any known format, and write it to OUT in another."""
+    """Read the learned word in FILE, of any known format, and write it to OUT in another format."""
 
     format: FormatName | None = None
     """Format of OUT: diffusers (.safetensors, .bin), comfyui (.safetensors with emb_params, or clip_l and clip_g),
     a1111 (.pt) or card (AUTOMATIC1111's .png). Left out: card for .png, a1111 for .pt, diffusers for .safetensors and
     .bin."""
     token: str | None = setting(None, WORD)
-    """The word in OUT. Left out: the one that FILE has. In a FILE of several words, which of them."""
+    """The word in OUT. Left out: as in FILE. If FILE has several words, the one to read."""
     picture: str | None = setting(None, TEXT, path="input")
-    """Picture that a card shows. Left out: the word on a plain ground."""
+    """Picture of an image card. Left out: the word on a plain background."""
 
 
 @dataclass(frozen=True)
 class InspectConfig(ModelSource):
-    """Tell what files of learned words hold: format, family, norms, nearest words, metadata."""
+    """Show what files of learned words contain: format, family, norms, nearest tokens, metadata."""
 
     token: str | None = setting(None, WORD)
-    """In a file of several words, which of them."""
+    """If a file has several words, the one to read."""
     nearest: int = setting(5, WHOLE)
-    """How many of the vocabulary's words to show beside each vector, by cosine."""
+    """How many of the vocabulary's tokens to show for each vector, nearest by cosine first."""
 
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """Make one learned word out of several FILEs, and write it to OUT."""
+    """Merge the learned words of several FILEs into one, and write it to OUT."""
 
     token: str | None = setting(None, WORD)
-    """The new word, e.g. <catdog>. It must be given."""
+    """The new word, e.g. <catdog>. Required."""
     method: Literal["sum", "concat", "slerp"] = "sum"
-    """sum: the weighted sum, vector by vector. concat: all vectors one behind the other. slerp: along the arc between
-    them, direction and length each in proportion."""
+    """sum: weighted sum, vector by vector. concat: all vectors, one after the other. slerp: spherical interpolation,
+    direction and length separately."""
     weights: tuple[str, ...] = ()
-    """A number for each FILE, in their order. For sum they are used as they are (left out: 1/k each, the mean), for
-    slerp they are shares of the whole (left out: equal); concat has none."""
+    """A number for each FILE, in their order. For sum they are used as given (left out: 1/k each, the mean), for slerp
+    they are normalised (left out: equal); concat takes none."""
     format: FormatName | None = None
     """Format of OUT, as in convert."""
 
 
 @dataclass(frozen=True)
 class PruneConfig(ModelSource):
-    """Drop vectors of the word in FILE, write the rest to OUT, and say what is lost."""
+    """Drop vectors of the word in FILE, write the rest to OUT, and report what is lost."""
 
     keep: int | None = setting(None, first=True)
-    """How many vectors stay: one by one, the one goes that the text encoder's output misses least."""
+    """How many vectors to keep. Greedy: drops one at a time the vector that changes the text encoder's output least."""
     drop: tuple[str, ...] = setting((), first=True)
-    """Numbers of the vectors that go, counted from 0, instead of --keep."""
+    """Indices of the vectors to drop, counted from 0, instead of --keep."""
     prompt: str = setting("a photo of {}", TEXT)
-    """Prompt with the word in it, or {} in its place, that the text encoder is given."""
+    """Prompt for the text encoder, with the word in it or {} in its place."""
     token: str | None = setting(None, WORD)
-    """The word in OUT. Left out: the one that FILE has. In a FILE of several words, which of them."""
+    """The word in OUT. Left out: as in FILE. If FILE has several words, the one to read."""
     format: FormatName | None = None
     """Format of OUT, as in convert."""
 
@@ -117,7 +117,7 @@ def run(args: Sequence[str], prog: str) -> str:
     """Run ``embedding COMMAND FILE ... [flags]`` and return what to print.
 
     Raises:
-      InputError: anything that the user must put right; nothing has been written then.
+      InputError: any error in the input; nothing has been written.
       SystemExit: with status 0, after a command's ``--help``.
     """
     if not args:
@@ -134,7 +134,7 @@ def run(args: Sequence[str], prog: str) -> str:
     prog = f"{prog} {command}"
     config: Any = parse(cls, flags, prog=f"{prog} {files}", examples=examples.format(prog=prog), config_file=False)
     if any(not path for path in paths):
-        raise InputError(f"a file's name is empty: {prog} {files}, with the flags behind them")
+        raise InputError(f"a file's name is empty: {prog} {files}, with the flags after them")
     return function([Path(path) for path in paths], config, f"{prog} {files}")
 
 
@@ -144,8 +144,8 @@ def _overview(prog: str) -> str:
         [
             f"usage: {prog} COMMAND FILE ... [FLAGS]",
             "",
-            "Learned words as files. Read are those of diffusers, AUTOMATIC1111 (.pt and image cards), ComfyUI, kohya,",
-            "invoke and OneTrainer; which of them a file is, its content tells.",
+            "Tools for files of learned words. They read the formats of diffusers, AUTOMATIC1111 (.pt, image cards),",
+            "ComfyUI, kohya, invoke and OneTrainer, recognised by the file's content.",
             "",
             "commands:",
             *lines,
@@ -158,7 +158,7 @@ def _overview(prog: str) -> str:
 def _expect(paths: Sequence[Path], least: int, most: int | None, usage: str) -> None:
     if len(paths) < least or (most is not None and len(paths) > most):
         given = " ".join(map(str, paths)) or "none"
-        raise InputError(f"files given: {given}; expected {usage}, with the flags behind them")
+        raise InputError(f"files given: {given}; expected {usage}, with the flags after them")
 
 
 def _load(path: Path, token: str | None = None) -> Embedding:
@@ -171,7 +171,7 @@ def _load(path: Path, token: str | None = None) -> Embedding:
 
 
 def _write(embedding: Embedding, path: Path, format_name: str | None, picture: Path | None = None) -> str:
-    """Write a word, and say so."""
+    """Write a word; returns the line that reports it."""
     from ti_jax.embeddings.a1111_format import write_card
     from ti_jax.embeddings.families import describe
     from ti_jax.embeddings.formats import format_for, render
@@ -183,7 +183,7 @@ def _write(embedding: Embedding, path: Path, format_name: str | None, picture: P
     elif chosen == "card":
         files = write_card(embedding, path, _read_picture(picture))
     else:
-        raise InputError(f"--picture {picture}: only a card shows a picture; give OUT as .png, or leave it out")
+        raise InputError(f"--picture {picture}: only an image card has a picture; give OUT as .png, or leave it out")
     write_together(files)
     count = f"{embedding.num_vectors} vector{'s' if embedding.num_vectors > 1 else ''}"
     family = describe(embedding.dims, embedding.metadata)
@@ -237,7 +237,7 @@ def _inspect(paths: Sequence[Path], config: InspectConfig, usage: str) -> str:
     parts = []
     for report in reports:
         dims = report.embedding.dims
-        # Half a word can be compared with its half of the model; the embedded model is only a guess of ours.
+        # Half an SDXL word can be compared with its text encoder; the embedded model is only a default guess.
         comparable = dims.items() <= encoders.embedding_dims.items()
         if config.pretrained_model_name_or_path is not None and not comparable:
             check_fits(report.embedding, encoders.embedding_dims, report.path)
@@ -264,7 +264,7 @@ def _prune(paths: Sequence[Path], config: PruneConfig, usage: str) -> str:
     _expect(paths, 2, 2, usage)
     check_fields(config)
     if (config.keep is None) == (not config.drop):
-        raise InputError("give one of --keep (how many vectors stay) and --drop (the numbers of those that go)")
+        raise InputError("give one of --keep (how many vectors to keep) and --drop (the indices of those to drop)")
     drop = [_number("drop", word, int) for word in config.drop]
     from ti_jax.embeddings import check_fits
     from ti_jax.embeddings import prune as pruning

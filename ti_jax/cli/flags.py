@@ -1,7 +1,7 @@
-"""Command-line flags for config dataclasses: tyro parses them and writes the help; what is wrong is told in one line.
+"""Command-line flags for config dataclasses: tyro parses them and writes the help; errors are reported on one line.
 
-tyro tells a refused command line in a box of many lines, and has no public way to tell it otherwise. So the flags that
-it gets take any text and any number of values, and `_Flag.read` judges them; flags that it does not know it hands back.
+tyro reports errors in a box of many lines, and has no public option to change that. So every flag accepts any text and
+any number of values, which `_Flag.read` then checks, and tyro returns unknown flags instead of refusing them.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from ti_jax.errors import InputError
 
 Config = TypeVar("Config")
 
-# Flags of diffusers' textual_inversion.py that have no counterpart, and why.
+# Flags of diffusers' textual_inversion.py without a counterpart here, and why.
 NO_COUNTERPART = {
     "allow_tf32": "bf16, the default on a GPU that has it, is faster than TF32; --mixed_precision no is float32",
-    "dataloader_num_workers": "the few pictures lie on the device, so there is no data loader",
+    "dataloader_num_workers": "the few pictures are stored on the device, so there is no data loader",
     "enable_xformers_memory_efficient_attention": "XLA compiles the attention; --gradient_checkpointing saves memory",
-    "local_rank": "JAX finds the devices by itself",
+    "local_rank": "JAX detects the devices by itself",
     "no_safe_serialization": "embeddings are always .safetensors, which every tool reads",
-    "save_as_full_pipeline": "the base model stays as it is, load the embedding into it",
+    "save_as_full_pipeline": "the base model does not change, load the embedding into it",
     "tokenizer_name": "the tokenizer is the model's own",
-    "validation_epochs": "validations are counted in steps, --validation_steps",
+    "validation_epochs": "validation is scheduled in steps, with --validation_steps",
 }
 
-CONFIG_DOC = "YAML file with any of the settings below; flags go before it."
+CONFIG_DOC = "YAML file with any of the settings below; flags override it."
 
 
 class _Refused(Exception):
-    """Goes through tyro, which would put a ValueError, and so an `InputError`, into a box."""
+    """Passes through tyro, which catches a ValueError (so also an `InputError`) and prints it in a box."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class _Flag:
     doc: str
     default: Any
     switch: tuple[str, str] | None = None
-    """The words that ``--name`` without a value and ``--no_name`` stand for, where the flag may be given so."""
+    """The values of ``--name`` without a value and of ``--no_name``, for a flag that allows these forms."""
 
     def annotation(self) -> Any:
         """The field's type for tyro."""
         base, _ = strip_optional(self.hint)
-        # Every field that can be None says in its doc what that means.
+        # The doc of a field that can be None explains what None means.
         note = "" if self.default in (None, (), False) else f"(default: {self._text(self.default)})"
         about = tyro.conf.arg(help=self.doc, help_behavior_hint=note)
         if base is bool:
@@ -73,7 +73,7 @@ class _Flag:
         return Annotated[self.hint, spec, about]
 
     def read(self, words: list[str]) -> Any:
-        """The value that ``words`` after the flag stand for; "None" is None where the field can be None."""
+        """Parse the ``words`` after the flag; "None" is None if the field can be None."""
         base, optional = strip_optional(self.hint)
         if optional and words == ["None"]:
             return None
@@ -82,8 +82,8 @@ class _Flag:
         if self.switch is not None and not words:
             return self.switch[0]
         if len(words) != 1:
-            told = f"it has {len(words)}: {' '.join(words)} (quote text that has spaces)" if words else "it has none"
-            raise _Refused(f"--{self.name} takes one value, {expected(base)}; {told}")
+            given = f"it has {len(words)}: {' '.join(words)} (quote text that has spaces)" if words else "it has none"
+            raise _Refused(f"--{self.name} takes one value, {expected(base)}; {given}")
         try:
             return self._convert(base, words[0])
         except ValueError:
@@ -118,17 +118,17 @@ def parse(
     config_file: bool = True,
     no_counterpart: Mapping[str, str] | None = None,
 ) -> Config:
-    """A config of the class ``cls`` from its fields as flags, which go before the YAML file that ``--config`` names.
+    """Parse flags, one per field, into a config of the class ``cls``; they override the YAML file of ``--config``.
 
-    Flags are written with underscores or hyphens. ``--help`` prints the fields in their order with their docs, then
+    Flags may be written with underscores or hyphens. ``--help`` prints the fields in their order with their docs, then
     ``examples``.
 
     Args:
-      config_file: whether there is a ``--config``.
-      no_counterpart: flags that users bring along from elsewhere, with the reason why there is none here.
+      config_file: whether there is a ``--config`` flag.
+      no_counterpart: flags of other trainers that do not exist here, with the reason.
 
     Raises:
-      InputError: a flag or value that cannot be, or a fault in the YAML file.
+      InputError: an unknown flag, an invalid value, or a fault in the YAML file.
       SystemExit: with status 0, after ``--help``.
     """
 
@@ -155,7 +155,7 @@ def _run_tyro(
     examples: str,
     no_counterpart: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The flags' values by name, defaults and all."""
+    """Values of all flags by name, including defaults."""
     fields = [(flag.name, flag.annotation(), dataclasses.field(default=flag.default)) for flag in flags]
     parsed: Any
     try:
@@ -179,13 +179,13 @@ def _run_tyro(
 
 
 def _without_no(args: Sequence[str], flags: Sequence[_Flag]) -> list[str]:
-    """The words of a command line, ``--no_name`` of a flag with a `switch` written as ``--name`` and its value."""
+    """The command line with ``--no_name``, of a flag with a `switch`, replaced by ``--name=VALUE``."""
     offs = {f"no_{flag.name}": f"--{flag.name}={flag.switch[1]}" for flag in flags if flag.switch is not None}
     return [offs.get(word[2:].replace("-", "_"), word) if word.startswith("--") else word for word in args]
 
 
 def _unknown(words: Sequence[str], flags: Mapping[str, _Flag], prog: str, no_counterpart: Mapping[str, str]) -> str:
-    """What to say of the first word that belongs to no flag."""
+    """The error message for the first argument that belongs to no flag."""
     word = next((word for word in words if word.startswith("--") and word != "--"), words[0])
     if word.lower() in ("true", "false"):
         return f"{word!r} belongs to no flag; a switch has no value: --name is on, --no_name is off"
@@ -203,7 +203,7 @@ def _unknown(words: Sequence[str], flags: Mapping[str, _Flag], prog: str, no_cou
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass, its bases' first, on one line; every field must have one."""
+    """The docstring below each field of a dataclass, on one line, bases first; every field must have one."""
     docs: dict[str, str] = {}
     for base in cls.__bases__:
         if dataclasses.is_dataclass(base):

@@ -27,14 +27,14 @@ GRID_COLUMNS = 4
     "use the device"
 )
 def draw(config: InferConfig) -> list[Path]:
-    """Draw what a resolved config says.
+    """Draw the pictures of a resolved config.
 
     Returns:
       The files written: ``config.output``, or for several pictures those of `output_paths`.
 
     Raises:
-      InputError: the place cannot be written, or something is wrong with an embedding, the model or a prompt. What can
-        be checked without the model is checked before it is loaded.
+      InputError: the output cannot be written, or something is wrong with an embedding, the model or a prompt. What can
+        be checked without the model's weights is checked before they are loaded.
     """
     output = Path(config.output)
     if output.is_dir():
@@ -82,7 +82,7 @@ def draw(config: InferConfig) -> list[Path]:
     }
     paths, grid_path = output_paths(output, len(images))
     for number, (path, prompt, image) in enumerate(zip(paths, prompts, images, strict=True)):
-        # With this seed the picture can be drawn again by itself.
+        # With this seed the picture can be drawn again on its own.
         save_png(path, image, {"prompt": prompt, "seed": (config.seed + number) % 2**32, **settings})
     if grid_path is None:
         return paths
@@ -92,7 +92,7 @@ def draw(config: InferConfig) -> list[Path]:
 
 
 def _with_stored_name(config: InferConfig, embedding: Embedding) -> tuple[InferConfig, str | None]:
-    """The config with the embedding's word for its stored name in all prompts; see `with_stored_name`."""
+    """Replace the embedding's stored name by its word in all prompts of the config; see `with_stored_name`."""
     negative = [] if config.negative_prompt is None else [config.negative_prompt]
     prompts, note = with_stored_name(embedding, [*config.prompt, *negative])
     count = len(config.prompt)
@@ -104,7 +104,7 @@ def _all_prompts(config: InferConfig) -> list[str]:
 
 
 def _check_request(config: InferConfig, model: ModelDescription, embeddings: list[Embedding]) -> None:
-    """Check sampler, sizes and prompts before the weights are read; warn of what is likely a slip."""
+    """Check sampler, sizes and prompts before the weights are read; warn about likely mistakes."""
     assert config.num_inference_steps is not None, "the config is resolved"
     if (note := model.sampler_choice(config.scheduler).note) is not None:
         print(f"note: {note}", file=sys.stderr)
@@ -118,7 +118,7 @@ def _check_request(config: InferConfig, model: ModelDescription, embeddings: lis
 
 
 def output_paths(output: Path, count: int) -> tuple[list[Path], Path | None]:
-    """Files for ``count`` pictures, and for all in one: ``out.png``, or ``out-0.png``, ... and ``out-grid.png``."""
+    """Files for ``count`` pictures and for their grid: ``out.png``, or ``out-0.png``, ... and ``out-grid.png``."""
     if count == 1:
         return [output], None
     digits = len(str(count - 1))

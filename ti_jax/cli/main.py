@@ -1,7 +1,7 @@
 """The commands: ``ti-jax train`` (``train.py``), ``infer`` (``infer.py``), ``evaluate``, ``plan``, ``verify`` and
 ``embedding``.
 
-JAX is imported inside the commands, once the command line is known to be right.
+JAX is imported inside the commands, after the command line has been checked.
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ examples:
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """Load a learned word into diffusers on PyTorch, and compare how the two encode a prompt with it."""
+    """Load a learned word into diffusers on PyTorch, and compare a prompt's encoding with ti_jax's."""
 
     pretrained_model_name_or_path: str | None = setting(None, TEXT, path="model")
     """The model that the word was learned for: a diffusers folder or a Hugging Face Hub id. Left out: the small model
-    that comes with ti_jax. A single-file checkpoint is not possible here, since diffusers cannot read one offline."""
+    that comes with ti_jax. Single-file checkpoints are not supported here: diffusers cannot read them offline."""
     prompt: str | None = setting(None, TEXT)
     """Prompt with the word in it, or {} in its place. Left out: the word alone."""
 
@@ -84,10 +84,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "ti-jax") -> int:
 
     Args:
       argv: a command and its flags; None: those of this process.
-      prog: what the program is called. A script's name, such as ``train.py``, stands for the command too.
+      prog: the program's name in messages; for a script, such as ``train.py``, the command is left out.
 
     Returns:
-      0; 1 when ``verify`` finds a difference; 2 after an error of the user's, told on one line of stderr; 130 when
+      0; 1 if ``verify`` finds a difference; 2 after an `InputError`, which is printed on one line of stderr; 130 if
       interrupted.
 
     Raises:
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "ti-jax") -> int:
 
 
 def _take_any_text() -> None:
-    """Have the console show as an escape what it cannot: words and paths of any script pass through it."""
+    """Make the console escape characters that it cannot encode: words and paths may be in any script."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # a service, or pythonw
@@ -166,7 +166,7 @@ def _train(args: Sequence[str], prog: str) -> int:
     config = resolve(config)
     from ti_jax.training.loop import train
 
-    # A run that was asked to stop is not done: whoever started it should be told so.
+    # A run that was stopped early has not succeeded: report that in the exit status.
     return 130 if train(config).interrupted else 0
 
 
@@ -215,7 +215,7 @@ def _plan(args: Sequence[str], prog: str) -> int:
     from ti_jax.machine import enable_compilation_cache
     from ti_jax.training.plan import plan
 
-    if config.topology is None:  # what is compiled without its devices can be kept, but JAX cannot load it again
+    if config.topology is None:  # a program compiled for absent devices can be cached, but not loaded again
         enable_compilation_cache()
     found = plan(config)
     with _output():
@@ -224,13 +224,13 @@ def _plan(args: Sequence[str], prog: str) -> int:
 
 
 def _file_and_flags(args: Sequence[str]) -> tuple[str, Sequence[str]]:
-    """The embedding file that comes first, "" if there is none, and the flags behind it."""
+    """The embedding file, which comes first ("" if there is none), and the flags after it."""
     return ("", args) if not args or args[0].startswith("-") else (args[0], args[1:])
 
 
 def _require_file(file: str, prog: str) -> None:
     if not file:
-        raise InputError(f"the embedding file is missing: {prog} FILE, with its flags behind it")
+        raise InputError(f"the embedding file is missing: {prog} FILE, with the flags after it")
 
 
 def _verify(args: Sequence[str], prog: str) -> int:
@@ -259,7 +259,7 @@ def _embedding(args: Sequence[str], prog: str) -> int:
 
 @contextlib.contextmanager
 def _output() -> Iterator[None]:
-    """Printing to stdout; a reader who has left, like ``head``, ends the program without a word."""
+    """Context for printing to stdout: a reader that has closed the pipe, like ``head``, ends the program silently."""
     try:
         yield
         sys.stdout.flush()
@@ -272,8 +272,11 @@ def _output() -> Iterator[None]:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str], str], int], str]] = {
     "train": (_train, "Learn a new word from a few pictures (train.py)."),
     "infer": (_infer, "Draw pictures of prompts, with learned words in them (infer.py)."),
-    "evaluate": (_evaluate, "Measure a learned word: is the concept there, and does the prompt rule the rest?"),
-    "plan": (_plan, "Tell what a training run will need, on this machine or a TPU slice, without running it."),
-    "verify": (_verify, "Check that diffusers on PyTorch loads a learned word and makes of it the same as ti_jax."),
-    "embedding": (_embedding, "Convert, inspect, merge and prune learned words: files of any program that has them."),
+    "evaluate": (
+        _evaluate,
+        "Score a learned word: is it the concept, and are prompts still followed?",
+    ),
+    "plan": (_plan, "Estimate memory and time of a training run, on this machine or a TPU slice, without running it."),
+    "verify": (_verify, "Check that diffusers on PyTorch loads a learned word and encodes it as ti_jax does."),
+    "embedding": (_embedding, "Convert, inspect, merge and prune files of learned words, of any known format."),
 }

@@ -1,4 +1,4 @@
-"""Whether diffusers on PyTorch loads a learned word, and makes of a prompt with it what we make of it."""
+"""``ti-jax verify``: compare the encoding of a prompt with a learned word with that of diffusers on PyTorch."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ LIMIT = 1e-5
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What `verify` found.
+    """The result of `verify`.
 
     Attributes:
       rows_equal: the rows in the token tables of diffusers' pipeline are those of the file, bit for bit.
-      max_difference: largest difference between the encoded prompts (float32; for SDXL the pooled text too).
-      relative_difference: the same over the largest number in the encoded prompt; the larger one for SDXL.
-      against: what it was compared with, with version.
+      max_difference: largest absolute difference of the encoded prompts (float32; for SDXL also of the pooled text).
+      relative_difference: that divided by the largest absolute value of the encoded prompt; for SDXL the larger of two.
+      against: names and versions of the libraries compared with.
     """
 
     path: Path
@@ -54,7 +54,7 @@ class VerifyReport:
         return self.rows_equal and self.relative_difference <= LIMIT
 
     def summary(self) -> str:
-        """All of it on one line."""
+        """The result on one line."""
         count = "1 vector" if self.num_vectors == 1 else f"{self.num_vectors} vectors"
         rows = "its rows are equal" if self.rows_equal else "its rows DIFFER"
         fault = None if self.ok else capital_fault(self.token, self.num_vectors)
@@ -69,31 +69,31 @@ class VerifyReport:
 
 
 def verify(embedding_path: str | Path, model_path: str | Path | None = None, prompt: str | None = None) -> VerifyReport:
-    """Load a word's file into diffusers on PyTorch, encode a prompt there and here, in float32, and compare.
+    """Load a word's file into diffusers on PyTorch, encode a prompt with both libraries in float32, and compare.
 
     diffusers reads the file itself (``load_textual_inversion``) and encodes with its own ``encode_prompt``, with the
-    model's own tokenizers and text encoders. Of an SDXL file keyed ``clip_l`` and ``clip_g`` it is handed the two
-    tensors, as its documentation says.
+    model's own tokenizers and text encoders. For an SDXL file with the keys ``clip_l`` and ``clip_g`` it is passed the
+    two tensors, as its documentation recommends.
 
     Args:
       model_path: a diffusers folder or a hub id; None: the embedded default.
-      prompt: holds the word, or ``{}`` in its place; None: the word alone.
+      prompt: contains the word, or ``{}`` in its place; None: the word alone.
 
     Raises:
-      InputError: PyTorch or diffusers is missing; the file or the model cannot be read, or do not fit each other; the
-        prompt does not hold the word; diffusers does not load the file.
+      InputError: PyTorch or diffusers is missing; the file or the model cannot be read, or they do not fit each other;
+        the prompt does not contain the word; diffusers does not load the file.
     """
     _check_installed()
     if model_path is not None and Path(model_path).expanduser().is_file():
         raise InputError(
-            f"{model_path}: a single file, of which diffusers asks the hub for the configuration; to verify, give the "
-            "model as a diffusers folder (diffusers' from_single_file(...).save_pretrained(...) makes one of it)"
+            f"{model_path}: a single file, for which diffusers would download the configuration; to verify, give the "
+            "model as a diffusers folder (diffusers' from_single_file(...).save_pretrained(...) converts it)"
         )
     path = word_file(Path(embedding_path))
     embedding = Embedding.load(path)
     if embedding.stored_name is not None and is_word(embedding.stored_name):
-        embedding = replace(embedding, token=embedding.stored_name)  # the one that diffusers goes by
-    # On a TPU or GPU the default would be half-precision products.
+        embedding = replace(embedding, token=embedding.stored_name)  # the name that diffusers uses
+    # On a TPU or GPU the default matmul precision is lower than float32.
     with jax.default_matmul_precision("highest"):
         sd = StableDiffusion.from_pretrained(None if model_path is None else str(model_path), dtype=jnp.float32)
         check_fits(embedding, sd.embedding_dims, path)
@@ -117,7 +117,7 @@ def verify(embedding_path: str | Path, model_path: str | Path | None = None, pro
         encoded = pipeline.encode_prompt(
             prompt=prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
         )
-        # SDXL's has the pooled text third, behind the negative prompt's.
+        # SDXL's result has the pooled text third, after the negative prompt's embeddings.
         theirs = [part.numpy() for part in (encoded[0], *encoded[2:3])]
         rows_equal = all(
             np.array_equal(_rows(pipeline, name, embedding), vectors) for name, vectors in embedding.vectors.items()
@@ -149,7 +149,7 @@ def _check_installed() -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers tells at length of loading and of growing a table; the answer here is one line."""
+    """Context without the log output of transformers and diffusers: the command prints one line."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -168,7 +168,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _text_pipeline(sd: StableDiffusion) -> Any:
-    """diffusers' pipeline for the model, in float32, with nothing but its text encoders and tokenizers."""
+    """diffusers' pipeline for the model, in float32, with only its text encoders and tokenizers."""
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -184,7 +184,7 @@ def _text_pipeline(sd: StableDiffusion) -> Any:
 
 
 def _load(pipeline: Any, path: Path, embedding: Embedding) -> None:
-    """Have diffusers load the file, for each text encoder what is meant for it."""
+    """Load the file with diffusers, for each text encoder the part that belongs to it."""
     import safetensors.torch
     import torch
 
@@ -212,7 +212,7 @@ def _load(pipeline: Any, path: Path, embedding: Embedding) -> None:
 
 
 def _rows(pipeline: Any, name: str, embedding: Embedding) -> np.ndarray:
-    """The rows of the word in the token table of diffusers' pipeline, float32 [n, D]."""
+    """The word's rows in the token-embedding table of diffusers' pipeline, float32 [n, D]."""
     tokenizer = getattr(pipeline, name.replace("text_encoder", "tokenizer"))
     words = [embedding.token, *(f"{embedding.token}_{i}" for i in range(1, embedding.num_vectors))]
     return getattr(pipeline, name).get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(words)].numpy()

@@ -1,8 +1,8 @@
 """A small classifier of a picture's attributes: the subject's, such as hair, and its surroundings'.
 
 It comes with a model whose training pictures are fully labelled, such as the embedded one, in the folder ``judge`` of
-the diffusers folder: ``config.json`` and ``model.safetensors``. It was trained only on pictures of the model's training
-set, never on pictures drawn by a model.
+the diffusers folder: ``config.json`` and ``model.safetensors``. It was trained only on rendered pictures like the
+model's training set, never on pictures drawn by a model.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def write_too_much(*arguments):
 def test_a_file_larger_than_the_limit_of_the_process(tmp_path):
     said = write_too_much(tmp_path, str(64 << 10))
     assert said == [
-        f"cannot write {tmp_path / name}: larger than a file may be here; raise the limit (ulimit -f) or choose "
+        f"cannot write {tmp_path / name}: the file exceeds the size limit; raise the limit (ulimit -f) or choose "
         "another place"
         for name in ("kept", "new")
     ] + ["['kept']"]

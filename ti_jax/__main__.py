@@ -1,4 +1,4 @@
-"""``python -m ti_jax`` is ``ti-jax``; ``train.py`` and ``infer.py`` start here, too."""
+"""Entry point of ``ti-jax``, ``python -m ti_jax``, ``train.py`` and ``infer.py``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ti_jax import interrupts
 
 
 def run(prog: str = "ti-jax", *command: str) -> None:
-    """The program: ``command`` and the flags of this process."""
+    """Run ``command`` with the flags of this process, and exit."""
     interrupts.listen(prog)
     from ti_jax.cli.main import main
 

@@ -1,4 +1,4 @@
-"""Many rows through a compiled function, a fixed number at a time."""
+"""Apply a compiled function to many rows in batches of a fixed size."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 
 
 def in_batches(function: Callable[[np.ndarray], Any], rows: np.ndarray, size: int) -> Any:
-    """``function(rows)``, taken `size` rows at a time.
+    """``function(rows)``, computed `size` rows at a time.
 
     Args:
-      function: array [size, ...] -> array, or tree of arrays, [size, ...]; row by row, none depends on another.
-      rows: [N, ...], N at least 1. The last batch is filled up with its last row, so that one program serves any N.
+      function: array [size, ...] -> array, or tree of arrays, [size, ...]; acts on each row independently.
+      rows: [N, ...], N at least 1. The last batch is padded with its last row, so that one program serves any N.
 
     Returns:
-      What the function gives, as NumPy arrays [N, ...].
+      The results as NumPy arrays [N, ...].
     """
     parts = []
     for start in range(0, len(rows), size):

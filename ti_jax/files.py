@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and disk faults told as one line."""
+"""Atomic file writes, and disk errors reported on one line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Content = bytes | Callable[[BinaryIO], None]
 _REMEDIES = {
     errno.ENOSPC: "the disk is full; free some space or choose another place",
     errno.EDQUOT: "the disk quota is used up; free some space or choose another place",
-    errno.EFBIG: "larger than a file may be here; raise the limit (ulimit -f) or choose another place",
+    errno.EFBIG: "the file exceeds the size limit; raise the limit (ulimit -f) or choose another place",
     errno.EACCES: "no permission; change the permissions or choose another place",
     errno.EPERM: "not permitted; change the permissions or choose another place",
     errno.EROFS: "the file system is read-only; choose another place",
@@ -27,18 +27,18 @@ _REMEDIES = {
     errno.EISDIR: "a folder of that name is in the way; remove it or choose another name",
     errno.ENOENT: "there is no such folder; make it or choose another place",
     errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
-    errno.ELOOP: "the path goes in circles of symbolic links; choose another place",
+    errno.ELOOP: "the path is a loop of symbolic links; choose another place",
 }
 
 
 def disk_fault(error: OSError) -> str:
-    """What went wrong and what to do, in words."""
+    """A message for a disk error: what went wrong and what to do."""
     return _REMEDIES.get(error.errno or 0) or (error.strerror or str(error) or type(error).__name__)
 
 
 @contextmanager
 def disk_errors(path: Path | str) -> Iterator[None]:
-    """Within it, an `OSError` becomes an `InputError` that names ``path`` and a remedy."""
+    """Context that turns an `OSError` into an `InputError` naming ``path`` and a remedy."""
     try:
         yield
     except OSError as error:
@@ -46,24 +46,24 @@ def disk_errors(path: Path | str) -> Iterator[None]:
 
 
 def write_atomically(path: Path | str, content: Content) -> None:
-    """Write a file so that, whatever happens, ``path`` is the whole old file or the whole new one.
+    """Write a file atomically: at any time ``path`` is the complete old file or the complete new one.
 
     Args:
       content: the bytes, or a function that writes them to an open binary file.
 
     Raises:
-      InputError: the disk is full, or the place cannot be written. The old file is as it was.
+      InputError: the disk is full, or the path cannot be written. The old file is unchanged.
     """
     write_together({Path(path): content})
 
 
 def write_together(contents: Mapping[Path, Content]) -> None:
-    """As `write_atomically`, for files that belong together: none is replaced before all are on the disk.
+    """As `write_atomically`, for files that belong together: none is replaced before all have been written to disk.
 
-    Between the first and the last rename a crash would still leave a mixture; readers of pairs have to notice that.
+    A crash between the first and the last rename would still leave a mixture, which readers of pairs must detect.
 
     Raises:
-      InputError: as `write_atomically`; the old files are as they were, unless a rename after the first fails.
+      InputError: as `write_atomically`; the old files are unchanged, unless a rename after the first fails.
     """
     with whole():
         _write_together(contents)
@@ -74,7 +74,7 @@ def _write_together(contents: Mapping[Path, Content]) -> None:
     try:
         for path, content in contents.items():
             with disk_errors(path):
-                # A link stays a link: what it points to is replaced. Same folder, or the rename could not be atomic.
+                # A symbolic link stays: its target is replaced. In the same folder, or the rename would not be atomic.
                 target = Path(os.path.realpath(path))
                 temporary = target.parent / f".tmp-{secrets.token_hex(8)}"
                 temporaries.append((temporary, target))
@@ -90,8 +90,8 @@ def _write_together(contents: Mapping[Path, Content]) -> None:
 
 
 def _write_to_disk(path: Path, content: Content) -> None:
-    """Write a new file and wait until it is on the disk: only then does a full disk show on some file systems."""
-    # Not tempfile: that makes files only their owner can read. Here the umask decides, as for any other output.
+    """Write a new file and fsync it: some file systems report a full disk only then."""
+    # Not tempfile: its files can be read by their owner only. Here the umask applies, as for any other output.
     with open(path, "xb") as file:
         if callable(content):
             content(file)
@@ -119,17 +119,17 @@ def append(path: Path, content: bytes) -> None:
 
 
 def ensure_writable_folder(folder: Path | str) -> Path:
-    """Make the folder, with parents, if need be, and make sure that a file can really be written there.
+    """Create the folder with its parents if needed, and check that a file can be written there.
 
     Raises:
-      InputError: it cannot be made or written.
+      InputError: it cannot be created or written.
     """
     folder = Path(folder)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".tmp-{secrets.token_hex(8)}"
         try:
-            # Bytes, not an empty file: making one still succeeds on a full disk.
+            # Not an empty file: creating one succeeds even on a full disk.
             _write_to_disk(probe, bytes(4096))
         finally:
             if os.path.lexists(probe):

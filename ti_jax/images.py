@@ -1,4 +1,4 @@
-"""Pictures on disk, with how they were drawn written into them, and pictures of pictures: grids and the overview."""
+"""PNG files with their generation settings as metadata, grids of pictures, and the overview."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from ti_jax import __version__
 from ti_jax.files import write_atomically
 
-# The text chunk that AUTOMATIC1111's web UI writes and reads, and model sites and picture viewers with it.
+# The text chunk that AUTOMATIC1111's web UI writes, and that model sites and picture viewers read.
 TEXT_CHUNK = "parameters"
 _NEGATIVE = "Negative prompt: "
 _THEIR_NAMES = {
@@ -29,7 +29,7 @@ _THEIR_NAMES = {
 }
 _THEIR_SAMPLERS = {"ddim": "DDIM", "euler": "Euler", "euler_a": "Euler a", "dpm++": "DPM++ 2M"}
 
-# Sides of a cell in pixels: below the first a face is too small to judge, above the second a row of four is too wide.
+# Sides of a cell in pixels: any smaller, a face cannot be judged; any larger, a row of four is too wide.
 MIN_CELL, MAX_CELL = 128, 512
 _PAPER, _INK = (255, 255, 255), (32, 32, 32)
 
@@ -38,12 +38,12 @@ _PAPER, _INK = (255, 255, 255), (32, 32, 32)
 
 
 def save_png(path: str | Path, image: Image.Image, text: Mapping[str, Any] | str) -> None:
-    """Write a PNG, whole or not at all, with ``text`` in its chunk ``parameters``.
+    """Write a PNG atomically, with ``text`` in its chunk ``parameters``.
 
     Args:
-      text: how the picture was drawn, under diffusers' names (``prompt``, ``negative_prompt``, ``num_inference_steps``,
-        ``scheduler``, ``guidance_scale``, ``seed``, ``model``) and any others; written by `parameters_text`. A string
-        is written as it is.
+      text: generation settings under diffusers' names (``prompt``, ``negative_prompt``, ``num_inference_steps``,
+        ``scheduler``, ``guidance_scale``, ``seed``, ``model``) and any others, formatted by `parameters_text`; a string
+        is written as is.
 
     Raises:
       InputError: the file cannot be written.
@@ -51,17 +51,17 @@ def save_png(path: str | Path, image: Image.Image, text: Mapping[str, Any] | str
     if not isinstance(text, str):
         text = parameters_text({**text, "size": f"{image.width}x{image.height}"})
     info = PngInfo()
-    # PNG takes UTF-8. A prompt or a path from the command line may hold bytes that are not: they are written as \udcXX.
+    # PNG text is UTF-8. Bytes of a prompt or path from the command line that are not UTF-8 are escaped as \udcXX.
     info.add_text(TEXT_CHUNK, text.encode("utf-8", "backslashreplace").decode())
-    encoded = io.BytesIO()  # encode first, so that only faults of the disk are reported as such
+    encoded = io.BytesIO()  # encode first, so that only disk errors are reported as such
     image.save(encoded, format="PNG", pnginfo=info)
     write_atomically(path, encoded.getvalue())
 
 
 def parameters_text(parameters: Mapping[str, Any]) -> str:
-    """Settings as AUTOMATIC1111 writes them: the prompt, the negative prompt, and one line of ``Name: value``.
+    """Settings in AUTOMATIC1111's format: the prompt, the negative prompt, and one line of ``Name: value``.
 
-    Known settings get AUTOMATIC1111's names, others their own with a capital: ``step`` becomes ``Step``.
+    Known settings get AUTOMATIC1111's names, others are capitalised: ``step`` becomes ``Step``.
     """
     settings = {name: value for name, value in parameters.items() if name not in ("prompt", "negative_prompt")}
     settings["version"] = f"ti_jax {__version__}"
@@ -80,7 +80,7 @@ def parameters_text(parameters: Mapping[str, Any]) -> str:
 
 
 def _rank(name: str) -> int:
-    """Known settings in AUTOMATIC1111's order, then ours, the version last."""
+    """Sort key: known settings in AUTOMATIC1111's order, then ours, the version last."""
     order = list(_THEIR_NAMES)
     return order.index(name) + (name == "version") if name in order else len(order) - 1
 
@@ -89,11 +89,11 @@ def _their_name(name: str) -> str:
     return _THEIR_NAMES.get(name) or name.replace("_", " ").capitalize()
 
 
-# -- pictures of pictures
+# -- grids
 
 
 def grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Pictures side by side, ``columns`` to a row. They touch and have the size of the first."""
+    """Pictures side by side without gaps, ``columns`` per row, all at the size of the first."""
     if not images or columns < 1:
         raise ValueError("a grid needs a picture and a column")
     width, height = images[0].size
@@ -105,12 +105,12 @@ def grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
 
 
 def overview(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
-    """What a training run ends with: rows of pictures, each under its caption.
+    """The overview of a training run: rows of pictures, each below its caption.
 
     Args:
-      rows: (caption, pictures): first the concept's own, then what the initializer draws, then what the new word draws
-        in each of several prompts. Small pictures are enlarged to a side of `MIN_CELL` or more, large ones made smaller
-        to one of `MAX_CELL`.
+      rows: (caption, pictures): the concept's own, then those drawn with the initializer, then those drawn with the new
+        word, for each of several prompts. Small pictures are enlarged to a side of at least `MIN_CELL`, large ones
+        reduced to at most `MAX_CELL`.
     """
     images = [image for _, row in rows for image in row]
     if not images:
@@ -123,7 +123,7 @@ def overview(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
 
 
 class _Page:
-    """A white page of cells of one size, filled from top to bottom; its height is known only at the end."""
+    """A white page of equal cells, filled from top to bottom; its height is known only at the end."""
 
     def __init__(self, images: Sequence[Image.Image], columns: int):
         width, height = images[0].size
@@ -139,13 +139,13 @@ class _Page:
         self.texts: list[tuple[str, tuple[int, int]]] = []
 
     def add_pictures(self, images: Sequence[Image.Image]) -> None:
-        """One row of them."""
+        """Add one row of pictures."""
         for column, image in enumerate(images):
             self.pictures.append((_fitted(image, *self.cell), (self._left(column), self.top)))
         self.top += self.cell[1] + self.gap
 
     def add_heading(self, text: str) -> None:
-        """A caption as wide as the page, above what comes next and set off from what came before."""
+        """Add a caption, wrapped to the page's width, above the next row."""
         if self.pictures:
             self.top += self.gap
         for line in self._wrapped(text, self.width - 2 * self.gap):
@@ -154,7 +154,7 @@ class _Page:
         self.top += self.gap // 2
 
     def drawn(self) -> Image.Image:
-        """The page."""
+        """Render the page."""
         page = Image.new("RGB", (self.width, self.top), _PAPER)
         draw = ImageDraw.Draw(page)
         for image, place in self.pictures:
@@ -167,7 +167,7 @@ class _Page:
         return self.gap + column * (self.cell[0] + self.gap)
 
     def _wrapped(self, text: str, width: int) -> Iterator[str]:
-        """Lines no wider than ``width`` pixels; a word that is wider on its own is broken."""
+        """Split a text into lines of at most ``width`` pixels; longer words are broken."""
         line = ""
         for word in text.split():
             longer = f"{line} {word}".strip()
@@ -185,7 +185,7 @@ class _Page:
 
 
 def _fitted(image: Image.Image, width: int, height: int) -> Image.Image:
-    """``image`` in RGB at that size, the sides in proportion, the rest paper."""
+    """``image`` in RGB, resized to fit that size with its aspect ratio kept, and padded with white."""
     image = image.convert("RGB")
     if image.size == (width, height):
         return image

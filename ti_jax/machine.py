@@ -1,4 +1,4 @@
-"""What a program takes from its machine: memory, which may be too little, and a folder for compiled programs."""
+"""The machine's resources: free memory, out-of-memory errors, and the cache of compiled programs."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import jax
 
 from ti_jax.errors import InputError
 
-# Share of a device's memory that is left alone: allocators lose some between blocks, and libraries take some.
+# Share of a device's memory kept free, for fragmentation and for libraries.
 SPARE = 0.05
 
 
 def free_memory(devices: Sequence[Any]) -> float | None:
-    """Bytes that each of this machine's devices has left to use, `SPARE` taken off; None where nothing says so.
+    """Free bytes on each of this machine's devices, less `SPARE`; None if unknown.
 
     Args:
-      devices: those that will be used, all of one kind. CPU devices share the machine's memory.
+      devices: the devices to use, all of one kind. CPU devices share the machine's memory.
     """
     device = devices[0]
     if device.platform == "cpu":
@@ -31,20 +31,20 @@ def free_memory(devices: Sequence[Any]) -> float | None:
 
 
 def _available(meminfo: Path = Path("/proc/meminfo")) -> float | None:
-    """Bytes that Linux can give without swapping."""
+    """Bytes that Linux can allocate without swapping."""
     for line in _text(meminfo).splitlines():
         if line.startswith("MemAvailable:"):
             return float(line.split()[1]) * 1024
     return None
 
 
-# Files of a control group, of the system's version 2 and 1: limit, use, and which part of that is files' copies.
+# Files of a control group (cgroup version 2 and 1): limit, usage, and the usage's part that is page cache.
 _GROUP_2 = ("memory.max", "memory.current", "inactive_file")
 _GROUP_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
 def _left_in_groups(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """Bytes that the control groups of this process, as containers and batch systems set them up, leave it."""
+    """Bytes left by the limits of this process's control groups, which containers and batch systems set."""
     left = []
     for line in _text(own).splitlines():
         _, controllers, path = line.split(":", 2)
@@ -55,7 +55,7 @@ def _left_in_groups(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/s
         else:
             continue
         group = top / path.lstrip("/")
-        # A group's limit holds for all within it. In a container the path may be the host's, and only the top is there.
+        # A limit also applies to all child groups. In a container the path may be the host's; only the top exists then.
         left += [_left_in_group(each, *names) for each in (group, *group.parents) if each.is_relative_to(top)]
     return min((free for free in left if free is not None), default=None)
 
@@ -65,7 +65,7 @@ def _left_in_group(group: Path, limit: str, used: str, files: str) -> float | No
     if not all(size.isdecimal() for size in sizes):  # "max" is no limit
         return None
     counts = dict(line.split(maxsplit=1) for line in _text(group / "memory.stat").splitlines())
-    # The system takes back what it holds of files.
+    # Page cache can be reclaimed.
     return float(sizes[0]) - float(sizes[1]) + float(counts.get(files, 0))
 
 
@@ -74,10 +74,10 @@ def _text(path: Path) -> str:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device, or the machine, had too little memory for something."""
+    """Whether an exception means that a device or the machine ran out of memory."""
     if isinstance(error, MemoryError):
         return True
-    # XLA raises one class for everything; its allocators say the first, CUDA and its libraries the others.
+    # XLA raises one class for everything; the first message is its allocators', the others CUDA's and its libraries'.
     return isinstance(error, jax.errors.JaxRuntimeError) and any(
         sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "CUDA_ERROR_OUT_OF_MEMORY", "STATUS_ALLOC_FAILED")
     )
@@ -85,7 +85,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def explaining_out_of_memory(remedy: str) -> Iterator[None]:
-    """Within it, or within a function that it decorates, too little memory is an `InputError` that ends in `remedy`."""
+    """Context or decorator that turns running out of memory into an `InputError` ending in `remedy`."""
     try:
         yield
     except InputError:
@@ -97,15 +97,15 @@ def explaining_out_of_memory(remedy: str) -> Iterator[None]:
         raise InputError(f"out of memory ({first[:200]}): {remedy}") from error
 
 
-# Thousands of programs of the embedded model, dozens of Stable Diffusion XL's.
+# Enough for thousands of programs of the embedded model, or dozens of Stable Diffusion XL's.
 CACHE_BYTES = 8 * 1000**3
 
 
 def enable_compilation_cache() -> None:
-    """Keep compiled programs in ``~/.cache/ti_jax/xla``, which is cut to `CACHE_BYTES` here, at the start of a program.
+    """Cache compiled programs in ``~/.cache/ti_jax/xla``, and reduce it to `CACHE_BYTES`, at the start of a program.
 
-    Where the caller has chosen a folder (JAX_COMPILATION_CACHE_DIR, or ``jax.config``) nothing is changed, so a second
-    call changes nothing either. To be called after `ti_jax.training.multihost.join`.
+    Does nothing if a cache folder is already set (JAX_COMPILATION_CACHE_DIR, ``jax.config``, or an earlier call). Call
+    it after `ti_jax.training.multihost.join`.
     """
     chosen: str | None = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if chosen is not None:
@@ -117,7 +117,7 @@ def enable_compilation_cache() -> None:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ti_jax" / "xla"
         folder.mkdir(parents=True, exist_ok=True)
         remove_oldest(folder, CACHE_BYTES)
-    except (OSError, RuntimeError):  # no home, or one that cannot be written: then without
+    except (OSError, RuntimeError):  # no home folder, or it cannot be written: no cache
         return
     if not os.access(folder, os.W_OK):
         return
@@ -127,24 +127,24 @@ def enable_compilation_cache() -> None:
 
 
 def may_cache(processes: int, platform: str | None) -> bool:
-    """Whether a folder of this host's own may be used by one of several processes.
+    """Whether a cache folder on this host's own disk may be used by one of several processes.
 
-    JAX fills it from the first process alone. In the next run that process finds its programs there and the others
-    compile; on GPUs XLA shares out the tuning of kernels among all processes of a program, and these would wait for the
-    share of the first for ever.
+    Only the leader process writes it. In the next run the leader would load its programs while the others compile; on
+    GPUs XLA shards kernel autotuning over all processes of a program, so that the others would wait for the leader's
+    shard for ever.
     """
     return processes == 1 or platform not in ("gpu", "cuda", "rocm")
 
 
 def remove_oldest(folder: Path, limit: int) -> None:
-    """Remove the files that were not used for longest, until the rest takes at most `limit` bytes.
+    """Remove the least recently used files until the rest takes at most `limit` bytes.
 
-    JAX can do so itself (jax_compilation_cache_max_size), but reads a file for each program that is there whenever it
-    keeps another one: 0.06 s at 500 programs, as many as a few configs make.
+    JAX can do so itself (jax_compilation_cache_max_size), but then reads a file for each cached program whenever it
+    adds one: 0.06 s with 500 programs, as many as a few configs need.
     """
     files = [(entry, entry.stat()) for entry in os.scandir(folder) if entry.is_file()]
     total = sum(stat.st_size for _, stat in files)
-    # Where the time of the last use is not kept up (noatime), that of writing counts.
+    # On file systems without access times (noatime) the time of writing is used.
     for entry, stat in sorted(files, key=lambda file: max(file[1].st_atime, file[1].st_mtime)):
         if total <= limit:
             break

@@ -1,4 +1,4 @@
-"""What has to be settled before JAX starts."""
+"""Settings that must be made before JAX is imported."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ GOOGLE = "0x1ae0"  # the vendor of a TPU's PCI device
 
 
 def avoid_missing_tpu() -> None:
-    """Keep JAX from looking for a TPU where libtpu is installed (for ``ti-jax plan``) and no TPU is there.
+    """Keep JAX from looking for a TPU if libtpu is installed (for ``ti-jax plan``) but there is no TPU.
 
-    It would print half a dozen lines of errors first. Nothing is done where JAX_PLATFORMS is set, nor where a plugin
-    for another accelerator is installed. For programs, before they import JAX.
+    JAX would otherwise print several lines of errors. Does nothing if JAX_PLATFORMS is set, or if a plugin for another
+    accelerator is installed. Call it before JAX is imported.
     """
     if "JAX_PLATFORMS" in os.environ or not _installed("libtpu") or _has_tpu():
         return

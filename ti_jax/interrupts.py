@@ -1,9 +1,10 @@
-"""Ctrl-C, SIGTERM and SIGHUP: answered at once, and honoured where nothing is lost.
+"""Ctrl-C, SIGTERM and SIGHUP: acknowledged at once, and obeyed where nothing is lost.
 
-Python runs a signal's handler only between two bytecodes of the main thread, which may wait for minutes in a compiler
-or for a device. So a program has a thread that is woken by the signal itself (`signal.set_wakeup_fd`). It says that the
-program is stopping and ends it, unless the main thread is within `deferred`: then that sees `requested`, and saves
-first. A second signal always ends the program at once. Nothing here imports JAX, so that the first seconds count, too.
+Python runs signal handlers only between two bytecodes of the main thread, which may be blocked for minutes by the
+compiler or a device. So a separate thread is woken by the signal itself (`signal.set_wakeup_fd`). It prints that the
+program is stopping and ends it, unless the main thread is within `deferred`: then that one checks `requested`, and
+saves first. A second signal always ends the program at once. Nothing here imports JAX, so that signals are also handled
+while it is imported.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ T = TypeVar("T")
 STATUS = 130  # as a shell reports SIGINT
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
-_PATIENCE = 5.0  # seconds that a file which is being written gets to become whole
+_PATIENCE = 5.0  # seconds to wait for a file that is being written
 
 
 class Interrupted(Exception):
-    """A stop was requested; what was being computed has been dropped."""
+    """A stop was requested; the running computation was abandoned."""
 
 
 class _State:
-    program: str | None = None  # its name, where `listen` was called
+    program: str | None = None  # its name, once `listen` was called
     requested = False
     deferred = False
     abandon = False
@@ -41,9 +42,9 @@ _abandoned: list[threading.Thread] = []
 
 
 def listen(program: str) -> None:
-    """Have the signals end this program, from its main thread and before anything else is imported.
+    """Handle the signals in this program; call it in the main thread, before anything else is imported.
 
-    What was ignored at the start, such as SIGHUP under ``nohup``, stays ignored.
+    Signals that were ignored at the start, such as SIGHUP under ``nohup``, stay ignored.
     """
     _State.program = program
     woken, wake = os.pipe()
@@ -80,37 +81,37 @@ def _message(number: int, saving: bool) -> str:
 
 
 def _print(text: str) -> None:
-    """A line on stderr, whatever the main thread is doing with Python's stream."""
+    """Print a line on stderr, bypassing Python's stream, which the main thread may be using."""
     try:
         os.write(2, f"\n{text}\n".encode())
-    except OSError:  # the terminal is gone; what is written later must not fail over it
+    except OSError:  # the terminal is gone; later writes must not fail because of that
         nowhere = os.open(os.devnull, os.O_RDWR)
         for stream in (1, 2):
             os.dup2(nowhere, stream)
 
 
 def _end(patience: float) -> NoReturn:
-    """End the process without tearing down what its other threads are computing with."""
+    """End the process without tearing down the interpreter under its other threads."""
     _whole.acquire(timeout=patience)
     os._exit(STATUS)
 
 
 @contextlib.contextmanager
 def whole() -> Iterator[None]:
-    """Within it files are written that must not be left half done; a request to stop waits for its end."""
+    """Context for writing files that must not be left incomplete: a stop waits for its end."""
     with _whole:
         yield
 
 
 @contextlib.contextmanager
 def deferred(abandon: bool = True) -> Iterator[None]:
-    """Within it a signal only sets `requested`; whoever is within looks at that, saves, and leaves.
+    """Context in which a signal only sets `requested`; the code inside polls that, saves, and leaves.
 
-    In a program that has not called `listen`, such as a notebook, the signals are heard within it alone, and a second
-    one raises `KeyboardInterrupt`. Outside the main thread, where Python allows no handlers, nothing is heard.
+    In a program that has not called `listen`, such as a notebook, signals are handled only within it, and a second one
+    raises `KeyboardInterrupt`. Outside the main thread, where Python allows no handlers, they are not handled.
 
     Args:
-      abandon: whether `interruptible` may drop what it computes.
+      abandon: whether `interruptible` may abandon its computation.
     """
     before: dict[int, object] = {}
     if _State.program is None:
@@ -148,10 +149,10 @@ def requested() -> bool:
 
 
 def interruptible(make: Callable[[], T]) -> T:
-    """What ``make`` returns, computed in another thread; for what takes long and leaves nothing half done.
+    """Call ``make`` in another thread and return its result; for long computations without side effects.
 
     Raises:
-      Interrupted: within `deferred`, as soon as a stop is requested; ``make`` may go on, and its result is dropped.
+      Interrupted: within `deferred`, as soon as a stop is requested; ``make`` may continue, and its result is discarded.
     """
     if not _State.deferred or not _State.abandon:
         return make()
@@ -160,7 +161,7 @@ def interruptible(make: Callable[[], T]) -> T:
     def work() -> None:
         try:
             outcome.append((make(), None))
-        except BaseException as error:  # whatever it is, it is raised again where the result is wanted
+        except BaseException as error:  # of any kind: it is raised again in the calling thread
             outcome.append((None, error))
 
     thread = threading.Thread(target=work, daemon=True, name="interruptible")
@@ -177,7 +178,7 @@ def interruptible(make: Callable[[], T]) -> T:
 
 
 def leave(status: int) -> NoReturn:
-    """End the program. Where a computation was dropped the interpreter must not be torn down under it."""
+    """End the program. If a computation was abandoned, skip the interpreter's teardown, which would crash it."""
     if not _abandoned:
         sys.exit(status)
     for stream in (sys.stdout, sys.stderr):

@@ -1,8 +1,8 @@
-"""What a placeholder word may be, and where a prompt has it; strings only.
+"""Placeholder words: which are valid, and where a prompt contains them. Strings only.
 
-Words are compared in the normal form that CLIP's tokenizer gives all text: Unicode NFC, then the lower case of each
-character by itself. `str.lower` and `re.IGNORECASE` both differ from it: the first gives a Greek sigma at the end of a
-word a form of its own, the second takes the Turkish dotless i for an i, and the long s for an s.
+Words are compared in the normal form of CLIP's tokenizer: Unicode NFC, then the lower case of each character by itself.
+`str.lower` and `re.IGNORECASE` both differ from it: the first treats a final Greek sigma differently, the second takes
+the Turkish dotless i for an i, and the long s for an s.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ Words = Mapping[str, int]
 
 
 def fold(text: str) -> str:
-    """The normal form in which words are compared: NFC, each character in lower case."""
+    """The normal form for comparing words: NFC, each character in lower case."""
     return "".join(character.lower() for character in unicodedata.normalize("NFC", text))
 
 
 def is_word(text: str) -> bool:
-    """Whether a text can be a placeholder word: not empty, in UTF-8, and without spaces."""
+    """Whether a text is a valid placeholder word: not empty, without spaces, and encodable as UTF-8."""
     return text.split() == [text] and is_utf8(text)
 
 
 def check_token(token: str, where: str = "placeholder") -> None:
-    """Raise `InputError` unless ``token`` can be a placeholder word; ``where`` says what it was given as."""
+    """Raise `InputError` unless ``token`` is a valid placeholder word; ``where`` names the input in the message."""
     if not is_word(token):
         raise InputError(f"{where} {token!r}: must be one word without spaces, like <cat-toy>")
 
 
 def same_word(word: str, known: Iterable[str]) -> bool:
-    """Whether a prompt could not tell ``word`` from one of the ``known`` words."""
+    """Whether ``word`` has the same normal form as one of the ``known`` words."""
     return fold(word) in map(fold, known)
 
 
 class Found(NamedTuple):
-    """A placeholder word in a prompt: ``prompt[start:end]``, and the rows of ``word`` that stand there."""
+    """An occurrence of a placeholder word: ``prompt[start:end]``, and the rows of ``word`` that it stands for."""
 
     start: int
     end: int
@@ -49,10 +49,10 @@ class Found(NamedTuple):
 
 
 def find_words(prompt: str, words: Words) -> list[Found]:
-    """The placeholder words in a prompt, from left to right; where two could begin, the longer one.
+    """The placeholder words in a prompt, from left to right; where two match, the longer one.
 
-    A word that begins or ends with a letter or digit must stand alone ("sks" is not in "asks"). A word of several
-    vectors may come already expanded, as diffusers writes it: ``<cat> <cat>_1 <cat>_2`` is the whole word, ``<cat>_1``
+    A word that begins or ends with a letter or digit matches whole words only ("sks" is not in "asks"). A word of
+    several vectors may be already expanded, as in diffusers: ``<cat> <cat>_1 <cat>_2`` is the whole word, ``<cat>_1``
     its second row.
     """
     if not words:
@@ -73,12 +73,12 @@ def find_words(prompt: str, words: Words) -> list[Found]:
 
 
 def contains_word(prompt: str, word: str) -> bool:
-    """Whether a prompt has the word, as a whole word: "a rick" has "rick", "a brick" has not."""
+    """Whether a prompt contains the word as a whole word: "a rick" contains "rick", "a brick" does not."""
     return bool(find_words(prompt, {word: 1}))
 
 
 def unprovided(prompts: Iterable[str], words: Words) -> list[str]:
-    """What looks like a learned word in the prompts, ``<cat>``, and is none of ``words``; each once."""
+    """Texts in the prompts that look like learned words, ``<cat>``, but are not in ``words``; each once."""
     seen: dict[str, None] = {}
     for prompt in prompts:
         rest, end = "", 0
@@ -89,12 +89,12 @@ def unprovided(prompts: Iterable[str], words: Words) -> list[str]:
 
 
 def fill(template: str, word: str) -> str:
-    """A template with the word in the place of each ``{}``; other braces are text."""
+    """Replace each ``{}`` of a template by the word; other braces are text."""
     return template.replace("{}", word)
 
 
 def _pattern(counts: Mapping[str, int]) -> re.Pattern[str]:
-    """Matches each word, longest first, in folded text; ``counts`` are the vectors of folded words."""
+    """A pattern that matches each word in folded text, longest first; ``counts``: vectors of each folded word."""
     alternatives = []
     for form in sorted(counts, key=lambda form: (-len(form), form)):
         text = re.escape(form)
@@ -109,7 +109,7 @@ def _pattern(counts: Mapping[str, int]) -> re.Pattern[str]:
 
 
 def _folded_with_places(text: str) -> tuple[str, list[int], list[int]]:
-    """`fold` of a text, and for each character of it where in the text its origin starts and ends."""
+    """`fold` of a text, and for each of its characters the start and end of its origin in the text."""
     folded: list[str] = []
     starts: list[int] = []
     ends: list[int] = []
@@ -122,7 +122,7 @@ def _folded_with_places(text: str) -> tuple[str, list[int], list[int]]:
 
 
 def _clusters(text: str) -> Iterator[tuple[int, int]]:
-    """Start and end of each character with the marks that NFC may join to it."""
+    """Start and end of each character, including the marks that NFC may combine with it."""
     start = 0
     for place, character in enumerate(text):
         if place > start and not _joins(character):
@@ -133,5 +133,5 @@ def _clusters(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _joins(character: str) -> bool:
-    """Whether NFC may join a character to the one before: a mark, or a vowel or final consonant of Hangul."""
+    """Whether NFC may combine a character with the one before: a mark, or a Hangul vowel or final consonant."""
     return unicodedata.category(character).startswith("M") or "\u1160" <= character <= "\u11ff"

@@ -152,7 +152,7 @@ def interruptible(make: Callable[[], T]) -> T:
     """Call ``make`` in another thread and return its result; for long computations without side effects.
 
     Raises:
-      Interrupted: within `deferred`, as soon as a stop is requested; ``make`` may continue, and its result is discarded.
+      Interrupted: within `deferred`, as soon as a stop is requested; ``make`` may go on, and its result is discarded.
     """
     if not _State.deferred or not _State.abandon:
         return make()

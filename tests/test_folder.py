@@ -323,7 +323,7 @@ def test_a_bad_file_among_good_ones_is_named_or_left_out(tmp_path, name):
 
 
 def test_what_is_wrong_is_told_apart(tmp_path):
-    for name, why in [("cut.jpg", "truncated"), ("text.png", "not a picture, whatever its suffix says")]:
+    for name, why in [("cut.jpg", "truncated"), ("text.png", "not a picture, despite its suffix")]:
         (tmp_path / name).write_bytes(bad_files()[name])
         assert why in refusal(tmp_path)
         (tmp_path / name).unlink()
@@ -335,7 +335,7 @@ def test_left_out_files_are_told_on_stderr(tmp_path, capsys):
     save(tmp_path, "a.png", gradient(16, 16))
     (tmp_path / "b.png").write_bytes(b"")
     load_images(tmp_path, 16, skip_bad=True)
-    assert capsys.readouterr().err == f"left out: {tmp_path / 'b.png'}: not a picture, whatever its suffix says\n"
+    assert capsys.readouterr().err == f"left out: {tmp_path / 'b.png'}: not a picture, despite its suffix\n"
 
 
 def test_nothing_left(tmp_path):

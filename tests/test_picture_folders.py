@@ -96,7 +96,7 @@ def test_a_folder_of_nothing_else_says_so_too(tmp_path, without_heif):
 def test_heic_under_the_suffix_of_a_jpeg_is_called_heic(tmp_path, without_heif):
     (tmp_path / "a.jpg").write_bytes(HEIC)
     (line,) = without_heif(tmp_path)
-    assert line.startswith(f"{tmp_path}/a.jpg: HEIC, whatever its suffix says; pip install 'ti_jax[heif]' reads them")
+    assert line.startswith(f"{tmp_path}/a.jpg: HEIC, despite its suffix; pip install 'ti_jax[heif]' reads them")
 
 
 def test_heic_is_read_where_its_package_is(tmp_path):

@@ -222,8 +222,8 @@ def _check_room(config: TrainConfig, model: ModelDescription, prompts: list[str]
             others = taken - occurrences * count
             if taken > room and occurrences and others + occurrences <= room:
                 raise InputError(
-                    f"--num_vectors {count}: the prompt {prompt!r} takes {taken} tokens with so many where the text "
-                    f"encoder reads {room}; give at most {(room - others) // occurrences}, or shorter --templates"
+                    f"--num_vectors {count}: the prompt {prompt!r} is then {taken} tokens long, and the text encoder "
+                    f"reads {room}; give at most {(room - others) // occurrences}, or shorter --templates"
                 )
 
 

@@ -74,8 +74,8 @@ def read_picture(path: Path) -> Image.Image:
     except UnidentifiedImageError as error:
         found = format_by_content(path)
         if found and not is_read(found):
-            raise InputError(f"{path}: {found}, whatever its suffix says; {remedy(found)}") from error
-        what = f"broken, though it begins as {found}" if found else "not a picture, whatever its suffix says"
+            raise InputError(f"{path}: {found}, despite its suffix; {remedy(found)}") from error
+        what = f"broken, though it begins as {found}" if found else "not a picture, despite its suffix"
         raise InputError(f"{path}: {what}") from error
     except PermissionError as error:
         raise InputError(f"{path}: no permission to read it") from error

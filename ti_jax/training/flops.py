@@ -55,7 +55,7 @@ def _count(jaxpr: Jaxpr, trained: list[bool]) -> tuple[float, list[bool]]:
 def _scan(equation: Any, inputs: list[bool]) -> tuple[float, list[bool]]:
     """As `_count`; a carry depends on a trained argument if it does after any iteration."""
     (body,) = _inner(equation.params)
-    # The parameters' names differ between versions of JAX, so that the parts are told by their shapes: only the scanned
+    # The parameters' names differ between versions of JAX, so that parts are recognised by shape: only the scanned
     # inputs and the stacked outputs have another shape inside the loop.
     carried = sum(_same_shapes(body.outvars, equation.outvars))
     constants = sum(_same_shapes(body.invars, equation.invars)) - carried

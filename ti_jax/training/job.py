@@ -197,7 +197,9 @@ def agree(job: Job) -> Job:
 
 def _resume(job: Job) -> tuple[TrainState, Checkpointing | None]:
     """The state to resume from, as NumPy arrays, and the rematerialisation policy that it was computed with."""
-    assert job.config.resume_from_checkpoint is not None and job.checkpoints is not None, "the first process has them"
+    assert job.config.resume_from_checkpoint is not None and job.checkpoints is not None, (
+        "only the leader process has them"
+    )
     restored = job.checkpoints.restore(job.config.resume_from_checkpoint, job.start)
     if restored is None:
         multihost.log_leader(f"no checkpoint in {job.checkpoints.folder} yet: starting from the beginning")

@@ -189,7 +189,7 @@ class Pace:
 
 
 def _open_folder(config: TrainConfig, job: Job) -> None:
-    assert job.checkpoints is not None, "the first process has them"
+    assert job.checkpoints is not None, "only the leader process has them"
     job.checkpoints.identity["gradient_checkpointing"] = config.gradient_checkpointing
     run_folder.prepare(job.folder, None if config.resume_from_checkpoint is None else int(job.start.step))
     write_atomically(job.folder / "config.yaml", dump_yaml(config).encode())
@@ -210,7 +210,7 @@ def _summary(job: Job, step: CompiledStep) -> str:
 
 def _act(due: Sequence[Action], step: int, state: TrainState, reporter: Reporter | None) -> None:
     """Run the actions of a step. Those skipped by a request to stop are run when the run resumes there."""
-    assert reporter is not None, "the first process has one"
+    assert reporter is not None, "only the leader process has one"
     with contextlib.suppress(interrupts.Interrupted):
         for action in due:
             action(step, state, reporter)
@@ -219,7 +219,7 @@ def _act(due: Sequence[Action], step: int, state: TrainState, reporter: Reporter
 
 def _save(job: Job, state: TrainState) -> None:
     """Save the word, then a checkpoint: if the disk fills up, the word matters more."""
-    assert job.checkpoints is not None, "the first process has them"
+    assert job.checkpoints is not None, "only the leader process has them"
     run_folder.save_embedding(job.concept.embedding(state.rows, int(state.step)), job.folder)
     job.checkpoints.save(state)
 

@@ -54,8 +54,8 @@ class ScoreTracker:
             self.best = self.last
         try:
             append(self.folder / LOG_FILE, (json.dumps({"step": step, **scores.as_dict()}) + "\n").encode())
-        except InputError as error:  # what was measured counts all the same
-            print(f"warning: {error}; a run that resumes measures step {step} again", file=sys.stderr)
+        except InputError as error:  # the scores are valid even if they cannot be logged
+            print(f"warning: {error}; a resumed run measures step {step} again", file=sys.stderr)
         return scores
 
     def _is_best(self, scores: Scores) -> bool:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from ti_jax.errors import InputError
 from ti_jax.models.networks import make_networks, network_shapes
 from ti_jax.weights.identity import Identity
+from ti_jax.weights.single_file import open_file
 from ti_jax.weights.sources import open_source
 
 UNET = "model.diffusion_model."
@@ -300,3 +301,14 @@ def test_damaged_files(tmp_path):
     assert count > 150 and 10 <= loaded < count / 2
     assert not (tmp_path / "was-run").exists()
     assert kibibytes("VmHWM") - before < 2**20
+
+
+@pytest.mark.parametrize("first", [0x80, ord("<"), ord("P")])
+def test_safetensors_are_recognised_whatever_byte_their_header_length_begins_with(tmp_path, first):
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    header += b" " * ((first - len(header)) % 256)
+    path = tmp_path / "model.ckpt"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + np.float32(3).tobytes())
+    assert path.read_bytes()[0] == first
+    with open_file(path) as file:
+        assert file.read("a") == 3.0

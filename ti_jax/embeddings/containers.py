@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from ti_jax.embeddings.image_card import is_picture, read_card
 from ti_jax.errors import InputError, listed, one_line, utf8
-from ti_jax.weights.files import DTYPES, refuse_git_lfs_pointer, safe_classes
+from ti_jax.weights.files import DTYPES, PICKLE, SAFETENSORS, container, safe_classes
 
 OURS = "ti_jax."  # prefix of header entries about one of our files rather than its word
 
@@ -29,7 +29,6 @@ BUNDLE = "bundle_emb."  # prefix of words in a LoRA file
 
 PICKLE_SUFFIXES = (".bin", ".pt")
 
-SAFETENSORS, PICKLE = "safetensors", "PyTorch pickle"
 PICTURES = {"text chunk": "text chunk of a picture", "pixels": "pixels of a picture"}
 
 # A word has one or two tensors (XTI: 16); a file with more is a model or a LoRA, and is refused without reading it.
@@ -77,16 +76,14 @@ def read_content(path: Path) -> Content:
         and numbers; a picture without a word; many tensors, as in a model.
     """
     try:
-        with path.open("rb") as file:
-            start = file.read(12)
-        refuse_git_lfs_pointer(path)
+        kind, start = container(path)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; give the file of a learned word") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); give the file of a learned word") from error
-    if start[8:9] == b"{":
+    if kind == SAFETENSORS:
         return _read_safetensors(path)
-    if start.startswith((b"PK\x03\x04", b"\x80")):
+    if kind == PICKLE:
         return Content(path, PICKLE, _read_pickle(path))
     if is_picture(start):
         data, channel = read_card(path)

@@ -25,6 +25,15 @@ BASE_NAMES = {"safetensors": ("diffusion_pytorch_model", "model"), "bin": ("diff
 
 GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
+SAFETENSORS, PICKLE = "safetensors", "PyTorch pickle"
+_PICKLES = (b"PK\x03\x04", b"\x80")  # a zip archive since PyTorch 1.6
+# First bytes of other files that are found under the name of a model or a word.
+_OTHER_FILES = {
+    b"GGUF": "a GGUF file, whose quantised weights ti_jax does not read; get the model as .safetensors",
+    b"<": "a web page and not a model or a word; download it again",
+    b"7z\xbc\xaf": "an archive; unpack it",
+}
+
 VARIANT = r"(?:\.((?!index\.)[^.]+?(?<!-of-\d{5})))?"  # shards are not variants
 
 LARGE = 1 << 16  # bytes
@@ -298,6 +307,29 @@ def is_zip(path: Path) -> bool:
     """Whether a PyTorch file is a zip archive."""
     with path.open("rb") as file:
         return file.read(4) == b"PK\x03\x04"
+
+
+def container(path: Path) -> tuple[str | None, bytes]:
+    """What a file is by its first bytes, because files are shared under any suffix, and its first 12 bytes.
+
+    Returns:
+      `SAFETENSORS`, `PICKLE`, or None if it is neither.
+
+    Raises:
+      InputError: a git-lfs pointer, or a file that cannot be a model or a word. OSError: it cannot be read.
+    """
+    refuse_git_lfs_pointer(path)
+    with path.open("rb") as file:
+        start = file.read(12)
+    # Before the others: the 8 bytes before the header are its length, and may begin like a pickle or a web page.
+    if start[8:9] == b"{":
+        return SAFETENSORS, start
+    if start.startswith(_PICKLES):
+        return PICKLE, start
+    for beginning, kind in _OTHER_FILES.items():
+        if start.startswith(beginning):
+            raise InputError(f"{path}: {kind}")
+    return None, start
 
 
 def refuse_git_lfs_pointer(path: Path) -> None:

@@ -16,7 +16,16 @@ from ti_jax.models.unet_config import UNetConfig
 from ti_jax.models.vae import VAEConfig
 from ti_jax.weights import ldm_configs
 from ti_jax.weights.families import UNET, VAE, Family, Shapes, identify
-from ti_jax.weights.files import PickleFile, Tensors, load_pickle, open_safetensors, refuse_git_lfs_pointer, state_dict
+from ti_jax.weights.files import (
+    PICKLE,
+    SAFETENSORS,
+    PickleFile,
+    Tensors,
+    container,
+    load_pickle,
+    open_safetensors,
+    state_dict,
+)
 from ti_jax.weights.ldm_names import Part, inside, is_buffer, open_clip_parts, renamed, unet_modules, vae_modules
 
 Components = Mapping[str, Mapping[str, Any]]
@@ -71,16 +80,6 @@ def open_checkpoint(path: Path, prediction_type: str | None, text_only: bool = F
         )
 
 
-# First bytes of files that are found under the name of a checkpoint.
-SAFETENSORS_HEADER = b"{"  # after 8 bytes with its length
-PICKLES = (b"PK\x03\x04", b"\x80")
-OTHER_FILES = {
-    b"GGUF": "a GGUF file, whose quantised weights ti_jax does not read; get the model as .safetensors",
-    b"<": "a web page and not a model; download it again",
-    b"7z\xbc\xaf": "an archive; unpack it",
-}
-
-
 class _Anything:
     """Stands in for a PyTorch Lightning class that the first checkpoints contain; its contents are not used."""
 
@@ -98,22 +97,17 @@ def open_file(path: Path) -> Iterator[Tensors]:
       InputError: as `ti_jax.weights.files.open_tensors`, or the file is of another kind.
     """
     try:
-        with path.open("rb") as file:
-            start = file.read(9)
-        refuse_git_lfs_pointer(path)
+        kind, start = container(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    for beginning, kind in OTHER_FILES.items():
-        if start.startswith(beginning):
-            raise InputError(f"{path}: {kind}")
-    if start.startswith(PICKLES):
+    if kind == SAFETENSORS:
+        with open_safetensors(path) as tensors:
+            yield tensors
+    elif kind == PICKLE:
         content = load_pickle(path, STAND_INS)
         if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
             content = content["state_dict"]
         yield PickleFile(path, state_dict(path, content))
-    elif start[8:] == SAFETENSORS_HEADER:
-        with open_safetensors(path) as tensors:
-            yield tensors
     else:
         what = "an empty file" if not start else "neither a safetensors file nor a PyTorch checkpoint"
         raise InputError(f"{path}: {what}; download it again")

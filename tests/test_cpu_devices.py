@@ -40,10 +40,10 @@ def test_use_cores_before_anything_is_computed():
     code = """
 import jax
 from ti_jax import TrainConfig
-from ti_jax.training import cores
-cores._cores = lambda: 5
-print([cores.use_cores(TrainConfig(train_batch_size=size)) for size in (6, 4, 9)], jax.device_count())
-print([cores.use_cores(TrainConfig(train_batch_size=size)) for size in (6, 4, 9)], jax.device_count())
+from ti_jax.training import cpu_devices
+cpu_devices._cores = lambda: 5
+print([cpu_devices.use_cores(TrainConfig(train_batch_size=size)) for size in (6, 4, 9)], jax.device_count())
+print([cpu_devices.use_cores(TrainConfig(train_batch_size=size)) for size in (6, 4, 9)], jax.device_count())
 """
     hidden = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}

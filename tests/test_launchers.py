@@ -202,10 +202,10 @@ def test_a_metadata_server_that_does_not_answer_costs_a_moment(server):
 def test_used_before_several_processes_is_refused(tmp_path):
     """JAX has its devices already, as in a notebook; alone that is no matter, as one of several it is."""
     program = (
-        "import jax; jax.devices(); import ti_jax; from ti_jax.training import processes\n"
-        "processes.join(ti_jax.TrainConfig()); print('alone', flush=True)\n"
+        "import jax; jax.devices(); import ti_jax; from ti_jax.training import multihost\n"
+        "multihost.join(ti_jax.TrainConfig()); print('alone', flush=True)\n"
         "import os; os.environ.update(RANK='0', WORLD_SIZE='2', MASTER_ADDR='localhost', MASTER_PORT='29500')\n"
-        "processes.join(ti_jax.TrainConfig())\n"
+        "multihost.join(ti_jax.TrainConfig())\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, env=os.environ)
     assert done.stdout == "alone\n", done.stderr

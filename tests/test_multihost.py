@@ -171,16 +171,16 @@ def test_torchrun_starts_one_run(config, tmp_path):
 FAULTY = """
 import os, sys, time
 import jax, ti_jax
-from ti_jax.training import processes
+from ti_jax.training import multihost
 number = int(sys.argv[1])
-processes.join(ti_jax.TrainConfig(coordinator_address=sys.argv[2], num_processes=2, process_id=number))
+multihost.join(ti_jax.TrainConfig(coordinator_address=sys.argv[2], num_processes=2, process_id=number))
 def fail():
     if number == int(sys.argv[4]):
         raise KeyError("the moon")
 start = time.monotonic()
 try:
-    with processes.in_step():
-        getattr(processes, sys.argv[3])(fail)
+    with multihost.in_step():
+        getattr(multihost, sys.argv[3])(fail)
 except Exception as error:
     print(type(error).__name__, error, time.monotonic() - start < 20, flush=True)
 """

@@ -129,7 +129,8 @@ def test_the_fingerprint_has_what_the_rows_depend_on(short_run):
     def of(config):
         return fingerprint(
             config, model_identity="m", prediction_type="epsilon", dtype=np.float32, pixels=np.zeros(3),
-            prompts=["a"], words={"<x>": 1}, initializer_embedding=None, global_batch=1, total_steps=10,
+            prompts=["a"], words={"<x>": 1}, initializer_embedding=None, embeddings=None, global_batch=1,
+            total_steps=10,
         )  # fmt: skip
 
     mine = of(short_run)

@@ -136,13 +136,20 @@ def test_both_rows_learn_and_a_frozen_word_does_not(config, tmp_path):
     other = ti_jax.Embedding("<other>", {"text_encoder": np.full((1, 32), 0.1, np.float32)})
     other.save(tmp_path / "other.safetensors")
     Path(config.templates).write_text("a {} and <other>\n")
-    result = train(replace(config, embeddings=(str(tmp_path / "other.safetensors"),), adam_weight_decay=0.1))
+    config = replace(config, embeddings=(str(tmp_path / "other.safetensors"),), adam_weight_decay=0.1)
+    result = train(config)
     start = ti_jax.StableDiffusion.from_pretrained(config.pretrained_model_name_or_path).token_table("text_encoder")
     moved = [np.abs(start - row).max(axis=1).min() > 0 for row in rows(result)]
     assert moved == [True, True] and not np.array_equal(*rows(result))
     assert result.embedding.num_vectors == 2
     again = ti_jax.Embedding.load(tmp_path / "other.safetensors")
     assert np.array_equal(again.vectors["text_encoder"], other.vectors["text_encoder"])
+
+    ti_jax.Embedding("<other>", {"text_encoder": np.full((1, 32), 0.2, np.float32)}).save(
+        tmp_path / "other.safetensors"
+    )
+    with pytest.raises(ti_jax.InputError, match=r"belongs to another run \(embeddings \w{16} there, \w{16} here\)"):
+        train(replace(config, resume_from_checkpoint="latest"))
 
 
 def test_the_autoencoder_lies_on_no_device_while_a_word_is_learned(config):

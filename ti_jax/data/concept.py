@@ -7,7 +7,7 @@ tokenizers (`check_concept`, `check_pictures_to_draw`), and only then its weight
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -273,8 +273,15 @@ def _start_metadata(config: TrainConfig, start: Embedding | None) -> dict[str, s
     """The initialisation in a learned word's metadata: the token, or a file's name and a hash of its vectors."""
     if start is None:
         return {"initializer_token": str(config.initializer_token)}
-    digest = hashlib.sha256(b"".join(vectors.tobytes() for vectors in start.vectors.values()))
     return {
         "initializer_embedding": Path(str(config.initializer_embedding)).name,
-        "initializer_embedding_hash": digest.hexdigest()[:16],
+        "initializer_embedding_hash": str(hash_of_vectors([start])),
     }
+
+
+def hash_of_vectors(embeddings: Sequence[Embedding]) -> str | None:
+    """A hash of the vectors of learned words, 16 hexadecimal digits; None if there are no words."""
+    if not embeddings:
+        return None
+    contents = (vectors.tobytes() for embedding in embeddings for vectors in embedding.vectors.values())
+    return hashlib.sha256(b"".join(contents)).hexdigest()[:16]

@@ -38,7 +38,7 @@ FIELDS = {field.name: field.default for field in dataclasses.fields(TrainConfig)
 ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay")
 
 # Entries of a fingerprint that the first checkpoints do not have.
-ADDED_LATER = ("prediction_type", "initializer_embedding", "gradient_checkpointing", "draws")
+ADDED_LATER = ("prediction_type", "initializer_embedding", "gradient_checkpointing", "draws", "embeddings")
 
 # The rule by which `ti_jax.training.step.draw_sample` draws pictures, prompts, noise and timesteps. It goes up whenever
 # the same seed gives another batch: 1 drew each timestep by itself, 2 spreads an update's over the schedule.
@@ -58,6 +58,7 @@ def fingerprint(
     prompts: Sequence[str],
     words: Mapping[str, int],
     initializer_embedding: str | None,
+    embeddings: str | None,
     global_batch: int,
     total_steps: int,
 ) -> Fingerprint:
@@ -65,7 +66,8 @@ def fingerprint(
 
     A setting on which they depend as it is has ``fingerprint=True`` beside it; here is what is made of several, or
     counts only with others.
-    ``initializer_embedding`` is a hash of the rows that the word starts from, or None if it starts from a token.
+    ``initializer_embedding`` is a hash of the rows that the word starts from, or None if it starts from a token;
+    ``embeddings`` one of the vectors of the other words that the prompts may use, or None if there are none.
     ``gradient_checkpointing`` is None until the memory has decided it.
     ``total_steps`` counts only where the learning rate depends on it, so that a constant-rate run can be made longer.
     """
@@ -78,6 +80,7 @@ def fingerprint(
         "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
         "words": [[word, count] for word, count in words.items()],
         "initializer_embedding": initializer_embedding,
+        "embeddings": embeddings,
         "batch size on all devices": global_batch,
         **{name: getattr(config, name) for name in FIELDS},
         "lr_warmup_steps": None if config.lr_scheduler == "constant" else config.lr_warmup_steps,

@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh
 
 from ti_jax.config import Checkpointing, TrainConfig
-from ti_jax.data.concept import Concept, Inputs, LogLine, check_concept, read_inputs, with_rows
+from ti_jax.data.concept import Concept, Inputs, LogLine, check_concept, hash_of_vectors, read_inputs, with_rows
 from ti_jax.data.dataset import make_dataset
 from ti_jax.embeddings import Embedding
 from ti_jax.files import ensure_writable_folder
@@ -101,6 +101,7 @@ class Job:
             prompts=self.concept.prompts,
             words=self.concept.words,
             initializer_embedding=self.concept.metadata.get("initializer_embedding_hash"),
+            embeddings=hash_of_vectors(self.concept.others),
             global_batch=self.samples_per_step // self.config.gradient_accumulation_steps,
             total_steps=self.total,
         )

@@ -16,7 +16,7 @@ from ti_jax.embeddings.containers import PICKLE_SUFFIXES, PICTURES, Content, pic
 from ti_jax.embeddings.embedding import Embedding
 from ti_jax.embeddings.families import describe
 from ti_jax.embeddings.image_card import card_png
-from ti_jax.embeddings.naming import named
+from ti_jax.embeddings.naming import chosen, named
 from ti_jax.embeddings.vectors import encoder_of, vectors_of
 from ti_jax.errors import InputError
 
@@ -42,12 +42,7 @@ def read(content: Content, token: str | None) -> Embedding | None:
         return None
     if not parameters:
         raise InputError("its string_to_param is empty: there is no word in it")
-    key = next(iter(parameters))
-    if len(parameters) > 1:
-        if token not in parameters:
-            words = ", ".join(repr(word) for word in parameters)
-            raise InputError(f"it holds {len(parameters)} words, {words}; say which with token=")
-        key = token
+    key = chosen(parameters, token)
     stored = content.data.get("name")
     stored = stored if isinstance(stored, str) and stored else None
     if content.container in PICTURES:

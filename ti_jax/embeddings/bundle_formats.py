@@ -16,7 +16,7 @@ import numpy as np
 from ti_jax.embeddings.containers import BUNDLE, Content
 from ti_jax.embeddings.embedding import CAVEAT, Embedding
 from ti_jax.embeddings.families import FAMILIES
-from ti_jax.embeddings.naming import named
+from ti_jax.embeddings.naming import chosen, named
 from ti_jax.embeddings.vectors import encoder_of, vectors_of
 from ti_jax.errors import InputError
 
@@ -79,12 +79,7 @@ def read_bundle(content: Content, token: str | None) -> Embedding | None:
     for key, value in data.items():
         name, _, part = str(key).removeprefix(BUNDLE).partition(".")
         bundles.setdefault(name, {})[part.removeprefix(_PARAMETER)] = value
-    name = next(iter(bundles))
-    if len(bundles) > 1:
-        if token not in bundles:
-            words = ", ".join(repr(word) for word in bundles)
-            raise InputError(f"it holds {len(bundles)} words, {words}; say which with token=")
-        name = token
+    name = chosen(bundles, token)
     parts = bundles[name]
     if set(parts) <= set(_CLIP_KEYS.values()):
         vectors = {encoder: vectors_of(parts[key], key) for encoder, key in _CLIP_KEYS.items() if key in parts}

@@ -10,6 +10,7 @@ import numpy as np
 
 from ti_jax.embeddings.containers import Content, word_metadata
 from ti_jax.embeddings.embedding import Embedding
+from ti_jax.errors import InputError
 from ti_jax.words import check_token, find_words, fold
 
 
@@ -36,6 +37,19 @@ def named(
         stored_name = None
     metadata = word_metadata(content, word) if metadata is None else metadata
     return Embedding(word, vectors, metadata, stored_name=stored_name, notes=tuple(notes))
+
+
+def chosen(words: Mapping[str, object], token: str | None) -> str:
+    """The only key of ``words``, or of several the one that is ``token``.
+
+    Raises:
+      InputError: there are several, and ``token`` is none of them.
+    """
+    if len(words) == 1:
+        return next(iter(words))
+    if token is None or token not in words:
+        raise InputError(f"it holds {len(words)} words, {', '.join(map(repr, words))}; say which with token=")
+    return token
 
 
 def split_word(text: str) -> tuple[str, str | None]:

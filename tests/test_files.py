@@ -3,12 +3,16 @@ import subprocess
 import sys
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 from permissions import shared_folder, without_rights  # noqa: F401 (a fixture)
 
 from ti_jax.config import TrainConfig
+from ti_jax.embeddings import Embedding
 from ti_jax.errors import InputError
+from ti_jax.evaluation.scores import Scores
 from ti_jax.files import append, disk_errors, ensure_writable_folder, write_atomically, write_together
+from ti_jax.training.measure import ScoreTracker
 from ti_jax.training.report import Reporter, read_lines
 
 
@@ -240,3 +244,29 @@ def test_figures_that_cannot_be_logged_are_a_warning(tmp_path, capsys, report_to
         assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 4]
         (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
         assert "metrics.jsonl: the disk is full" in line
+
+
+class Rising:
+    """An evaluator whose next score is always higher."""
+
+    value = 0.0
+
+    def scores(self, sd, embedding, others):
+        self.value += 0.1
+        return Scores(identity=self.value)
+
+
+def test_a_best_word_that_cannot_be_saved_is_not_taken_for_the_best(tmp_path, capsys):
+    with tiny_disk(tmp_path) as mounted:
+        if not mounted:
+            pytest.skip(NO_MOUNT)
+        tracker = ScoreTracker(Rising(), (), tmp_path, "identity")
+        word = Embedding("<x>", {"text_encoder": np.ones((1, 8), np.float32)})
+        tracker.measure(None, word, 1)
+        fill(tmp_path / "ballast")
+        with pytest.raises(InputError, match="the disk is full"):
+            tracker.measure(None, word, 2)
+        assert tracker.best is not None and tracker.best[0] == 1  # the one that is in the file
+        (tmp_path / "ballast").unlink()
+        tracker.measure(None, word, 3)
+        assert tracker.best[0] == 3 and [line["step"] for line in read_lines(tmp_path / "scores.jsonl")] == [1, 3]

@@ -275,13 +275,15 @@ MEASURE = """
     from pathlib import Path
     import jax, jax.numpy as jnp
     from ti_jax.pipeline import StableDiffusion
+    from ti_jax.pipeline.model_description import open_model
 
     def kibibytes(what):
         return int(re.search(what + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 
     small = StableDiffusion.from_pretrained(sys.argv[1], jnp.float32)  # what is imported and compiled
-    before = kibibytes("VmRSS")
-    sd = StableDiffusion.from_pretrained(sys.argv[2], jnp.float32)
+    with open_model(sys.argv[2], jnp.float32) as model:  # and its tokenizer
+        before = kibibytes("VmRSS")
+        sd = StableDiffusion.load(model)
     print(kibibytes("VmHWM") - before, sum(leaf.nbytes for leaf in jax.tree.leaves(sd.params)) // 1024)
 """
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from ti_jax.ops.platform import Platform
-from ti_jax.pipeline import StableDiffusion, stable_diffusion
+from ti_jax.pipeline import StableDiffusion, model_description
 from ti_jax.training import parallel
 
 
@@ -29,7 +29,7 @@ def test_bfloat16_is_for_devices_that_have_it(name, capability, platform, dtype,
     if capability is not None:
         device.compute_capability = capability
     assert (Platform.of(device), Platform.of(device).dtype) == (platform, dtype)
-    monkeypatch.setattr(stable_diffusion, "Platform", SimpleNamespace(of=lambda _: platform))
+    monkeypatch.setattr(model_description, "Platform", SimpleNamespace(of=lambda _: platform))
     assert StableDiffusion.from_pretrained(tiny_sd).dtype == dtype
 
 

@@ -62,7 +62,8 @@ class Problem:
 
     def run(self, num_devices, batch_size, steps=STEPS, shard_prompts=False):
         run_steps, frozen, state = self.program(num_devices, batch_size, shard_prompts)
-        return run_steps(frozen, state, jnp.int32(steps))
+        state, losses = run_steps(frozen, state, jnp.int32(steps))
+        return state, losses[:steps]
 
     def program(self, num_devices, batch_size, shard_prompts=False):
         """For up to `STEPS`, so that many tests share what is compiled; with its arguments."""

@@ -30,6 +30,18 @@ lock(mutex)
 """
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_ignored():
+    """What a process ignores its children ignore too, and a shell has its background jobs ignore Ctrl-C."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in before.items():
+        if handler is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def program(code, tmp_path, before=""):
     """A program that listens; waits until it says that it is ready."""
     (tmp_path / "program.py").write_text(

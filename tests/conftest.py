@@ -47,8 +47,10 @@ OPTIMISED = {
     "test_step::test_eight_devices_end_with_the_rows_of_one",
 }
 
-# Compiled programs fill the memory: they are dropped after each module, and within one where a process holds so much.
-CROWDED = 1.4e9  # bytes
+# Compiled programs fill the memory: they are dropped after each module, and within one after so many bytes more than
+# were left the last time.
+ROOM = 0.3e9
+_left = 0
 # A worker that ever held more than this fails the session: the suite is to run on a laptop.
 LIMIT = 2e9
 
@@ -82,13 +84,15 @@ def pytest_runtest_setup(item):
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item, nextitem):
     """Drop compiled programs."""
-    if nextitem is not None and nextitem.module is item.module and _held() < CROWDED:
+    global _left
+    if nextitem is not None and nextitem.module is item.module and _held() < _left + ROOM:
         return
     if (jax := sys.modules.get("jax")) is not None:
         jax.clear_caches()
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)  # or the gaps between what is left stay with this process
+    _left = _held()
 
 
 def pytest_collection_finish(session):

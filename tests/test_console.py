@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import children
 import pytest
 from PIL import Image
 from safetensors import safe_open
@@ -28,7 +29,7 @@ def ti(*arguments, status=0, **environment):
     """Run a command; what it says, in any encoding."""
     done = subprocess.run(
         [sys.executable, "-m", "ti_jax", *arguments],
-        env=os.environ | {"XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1"} | environment,
+        env=children.environment() | environment,
         capture_output=True, cwd=REPOSITORY,
     )  # fmt: skip
     said = (done.stdout + done.stderr).decode("latin-1")

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import children
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -356,7 +357,7 @@ def test_a_kill_while_measuring_loses_nothing(judged_sd, pictures, tmp_path, ste
         judged_sd, pictures, tmp_path, keep_best="identity", evaluation_steps=2, checkpointing_steps=2, save_steps=2,
         logging_steps=1, evaluate=True,
     )  # fmt: skip
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(REPOSITORY)}
+    environment = children.environment() | {"PYTHONPATH": str(REPOSITORY)}
 
     def run(kill_at="never", **changes):
         (tmp_path / "run.yaml").write_text(dump_yaml(dataclasses.replace(config, **changes)))

@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import children
 import jax
 import numpy as np
 import pytest
@@ -177,7 +178,7 @@ def start(config, tmp_path):
     command = [sys.executable, str(REPOSITORY / "train.py"), "--config", str(tmp_path / "run.yaml")]
     if config.resume_from_checkpoint:
         command += ["--resume_from_checkpoint", config.resume_from_checkpoint]
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1"}
+    environment = children.environment()
     with (tmp_path / "stderr").open("w") as log:
         return subprocess.Popen(command, stderr=log, stdout=log, env=environment)
 

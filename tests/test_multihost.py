@@ -1,6 +1,5 @@
 """One run on several processes: two of four CPU devices each, over loopback, are one process of eight."""
 
-import os
 import re
 import signal
 import socket
@@ -10,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import children
 import numpy as np
 import pytest
 
@@ -18,11 +18,6 @@ from ti_jax.config.yaml import dump_yaml
 from ti_jax.errors import InputError
 
 REPOSITORY = Path(__file__).parent.parent
-
-
-def four_devices():
-    """The environment of a process that has four."""
-    return os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")}
 
 
 @pytest.fixture
@@ -45,7 +40,7 @@ class Pair:
         for number, log in enumerate(self.logs):
             words = [*command, "--process_id", str(number), *(second_says if number == 1 else ())]
             with log.open("w") as told:
-                self.runs.append(subprocess.Popen(words, stderr=told, stdout=told, env=four_devices()))
+                self.runs.append(subprocess.Popen(words, stderr=told, stdout=told, env=children.environment(4)))
 
     def wait(self):
         """Exit statuses, and what the two said."""
@@ -147,7 +142,7 @@ def test_settings_that_cannot_be(config, changes, message):
 def test_no_others_to_be_found_is_one_line(config, tmp_path):
     done = subprocess.run(
         [sys.executable, str(REPOSITORY / "train.py"), "--distributed", "always"],
-        env=four_devices(), capture_output=True, text=True, timeout=120,
+        env=children.environment(4), capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "--coordinator_address HOST:PORT" in done.stderr
@@ -160,7 +155,7 @@ def test_torchrun_starts_one_run(config, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
          str(REPOSITORY / "train.py"), "--config", str(tmp_path / "run.yaml")],
-        env=four_devices(), capture_output=True, text=True, timeout=240,
+        env=children.environment(4), capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("8 x cpu in 2 processes") == 1
@@ -195,7 +190,7 @@ def test_any_fault_of_one_process_is_reported_to_the_others(agree, faulty):
     runs = [
         subprocess.Popen(
             [sys.executable, "-c", FAULTY, str(number), address, agree, str(faulty)],
-            env=four_devices() | {"PYTHONPATH": str(REPOSITORY)}, text=True,
+            env=children.environment(4) | {"PYTHONPATH": str(REPOSITORY)}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for number in range(2)

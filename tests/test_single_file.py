@@ -36,7 +36,7 @@ SAYS_V = {"modelspec.prediction_type": "v"}
 PROMPTS = ["a photo of a cat", "Two naïve dogs, don't bark!"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """``model(family)`` -> its networks on PyTorch, its state dict in the original layout, folder and file."""
 

@@ -1,7 +1,6 @@
 """Whole training runs on a tiny model: what they write, how they stop, and that a resumed run is the same run."""
 
 import json
-import os
 import random
 import re
 import shutil
@@ -12,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import children
 import jax
 import numpy as np
 import pytest
@@ -246,7 +246,7 @@ def test_a_full_disk_is_one_line_and_what_was_saved_stays(config, tmp_path):
         (small / "filler").write_bytes(b"x" * (3 * 2**20))
         run = subprocess.run(
             command(config, output_dir=str(small / "out"), resume_from_checkpoint="latest", checkpointing_steps=3),
-            capture_output=True, text=True, env=single_device_environment(),
+            capture_output=True, text=True, env=children.environment(),
         )  # fmt: skip
         assert run.returncode == 2
         assert run.stderr.count("Traceback") == 0 and run.stderr.strip().splitlines()[-1].endswith(
@@ -342,16 +342,11 @@ def command(config, **changes):
     return [sys.executable, str(REPOSITORY / "train.py"), *words, "--overview_prompts", "a portrait of {}"]
 
 
-def single_device_environment():
-    flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
-    return {**os.environ, "XLA_FLAGS": flags, "JAX_NUM_CPU_DEVICES": "1"}
-
-
 def test_sigterm_saves_a_checkpoint_and_resuming_ends_the_same(config, tmp_path):
     whole = train(replace(config, max_train_steps=500, output_dir=str(tmp_path / "whole")))
     run = subprocess.Popen(
         command(config, max_train_steps=500, checkpointing_steps=100_000),
-        stderr=subprocess.PIPE, text=True, env=single_device_environment(),
+        stderr=subprocess.PIPE, text=True, env=children.environment(),
     )  # fmt: skip
     metrics = Path(config.output_dir) / "metrics.jsonl"
     while run.poll() is None and not (metrics.exists() and metrics.stat().st_size > 1000):
@@ -373,14 +368,14 @@ def test_ten_kills_end_with_the_rows_of_an_undisturbed_run(config, tmp_path):
     with log.open("a") as told:
         for _ in range(10):
             before = time.time()
-            run = subprocess.Popen(command(config, **arguments), stderr=told, env=single_device_environment())
+            run = subprocess.Popen(command(config, **arguments), stderr=told, env=children.environment())
             while run.poll() is None and not (metrics.exists() and metrics.stat().st_mtime > before + 1):
                 time.sleep(0.02)  # until it is past starting, or every kill would hit the start
             time.sleep(chance.uniform(0.2, 3))
             assert run.poll() is None, log.read_text()
             run.kill()
             run.wait()
-        done = subprocess.run(command(config, **arguments), stderr=told, env=single_device_environment())
+        done = subprocess.run(command(config, **arguments), stderr=told, env=children.environment())
     assert done.returncode == 0, log.read_text()
     resumed = [int(step) for step in re.findall(r"resuming at step (\d+)", log.read_text())]
     assert len(resumed) == 10 and resumed == sorted(set(resumed)), "a kill that hit no progress shows nothing"

@@ -43,7 +43,7 @@ OPTIMISED = {
     "test_attention",
     "test_embedded_model",
     "test_memory",
-    "test_plan",
+    "test_plan::test_for_a_tpu_slice",
     "test_step::test_eight_devices_end_with_the_rows_of_one",
 }
 

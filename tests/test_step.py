@@ -235,7 +235,8 @@ def test_gradient_checkpointing_changes_nothing(standard, on_one, monkeypatch, w
     assert relative(losses_again, losses) < 1e-6
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+# Of one accumulation, see also the mapping's equality to pmap and the prompts that are encoded once, below.
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_eight_devices_end_with_the_rows_of_one(tiny_sd, pictures, tmp_path, accumulation):
     problem = Problem(tiny_sd, pictures, tmp_path, gradient_accumulation_steps=accumulation)
     one, losses_of_one = problem.run(num_devices=1, batch_size=8)

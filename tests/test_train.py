@@ -343,9 +343,9 @@ def command(config, **changes):
 
 
 def test_sigterm_saves_a_checkpoint_and_resuming_ends_the_same(config, tmp_path):
-    whole = train(replace(config, max_train_steps=500, output_dir=str(tmp_path / "whole")))
+    whole = train(replace(config, max_train_steps=300, output_dir=str(tmp_path / "whole")))
     run = subprocess.Popen(
-        command(config, max_train_steps=500, checkpointing_steps=100_000),
+        command(config, max_train_steps=300, checkpointing_steps=100_000),
         stderr=subprocess.PIPE, text=True, env=children.environment(),
     )  # fmt: skip
     metrics = Path(config.output_dir) / "metrics.jsonl"
@@ -354,8 +354,8 @@ def test_sigterm_saves_a_checkpoint_and_resuming_ends_the_same(config, tmp_path)
     run.send_signal(signal.SIGTERM)
     _, told = run.communicate(timeout=120)
     assert run.returncode == 130 and "asked to stop: a checkpoint of step" in told, told
-    resumed = train(replace(config, max_train_steps=500, resume_from_checkpoint="latest"))
-    assert len(resumed.losses) < 500 and np.array_equal(rows(resumed), rows(whole))
+    resumed = train(replace(config, max_train_steps=300, resume_from_checkpoint="latest"))
+    assert len(resumed.losses) < 300 and np.array_equal(rows(resumed), rows(whole))
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ def tpu(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(package.parent)
     (tmp_path / "vfio").mkdir()
     (tmp_path / "vfio" / "0").touch()
-    launchers._note_once.cache_clear()
+    launchers._described.cache_clear()
     return tmp_path
 
 

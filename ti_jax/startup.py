@@ -27,7 +27,12 @@ def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
+def has_tpu_device(dev: Path = Path("/dev")) -> bool:
+    """Whether the folder of device files has a TPU chip's."""
+    return any(next(dev.glob(pattern), None) is not None for pattern in ("accel[0-9]*", "vfio/[0-9]*"))
+
+
 def _has_tpu() -> bool:
-    if glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"):
+    if has_tpu_device():
         return True
     return any(Path(vendor).read_text().strip() == GOOGLE for vendor in glob.glob("/sys/bus/pci/devices/*/vendor"))

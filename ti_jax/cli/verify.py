@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -93,19 +92,17 @@ def verify(embedding_path: str | Path, model_path: str | Path | None = None, pro
     embedding = Embedding.load(path)
     if embedding.stored_name is not None and is_word(embedding.stored_name):
         embedding = replace(embedding, token=embedding.stored_name)  # the name that diffusers uses
-    # On a TPU or GPU the default matmul precision is lower than float32.
-    with jax.default_matmul_precision("highest"):
-        sd = StableDiffusion.from_pretrained(None if model_path is None else str(model_path), dtype=jnp.float32)
-        check_fits(embedding, sd.embedding_dims, path)
-        for tokenizer in sd.tokenizers.values():
-            tokens.check_new_word(tokenizer, embedding.token)
-        prompt = fill(prompt or "{}", embedding.token)
-        words, rows = tokens.combine([embedding])
-        ids = sd.tokenize([prompt], words)
-        for name, row in ids.items():
-            if not np.isin(sd.vocab_sizes[name] + np.arange(embedding.num_vectors), row).all():
-                raise InputError(f"--prompt {prompt!r} does not hold the word {embedding.token!r} of {path}; put it in")
-        condition = sd.encode_text(ids, rows)
+    sd = StableDiffusion.from_pretrained(None if model_path is None else str(model_path), dtype=jnp.float32)
+    check_fits(embedding, sd.embedding_dims, path)
+    for tokenizer in sd.tokenizers.values():
+        tokens.check_new_word(tokenizer, embedding.token)
+    prompt = fill(prompt or "{}", embedding.token)
+    words, rows = tokens.combine([embedding])
+    ids = sd.tokenize([prompt], words)
+    for name, row in ids.items():
+        if not np.isin(sd.vocab_sizes[name] + np.arange(embedding.num_vectors), row).all():
+            raise InputError(f"--prompt {prompt!r} does not hold the word {embedding.token!r} of {path}; put it in")
+    condition = sd.encode_text(ids, rows)
     ours = [np.asarray(part) for part in (condition.context, condition.pooled) if part is not None]
 
     import diffusers

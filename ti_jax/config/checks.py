@@ -61,12 +61,7 @@ def check_train(config: TrainConfig) -> None:
         raise InputError(
             f"--process_id {config.process_id}: must be from 0 to {config.num_processes - 1}, one below --num_processes"
         )
-    scale = config.validation_guidance_scale
-    if config.validation_negative_prompt is not None and scale is not None and scale <= 1:
-        raise InputError(
-            f"--validation_negative_prompt: does nothing with --validation_guidance_scale {scale:g}; give one above 1, "
-            f"or leave the negative prompt out"
-        )
+    _check_negative_prompt(config, "validation_negative_prompt", "validation_guidance_scale")
     prompts = [("overview_prompts", prompt) for prompt in config.overview_prompts or ()]
     if config.validation_prompt is not None:
         prompts.insert(0, ("validation_prompt", config.validation_prompt))
@@ -91,11 +86,7 @@ def check_infer(config: InferConfig) -> None:
         raise InputError("--prompt is missing: say what to draw, e.g. --prompt 'a portrait of a person'")
     check_fields(config)
     _check_model(config)
-    if config.negative_prompt is not None and config.guidance_scale is not None and config.guidance_scale <= 1:
-        raise InputError(
-            f"--negative_prompt: does nothing with --guidance_scale {config.guidance_scale:g}; give one above 1, or "
-            f"leave the negative prompt out"
-        )
+    _check_negative_prompt(config, "negative_prompt", "guidance_scale")
 
 
 def check_evaluate(config: EvaluateConfig) -> None:
@@ -108,6 +99,16 @@ def check_evaluate(config: EvaluateConfig) -> None:
         raise InputError("--train_data_dir is missing: the folder with pictures of the concept to compare with")
     check_fields(config)
     _check_model(config)
+
+
+def _check_negative_prompt(config: ModelSettings, prompt: str, guidance_scale: str) -> None:
+    """Refuse a negative prompt without guidance; the last two arguments are the names of the fields."""
+    scale = getattr(config, guidance_scale)
+    if getattr(config, prompt) is not None and scale is not None and scale <= 1:
+        raise InputError(
+            f"--{prompt}: does nothing with --{guidance_scale} {scale:g}; give one above 1, or leave the negative "
+            f"prompt out"
+        )
 
 
 def _check_model(config: ModelSettings) -> None:

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,9 +61,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         defaults.pop("initializer_token", None)
     if config.num_train_epochs is not None:
         del defaults["max_train_steps"]
-    config = dataclasses.replace(
-        config, **{name: value for name, value in defaults.items() if getattr(config, name) is None}
-    )
+    config = _filled(config, defaults)
     start = () if config.initializer_embedding is not None else ("initializer_token",)
     _require(config, "train_data_dir", "placeholder_token", *start)
     config = _plain(config)
@@ -76,10 +75,7 @@ def resolve_plan(config: PlanConfig) -> PlanConfig:
     Raises:
       InputError: a value that cannot be.
     """
-    defaults = _model_defaults(config.pretrained_model_name_or_path)
-    left_out = {name: value for name, value in defaults.items() if getattr(config, name) is None}
-    config = dataclasses.replace(config, **left_out)
-    config = _plain(config)
+    config = _plain(_filled(config, _model_defaults(config.pretrained_model_name_or_path)))
     check_train(config)
     return config
 
@@ -92,12 +88,7 @@ def resolve_infer(config: InferConfig) -> InferConfig:
     """
     defaults = _model_defaults(config.pretrained_model_name_or_path)
     steps, scale = defaults["validation_inference_steps"], defaults["validation_guidance_scale"]
-    config = dataclasses.replace(
-        config,
-        num_inference_steps=steps if config.num_inference_steps is None else config.num_inference_steps,
-        guidance_scale=scale if config.guidance_scale is None else config.guidance_scale,
-    )
-    config = _plain(config)
+    config = _plain(_filled(config, {"num_inference_steps": steps, "guidance_scale": scale}))
     check_infer(config)
     return config
 
@@ -110,12 +101,7 @@ def resolve_evaluate(config: EvaluateConfig) -> EvaluateConfig:
     """
     steps = EMBEDDED_STEPS if config.pretrained_model_name_or_path is None else PAPER_STEPS
     scale = _model_defaults(config.pretrained_model_name_or_path)["validation_guidance_scale"]
-    config = dataclasses.replace(
-        config,
-        num_inference_steps=steps if config.num_inference_steps is None else config.num_inference_steps,
-        guidance_scale=scale if config.guidance_scale is None else config.guidance_scale,
-    )
-    config = _plain(config)
+    config = _plain(_filled(config, {"num_inference_steps": steps, "guidance_scale": scale}))
     check_evaluate(config)
     return config
 
@@ -127,6 +113,12 @@ def _demo_settings() -> dict[str, Any]:
 
 def _model_defaults(model: str | None) -> dict[str, Any]:
     return dict(_demo_settings() if model is None else STABLE_DIFFUSION_DEFAULTS)
+
+
+def _filled(config: Config, defaults: Mapping[str, Any]) -> Config:
+    """The config with ``defaults`` in the fields that are None."""
+    left_out = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    return dataclasses.replace(config, **left_out)  # type: ignore[type-var]
 
 
 def _slug(name: str) -> str:

@@ -154,16 +154,21 @@ class Measure(Action):
 
 
 class SaveCheckpoint(Action):
-    """Saves the word, then the state to resume from: if the disk fills up, the word matters more."""
+    """Saves the word and the state to resume from."""
 
     def __init__(self, job: Job):
         super().__init__(job, every=job.config.checkpointing_steps)
 
     def __call__(self, step: int, state: TrainState, reporter: Reporter) -> None:
         """See `Action`."""
-        assert self.job.checkpoints is not None, "only the leader calls actions"
-        run_folder.save_embedding(self.job.concept.embedding(state.rows, step), self.job.folder)
-        self.job.checkpoints.save(state)
+        save_state(self.job, state)
+
+
+def save_state(job: Job, state: TrainState) -> None:
+    """Save the word, then a checkpoint; on the leader process only. If the disk fills up, the word matters more."""
+    assert job.checkpoints is not None, "only the leader process has them"
+    run_folder.save_embedding(job.concept.embedding(state.rows, int(state.step)), job.folder)
+    job.checkpoints.save(state)
 
 
 def or_warn(what: str, make: Callable[[], Any], done: str = "drawn") -> Any:

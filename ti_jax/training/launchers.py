@@ -23,6 +23,7 @@ from pathlib import Path
 
 from ti_jax.config import TrainConfig
 from ti_jax.errors import InputError
+from ti_jax.startup import has_tpu_device
 
 # On a Google Cloud VM the metadata server answers in milliseconds. Elsewhere even the DNS lookup may time out.
 METADATA_SECONDS = 5.0
@@ -123,10 +124,9 @@ def _of_torchrun(environment: Mapping[str, str]) -> Launch | None:
 
 def _on_tpu(environment: Mapping[str, str], dev: Path) -> bool:
     """Whether this machine has TPU chips that JAX will use."""
-    chips = [*dev.glob("accel[0-9]*"), *dev.glob("vfio/[0-9]*")]
     wanted = (environment.get("JAX_PLATFORMS") or "tpu").split(",")
     library = "TPU_LIBRARY_PATH" in environment or importlib.util.find_spec("libtpu") is not None
-    return bool(chips) and "tpu" in wanted and library
+    return has_tpu_device(dev) and "tpu" in wanted and library
 
 
 def _tpu_hosts(environment: Mapping[str, str], metadata: Callable[[str], str | None]) -> int:
@@ -139,15 +139,8 @@ def _tpu_hosts(environment: Mapping[str, str], metadata: Callable[[str], str | N
     workers = environment.get("TPU_PROCESS_ADDRESSES", environment.get("TPU_WORKER_HOSTNAMES"))
     # JAX sets TPU_SKIP_MDS_QUERY where it has found no chips.
     if workers is None and "TPU_SKIP_MDS_QUERY" not in environment:
-        try:
-            workers = metadata("worker-network-endpoints")
-            if slices is None:
-                slices = _slices_of(metadata("tpu-env") or "")
-        except (OSError, http.client.HTTPException) as error:
-            _note_once(
-                f"note: no answer from the metadata server ({error}), so it is not known whether this TPU is one of "
-                f"several hosts: training with this host's devices alone (--distributed always joins the others)"
-            )
+        workers, in_metadata = _described(metadata, slices is None)
+        slices = in_metadata if slices is None else slices
     count = len([worker for worker in (workers or "").split(",") if worker.strip()])
     return max(count, 1) * (int(slices) if slices and slices.isdecimal() else 1)
 
@@ -162,8 +155,20 @@ def _slices_of(tpu_env: str) -> str | None:
 
 
 @functools.cache
-def _note_once(note: str) -> None:
-    print(note, file=sys.stderr)
+def _described(metadata: Callable[[str], str | None], with_slices: bool) -> tuple[str | None, str | None]:
+    """Workers and number of slices in this TPU's metadata. Asked once a process: no answer takes seconds to notice."""
+    workers = slices = None
+    try:
+        workers = metadata("worker-network-endpoints")
+        if with_slices:
+            slices = _slices_of(metadata("tpu-env") or "")
+    except (OSError, http.client.HTTPException) as error:
+        print(
+            f"note: no answer from the metadata server ({error}), so it is not known whether this TPU is one of "
+            f"several hosts: training with this host's devices alone (--distributed always joins the others)",
+            file=sys.stderr,
+        )
+    return workers, slices
 
 
 def read_metadata(name: str, seconds: float = METADATA_SECONDS) -> str | None:

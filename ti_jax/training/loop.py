@@ -21,7 +21,7 @@ from ti_jax.errors import InputError
 from ti_jax.files import write_atomically
 from ti_jax.machine import enable_compilation_cache, free_memory
 from ti_jax.training import multihost, run_folder, validation
-from ti_jax.training.actions import Action, Timetable, make_actions, or_warn
+from ti_jax.training.actions import Action, Timetable, make_actions, or_warn, save_state
 from ti_jax.training.compile import CompiledStep, checked, compile_fitting
 from ti_jax.training.cpu_devices import use_cores
 from ti_jax.training.job import Job, agree, prepare
@@ -155,7 +155,7 @@ def _loop(job: Job, step: CompiledStep) -> tuple[TrainState, list[float], bool]:
             stopping = requests.received(interrupts.requested())
         if pending is not None:
             read(*pending)
-        on_leader(partial(_save, job, state))
+        on_leader(partial(save_state, job, state))
         if stopping and reporter is not None:
             reporter.print_line(f"asked to stop: a checkpoint of step {now} is saved")
     return state, losses, now < job.total
@@ -215,13 +215,6 @@ def _act(due: Sequence[Action], step: int, state: TrainState, reporter: Reporter
         for action in due:
             action(step, state, reporter)
     reporter.pause()
-
-
-def _save(job: Job, state: TrainState) -> None:
-    """Save the word, then a checkpoint: if the disk fills up, the word matters more."""
-    assert job.checkpoints is not None, "only the leader process has them"
-    run_folder.save_embedding(job.concept.embedding(state.rows, int(state.step)), job.folder)
-    job.checkpoints.save(state)
 
 
 def _give_up(job: Job, state: TrainState) -> None:

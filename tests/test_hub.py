@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import servers
 
 from ti_jax.config import ASSETS
 from ti_jax.errors import InputError
@@ -56,7 +57,7 @@ PICKLES = ["text_encoder/pytorch_model.bin", "unet/diffusion_pytorch_model.bin",
 READ = ["model_index.json", *CONFIGS, *TOKENIZER]
 
 
-class Hub(http.server.ThreadingHTTPServer):
+class Hub(servers.Server):
     """As much of the Hugging Face Hub as answers for `repositories`: {id: [file names]}."""
 
     def __init__(self) -> None:

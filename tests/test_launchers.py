@@ -8,6 +8,7 @@ import threading
 import time
 
 import pytest
+import servers
 
 from ti_jax.config import TrainConfig
 from ti_jax.errors import InputError
@@ -146,7 +147,7 @@ def test_a_tpu_without_a_metadata_server_trains_alone_and_says_so(tpu, capfd):
     assert find_launch(TrainConfig(distributed="always"), {}, tpu, unreachable) is not None
 
 
-class Server(http.server.BaseHTTPRequestHandler):
+class Metadata(http.server.BaseHTTPRequestHandler):
     """Answers as `answer` says: (status, seconds to wait)."""
 
     def do_GET(self):
@@ -164,7 +165,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    server = servers.Server(("127.0.0.1", 0), Metadata)
     server.daemon_threads, server.block_on_close, server.flavoured = True, False, True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()

@@ -190,6 +190,7 @@ def pytest_collection_modifyitems(items):
 def _names_read(function, seen):
     """Global names and attributes that a function reads, itself or in others of its module."""
     seen.add(function)
+    function = inspect.unwrap(function)  # what a context manager or another decorator calls
     codes, names = [function.__code__], set()
     for code in codes:
         codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]

@@ -117,7 +117,7 @@ class Ours:
         self.optimizer, _ = make_optimizer(config, 1, setting.batch_size)
         params = without_copies({name: tree for name, tree in self.sd.params.items() if name != "vae"})
         masks = {name: jax.numpy.asarray(mask) for name, mask in self.concept.row_mask.items()}
-        dataset = make_dataset(config, self.sd, self.concept)
+        dataset = make_dataset(config, self.sd, [self.concept])
         self.frozen = replicate(StepInputs(params, self.sd.schedule, dataset, masks, jax.random.key(0)), self.mesh)
         rows = {name: jax.numpy.asarray(value) for name, value in self.concept.rows.items()}
         state = TrainState(rows, self.optimizer.init(rows), jax.numpy.int32(0), jax.numpy.bool_(True))

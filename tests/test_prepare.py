@@ -17,7 +17,7 @@ from ti_jax.data.concept import read_inputs
 from ti_jax.diffusion.schedule import NoiseSchedule
 from ti_jax.embeddings import Embedding
 from ti_jax.errors import InputError
-from ti_jax.training.job import load_model_and_concept
+from ti_jax.training.job import load_model_and_concepts
 from ti_jax.training.optimizer import warmup_note
 
 CASES = Path(__file__).parent / "cases"
@@ -48,7 +48,8 @@ def no_weights(monkeypatch):
 
 def load(config, say):
     """As a run does before its first step."""
-    return load_model_and_concept(config, read_inputs(config, say), say)
+    sd, (concept,) = load_model_and_concepts([config], [read_inputs(config, say)], say)
+    return sd, concept
 
 
 # -- schedulers

@@ -41,7 +41,7 @@ class Problem:
         self.config = TrainConfig(**{**settings, **changes})
         self.sd = StableDiffusion.from_pretrained(model, dtype)
         self.concept = prepare_concept(self.config, self.sd, print)
-        self.dataset = make_dataset(self.config, self.sd, self.concept)
+        self.dataset = make_dataset(self.config, self.sd, [self.concept])
         self.row_mask = {name: jnp.asarray(mask) for name, mask in self.concept.row_mask.items()}
         self.accumulation = self.config.gradient_accumulation_steps
         self.optimizer, _ = make_optimizer(self.config, STEPS, 1)

@@ -153,7 +153,7 @@ def test_both_rows_learn_and_a_frozen_word_does_not(config, tmp_path):
 
 
 def test_the_autoencoder_lies_on_no_device_while_a_word_is_learned(config):
-    sd, _ = load(resolve(config), read_inputs(resolve(config), print))
+    sd, _ = load([resolve(config)], [read_inputs(resolve(config), print)])
     kinds = {name: {type(leaf) for leaf in jax.tree.leaves(tree)} for name, tree in sd.params.items()}
     assert kinds.pop("vae") == {np.ndarray}
     assert all(issubclass(kind, jax.Array) for found in kinds.values() for kind in found)
@@ -403,8 +403,8 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(config, monkeypatch
     monkeypatch.setattr(ti_jax.StableDiffusion, "generate", fail)
     result = train(replace(config, validation_prompt="a {}", validation_steps=6, max_train_steps=6, logging_steps=1))
     told = capsys.readouterr().err
-    assert "warning: the validation picture could not be drawn: picture 1 came out as NaN" in told
-    assert "warning: the overview could not be drawn: RESOURCE_EXHAUSTED" in told
+    assert "warning: the validation picture of <new> could not be drawn: picture 1 came out as NaN" in told
+    assert "warning: the overview of <new> could not be drawn: RESOURCE_EXHAUSTED" in told
     assert not result.interrupted and np.array_equal(result.losses, whole.losses[:6])
     assert ti_jax.Embedding.load(result.output_dir / "learned_embeds.safetensors").metadata["steps"] == "6"
     assert (result.output_dir / "checkpoints" / "6").is_dir()

@@ -1,14 +1,14 @@
-"""The concept of a run, from its config: words, prompts, pictures and initial rows.
+"""The concepts of a run, each from its config: words, prompts, pictures and initial rows.
 
 Checks run in order of cost: first those that need no model (`read_inputs`), then those that need its configuration and
-tokenizers (`check_concept`, `check_pictures_to_draw`), and only then its weights (`load_model_and_concept`).
+tokenizers (`check_concepts`, `check_pictures_to_draw`), and only then its weights (`load_model_and_concepts`).
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,10 +48,12 @@ class Inputs:
 
 @dataclass(frozen=True)
 class CheckedConcept:
-    """The concept to learn and its data, checked without the model's weights.
+    """A concept to learn and its data, checked without the model's weights.
 
     Attributes:
-      token: the placeholder; its rows come first. words: it and the other learned words, with their numbers of vectors.
+      config: its settings; ``output_dir`` is the folder of its own results.
+      token: the placeholder. words: of the run, in the order of the rows: the placeholders of all its concepts, then
+        the other learned words; with their numbers of vectors.
       others: learned words that are not trained.
       start: the learned word that initialises the rows, under another name; None: they are initialised from a token.
       templates: with ``{}`` in the word's place. prompts: with the word filled in. pictures: from `load_images`.
@@ -59,6 +61,7 @@ class CheckedConcept:
       initializer: text of the tokens that initialise the rows, unless there is a ``start``.
     """
 
+    config: TrainConfig
     token: str
     words: dict[str, int]
     others: tuple[Embedding, ...]
@@ -69,6 +72,18 @@ class CheckedConcept:
     validation_prompt: str | None
     pictures: Pictures
     initializer: str | None
+
+    @property
+    def folder(self) -> Path:
+        """Of its results."""
+        return Path(self.config.output_dir)
+
+    @property
+    def own(self) -> slice:
+        """Its rows among those of the run."""
+        names = list(self.words)
+        first = sum(self.words[name] for name in names[: names.index(self.token)])
+        return slice(first, first + self.words[self.token])
 
     @property
     def embeddings(self) -> list[Embedding]:
@@ -83,10 +98,11 @@ class CheckedConcept:
 
 @dataclass(frozen=True)
 class Concept(CheckedConcept):
-    """A checked concept with its initial rows.
+    """A checked concept with the run's initial rows.
 
     Attributes:
-      rows: initial values, float32 [n, D] for each text encoder. row_mask: bool [n], true for rows that are trained.
+      rows: initial values of all rows of the run, float32 [n, D] for each text encoder. row_mask: bool [n], true for
+        rows that are trained. Both are the same for all concepts of a run.
       metadata: origin of the word, to be saved in its file.
     """
 
@@ -95,9 +111,8 @@ class Concept(CheckedConcept):
     metadata: dict[str, str]
 
     def embedding(self, rows: Rows, step: int) -> Embedding:
-        """The word with the rows of ``step``, as an `Embedding` to save or draw with."""
-        count = self.words[self.token]
-        vectors = {name: np.asarray(value)[:count].astype(np.float32) for name, value in rows.items()}
+        """The word with the run's rows of ``step``, as an `Embedding` to save or draw with."""
+        vectors = {name: np.asarray(value)[self.own].astype(np.float32) for name, value in rows.items()}
         return Embedding(self.token, vectors, {**self.metadata, "steps": str(step)})
 
 
@@ -161,20 +176,39 @@ def _load_start(config: TrainConfig, log: LogLine) -> Embedding | None:
     return start
 
 
-def check_concept(config: TrainConfig, model: ModelDescription, inputs: Inputs, log: LogLine) -> CheckedConcept:
+def check_concepts(
+    configs: Sequence[TrainConfig], model: ModelDescription, inputs: Sequence[Inputs], log: LogLine
+) -> list[CheckedConcept]:
+    """`check_concept` for all concepts of a run, whose prompts may have each other's words.
+
+    Raises:
+      InputError: as `check_concept`.
+    """
+    others, _ = tokens.combine(inputs[0].others)
+    for config in configs:
+        if same_word(str(config.placeholder_token), others):
+            raise InputError(
+                f"placeholder {config.placeholder_token!r} is also the word of one of --embeddings; choose another"
+            )
+    words = {str(config.placeholder_token): config.num_vectors for config in configs} | others
+    return [check_concept(config, model, each, words, log) for config, each in zip(configs, inputs, strict=True)]
+
+
+def check_concept(
+    config: TrainConfig, model: ModelDescription, inputs: Inputs, words: dict[str, int], log: LogLine
+) -> CheckedConcept:
     """Check words, initializer, templates, prompts and pictures against a model's configuration and tokenizers.
+
+    Args:
+      words: of the run, see `CheckedConcept`.
 
     Raises:
       InputError: one of them is wrong.
     """
     assert config.placeholder_token and config.overview_prompts is not None, "the config is resolved"
-    token, count = config.placeholder_token, config.num_vectors
+    token = config.placeholder_token
     for path, other in zip(config.embeddings, inputs.others, strict=True):
         check_fits(other, model.embedding_dims, path)
-    words, _ = tokens.combine(inputs.others)
-    if same_word(token, words):
-        raise InputError(f"placeholder {token!r} is also the word of one of --embeddings; choose another")
-    words = {token: count, **words}
     for name, tokenizer in model.tokenizers.items():
         tokens.check_new_word(tokenizer, token)
         if inputs.start is None:
@@ -189,7 +223,9 @@ def check_concept(config: TrainConfig, model: ModelDescription, inputs: Inputs, 
     _check_room(config, model, prompts, words)
     check_holds(model, prompts, words, token, weighted=False)
     validation_prompt = config.validation_prompt
+    pictures = inputs.pictures or _load_pictures(config, config.resolution or model.default_resolution, log)
     return CheckedConcept(
+        config=replace(config, resolution=pictures.pixels.shape[1]),
         token=token,
         words=words,
         others=inputs.others,
@@ -198,7 +234,7 @@ def check_concept(config: TrainConfig, model: ModelDescription, inputs: Inputs, 
         prompts=prompts,
         overview_prompts=[fill(prompt, token) for prompt in config.overview_prompts],
         validation_prompt=None if validation_prompt is None else fill(validation_prompt, token),
-        pictures=inputs.pictures or _load_pictures(config, config.resolution or model.default_resolution, log),
+        pictures=pictures,
         initializer=config.initializer_token,
     )
 
@@ -238,29 +274,41 @@ def check_holds(
         )
 
 
-def with_rows(config: TrainConfig, checked: CheckedConcept, inputs: Inputs, sd: StableDiffusion) -> Concept:
-    """Add the initial rows to a concept: from a learned word's file, or the rows of the initializer's tokens."""
-    count = checked.words[checked.token]
-    _, other_rows = tokens.combine(inputs.others)
+def with_rows(checked: Sequence[CheckedConcept], sd: StableDiffusion) -> tuple[Concept, ...]:
+    """Add the run's initial rows: those of each concept, from a learned word's file or the rows of its initializer's
+    tokens, and those of the other learned words.
+    """
+    others = checked[0].others
+    _, other_rows = tokens.combine(others)
     rows, row_mask = {}, {}
-    for name, tokenizer in sd.tokenizers.items():
-        if checked.start is not None:
-            start = checked.start.vectors[name]
-        else:
-            ids = tokens.initializer_ids(tokenizer, str(checked.initializer))
-            start = tokens.initial_rows(sd.token_table(name), ids, count)
-        rows[name] = np.concatenate([start, other_rows[name]]) if inputs.others else start
-        row_mask[name] = np.arange(len(rows[name])) < count
-    metadata = {
-        "base_model": public_name(sd.name),
-        "base_model_hash": sd.identity,
-        "token": checked.token,
-        **_start_metadata(config, checked.start),
-        "num_vectors": str(count),
-        "learnable_property": config.learnable_property,
-    }
-    known = {field.name: getattr(checked, field.name) for field in fields(CheckedConcept)}
-    return Concept(**known, rows=rows, row_mask=row_mask, metadata=metadata)
+    for name in sd.tokenizers:
+        own = [_start_of(concept, name, sd) for concept in checked]
+        rows[name] = np.concatenate([*own, other_rows[name]] if others else own)
+        row_mask[name] = np.arange(len(rows[name])) < sum(map(len, own))
+    return tuple(
+        Concept(
+            **{field.name: getattr(concept, field.name) for field in fields(CheckedConcept)},
+            rows=rows,
+            row_mask=row_mask,
+            metadata={
+                "base_model": public_name(sd.name),
+                "base_model_hash": sd.identity,
+                "token": concept.token,
+                **_start_metadata(concept.config, concept.start),
+                "num_vectors": str(concept.words[concept.token]),
+                "learnable_property": concept.config.learnable_property,
+            },
+        )
+        for concept in checked
+    )
+
+
+def _start_of(concept: CheckedConcept, encoder: str, sd: StableDiffusion) -> np.ndarray:
+    """Initial values of a concept's own rows for a text encoder, float32 [n, D]."""
+    if concept.start is not None:
+        return concept.start.vectors[encoder]
+    ids = tokens.initializer_ids(sd.tokenizers[encoder], str(concept.initializer))
+    return tokens.initial_rows(sd.token_table(encoder), ids, concept.words[concept.token])
 
 
 def public_name(model: str) -> str:

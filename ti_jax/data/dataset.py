@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -27,13 +27,15 @@ class Dataset(NamedTuple):
     latent_shift: jax.Array  # float32 scalar: the VAE's shift_factor, usually 0
 
 
-def make_dataset(config: TrainConfig, sd: StableDiffusion, concept: Concept) -> Dataset:
-    """Encode the pictures with the VAE and tokenize the prompts."""
+def make_dataset(config: TrainConfig, sd: StableDiffusion, concepts: Sequence[Concept]) -> Dataset:
+    """Encode the pictures of a run's concepts with the VAE, and tokenize the prompts."""
     vae = sd.networks.vae.config
+    pixels = np.concatenate([concept.pictures.pixels for concept in concepts])
+    prompts = [prompt for concept in concepts for prompt in concept.prompts]
     return Dataset(
-        moments=encode_moments(sd, concept.pictures.pixels, with_mirrored=config.flip_probability > 0),
-        ids=jax.tree.map(jnp.asarray, sd.tokenize(concept.prompts, concept.words)),
-        time_ids=jnp.asarray(time_ids(concept.pictures)),
+        moments=encode_moments(sd, pixels, with_mirrored=config.flip_probability > 0),
+        ids=jax.tree.map(jnp.asarray, sd.tokenize(prompts, concepts[0].words)),
+        time_ids=jnp.asarray(np.concatenate([time_ids(concept.pictures) for concept in concepts])),
         flip_probability=jnp.float32(config.flip_probability),
         latent_scale=jnp.float32(vae.scaling_factor),
         latent_shift=jnp.float32(vae.shift_factor or 0.0),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -88,28 +89,30 @@ class LogRows(Action):
 
     def __call__(self, step: int, state: TrainState, reporter: Reporter) -> None:
         """See `Action`."""
-        for row in row_figures(self.job.concept, state.rows, self.job.usual_norms):
-            name = f"{row['encoder']}/row_{row['row']}"
-            reporter.rows(step, {f"{name}/{key}": row[key] for key in ("distance", "cosine", "norm")})
+        for concept in self.job.concepts:
+            for row in row_figures(concept, state.rows, self.job.usual_norms):
+                name = f"{self.job.prefix(concept)}{row['encoder']}/row_{row['row']}"
+                reporter.rows(step, {f"{name}/{key}": row[key] for key in ("distance", "cosine", "norm")})
 
 
 class SaveEmbedding(Action):
-    """Saves a copy of the word, named after the step."""
+    """Saves a copy of each word, named after the step."""
 
     def __init__(self, job: Job):
         super().__init__(job, every=job.config.save_steps)
 
     def __call__(self, step: int, state: TrainState, reporter: Reporter) -> None:
         """See `Action`."""
-        run_folder.save_embedding(self.job.concept.embedding(state.rows, step), self.job.folder, step)
+        for concept in self.job.concepts:
+            run_folder.save_embedding(concept.embedding(state.rows, step), concept.folder, step)
 
     def done(self, step: int) -> bool:
         """See `Action`."""
-        return (self.job.folder / run_folder.copy_name(step)).exists()
+        return all((concept.folder / run_folder.copy_name(step)).exists() for concept in self.job.concepts)
 
 
 class Validate(Action):
-    """Draws the validation prompt."""
+    """Draws the validation prompt, for each word."""
 
     def __init__(self, job: Job):
         super().__init__(job, every=job.config.validation_steps)
@@ -117,22 +120,21 @@ class Validate(Action):
     def __call__(self, step: int, state: TrainState, reporter: Reporter) -> None:
         """See `Action`; a picture that cannot be drawn is a warning."""
         job = self.job
-        embedding = job.concept.embedding(state.rows, step)
-        with job.clock.phase("pictures"):
-            image = or_warn(
-                "the validation picture",
-                lambda: validation.save_validation(job.config, job.sd, job.concept, embedding, job.folder, step),
-            )
-        if image is not None:
-            reporter.picture("validation", image, step)
+        learned = job.embeddings(state.rows, step)
+        for concept in job.concepts:
+            with job.clock.phase("pictures"):
+                draw = partial(validation.save_validation, job.sd, concept, learned, step)
+                image = or_warn(f"the validation picture of {concept.token}", draw)
+            if image is not None:
+                reporter.picture(f"{job.prefix(concept)}validation", image, step)
 
     def done(self, step: int) -> bool:
         """See `Action`."""
-        return validation.validation_path(self.job.folder, step).exists()
+        return all(validation.validation_path(concept.folder, step).exists() for concept in self.job.concepts)
 
 
 class Measure(Action):
-    """Measures the word, and keeps it if it is the best so far."""
+    """Measures each word, and keeps it if it is its best so far."""
 
     def __init__(self, job: Job):
         super().__init__(job, every=job.config.evaluation_steps)
@@ -140,21 +142,21 @@ class Measure(Action):
     def __call__(self, step: int, state: TrainState, reporter: Reporter) -> None:
         """See `Action`; a failed measurement is a warning."""
         job = self.job
-        assert job.tracker is not None, "only the leader calls actions"
-        measure, embedding = job.tracker.measure, job.concept.embedding(state.rows, step)
-        with job.clock.phase("measure"):
-            scores = or_warn(f"the word of step {step}", lambda: measure(job.sd, embedding, step), "measured")
-        if scores is not None:
-            reporter.print_line(f"step {step}: {scores}")
+        for concept, tracker in zip(job.concepts, job.trackers, strict=True):
+            measure = partial(tracker.measure, job.sd, concept.embedding(state.rows, step), step)
+            with job.clock.phase("measure"):
+                scores = or_warn(f"{concept.token} at step {step}", measure, "measured")
+            if scores is not None:
+                word = f", {concept.token}" if len(job.concepts) > 1 else ""
+                reporter.print_line(f"step {step}{word}: {scores}")
 
     def done(self, step: int) -> bool:
         """See `Action`."""
-        tracker = self.job.tracker
-        return tracker is not None and tracker.last is not None and tracker.last[0] == step
+        return all(tracker.last is not None and tracker.last[0] == step for tracker in self.job.trackers)
 
 
 class SaveCheckpoint(Action):
-    """Saves the word and the state to resume from."""
+    """Saves the words and the state to resume from."""
 
     def __init__(self, job: Job):
         super().__init__(job, every=job.config.checkpointing_steps)
@@ -165,9 +167,9 @@ class SaveCheckpoint(Action):
 
 
 def save_state(job: Job, state: TrainState) -> None:
-    """Save the word, then a checkpoint; on the leader process only. If the disk fills up, the word matters more."""
+    """Save the words, then a checkpoint; on the leader process only. If the disk fills up, the words matter more."""
     assert job.checkpoints is not None, "only the leader process has them"
-    run_folder.save_embedding(job.concept.embedding(state.rows, int(state.step)), job.folder)
+    job.save_words(state)
     job.checkpoints.save(state)
 
 

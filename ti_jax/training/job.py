@@ -12,21 +12,23 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from ti_jax.config import Checkpointing, TrainConfig
-from ti_jax.data.concept import Concept, Inputs, LogLine, check_concept, hash_of_vectors, read_inputs, with_rows
+from ti_jax.data.concept import Concept, Inputs, LogLine, check_concepts, hash_of_vectors, read_inputs, with_rows
 from ti_jax.data.dataset import make_dataset
 from ti_jax.embeddings import Embedding
 from ti_jax.files import ensure_writable_folder
+from ti_jax.models.networks import Rows
 from ti_jax.ops.platform import Platform
 from ti_jax.pipeline import StableDiffusion
 from ti_jax.pipeline.model_description import open_model_of
 from ti_jax.training import multihost, run_folder
 from ti_jax.training.checkpoint import Checkpoints, fingerprint
 from ti_jax.training.compile import StepBuilder
-from ti_jax.training.measure import ScoreTracker, make_score_tracker
+from ti_jax.training.measure import ScoreTracker, make_score_tracker, measures
 from ti_jax.training.multihost import is_leader
 from ti_jax.training.optimizer import make_optimizer, warmup_note
 from ti_jax.training.parallel import make_mesh, replicate, without_copies
@@ -57,17 +59,19 @@ class Job:
 
     Attributes:
       config: resolved, including ``resolution``. folder: the output folder.
-      sd: the frozen model; its weights on the first device are shared with the loop. concept: what is learned.
+      sd: the frozen model; its weights on the first device are shared with the loop.
+      concepts: what is learned, one or several; each has the folder of its results.
       frozen: the step's constant inputs. start: the initial state, as NumPy arrays.
       builder: of the training step. schedule: learning rate by update. total: number of updates in the run.
       usual_norms: median norm of the frozen token embeddings, by text encoder.
-      checkpoints, tracker, push: on the leader process only; the last two only if the config asks for them.
+      checkpoints: on the leader process only. So are the next two, one for each concept if the config asks for them:
+      trackers: of scores. pushes: upload a concept's folder with its word.
     """
 
     config: TrainConfig
     folder: Path
     sd: StableDiffusion
-    concept: Concept
+    concepts: tuple[Concept, ...]
     frozen: StepInputs
     start: TrainState
     builder: StepBuilder
@@ -75,8 +79,8 @@ class Job:
     total: int
     usual_norms: dict[str, float]
     checkpoints: Checkpoints | None
-    tracker: ScoreTracker | None
-    push: Callable[[Path, Embedding], None] | None
+    trackers: tuple[ScoreTracker, ...]
+    pushes: tuple[Callable[[Path, Embedding], None], ...]
     clock: Clock = field(default_factory=Clock)
 
     @property
@@ -89,19 +93,33 @@ class Job:
         """Samples per update, over all devices and micro-batches."""
         return self.builder.samples
 
+    def prefix(self, concept: Concept) -> str:
+        """Before the names of a concept's figures in the run's logs; one that is alone needs none."""
+        return f"{concept.folder.name}/" if len(self.concepts) > 1 else ""
+
+    def embeddings(self, rows: Rows, step: int) -> tuple[Embedding, ...]:
+        """The words of all concepts with the rows of ``step``."""
+        return tuple(concept.embedding(rows, step) for concept in self.concepts)
+
+    def save_words(self, state: TrainState) -> None:
+        """Write the words of all concepts."""
+        for concept in self.concepts:
+            run_folder.save_embedding(concept.embedding(state.rows, int(state.step)), concept.folder)
+
     @property
     def fingerprint(self) -> dict:
         """Everything that the rows at a step depend on, see `ti_jax.training.checkpoint.fingerprint`."""
+        first = self.concepts[0]
         return fingerprint(
             self.config,
             model_identity=self.sd.identity,
             prediction_type=self.sd.schedule.prediction_type,
             dtype=self.sd.dtype,
-            pixels=self.concept.pictures.pixels,
-            prompts=self.concept.prompts,
-            words=self.concept.words,
-            initializer_embedding=self.concept.metadata.get("initializer_embedding_hash"),
-            embeddings=hash_of_vectors(self.concept.others),
+            pixels=np.concatenate([concept.pictures.pixels for concept in self.concepts]),
+            prompts=[prompt for concept in self.concepts for prompt in concept.prompts],
+            words=first.words,
+            initializer_embedding=first.metadata.get("initializer_embedding_hash"),
+            embeddings=hash_of_vectors(first.others),
             global_batch=self.samples_per_step // self.config.gradient_accumulation_steps,
             total_steps=self.total,
         )
@@ -128,20 +146,22 @@ def prepare(
         ensure_writable_folder(folder)
         holding.enter_context(run_folder.locked(folder))
         run_folder.check_free(folder)
-    inputs = read_inputs(config, multihost.log_leader)
-    push = _open_hub(config) if is_leader() else None
+    configs = (config,)
+    inputs = [read_inputs(each, multihost.log_leader) for each in configs]
+    pushes = tuple(map(_open_hub, configs)) if is_leader() and config.push_to_hub else ()
     with clock.phase("load"):
-        sd, concept = load(config, inputs)
-    config = dataclasses.replace(config, resolution=concept.pictures.pixels.shape[1])
-    tracker = make_score_tracker(config, sd, concept, folder) if is_leader() else None
+        sd, concepts = load(configs, inputs)
+    config = dataclasses.replace(config, resolution=concepts[0].config.resolution)
+    measured = concepts if is_leader() and measures(config) else ()
+    trackers = tuple(make_score_tracker(sd, concept) for concept in measured)
     with clock.phase("encode"):
-        dataset = make_dataset(config, sd, concept)
+        dataset = make_dataset(config, sd, concepts)
 
     mesh = make_mesh(devices)
     assert config.train_batch_size is not None, "the config is resolved"
     batch_size = config.train_batch_size // sharing
     samples_per_step = batch_size * config.gradient_accumulation_steps * mesh.size
-    total = total_updates(config, len(concept.pictures.pixels), samples_per_step)
+    total = total_updates(config, sum(len(each.pictures.pixels) for each in concepts), samples_per_step)
     optimizer, schedule = make_optimizer(config, total, samples_per_step)
     if (note := warmup_note(config, total)) is not None:
         multihost.log_leader(note)
@@ -150,7 +170,7 @@ def prepare(
             params=without_copies({name: tree for name, tree in sd.params.items() if name != "vae"}),
             schedule=sd.schedule,
             dataset=dataset,
-            row_mask={name: jnp.asarray(mask) for name, mask in concept.row_mask.items()},
+            row_mask={name: jnp.asarray(mask) for name, mask in concepts[0].row_mask.items()},
             key=jax.random.key(config.seed),
         ),
         mesh,
@@ -159,7 +179,7 @@ def prepare(
     drawn_with = jax.tree.map(lambda leaf: leaf.addressable_data(0), frozen.params)
     networks = sd.networks.compiled_for(Platform.of(mesh.devices.flat[0]))
     sd = dataclasses.replace(sd, params={**sd.params, **drawn_with}, networks=networks)
-    rows = {name: jnp.asarray(value) for name, value in concept.rows.items()}
+    rows = {name: jnp.asarray(value) for name, value in concepts[0].rows.items()}
     start = jax.device_get(TrainState(rows, optimizer.init(rows), jnp.int32(0), jnp.bool_(True)))
     builder = StepBuilder(
         sd.networks,
@@ -174,8 +194,8 @@ def prepare(
         checkpoints = Checkpoints(folder / "checkpoints", config.checkpoints_total_limit)
         holding.enter_context(contextlib.closing(checkpoints))
     return Job(
-        config, folder, sd, concept, frozen, start, builder, schedule, total, usual_norms(sd), checkpoints, tracker,
-        push, clock,
+        config, folder, sd, concepts, frozen, start, builder, schedule, total, usual_norms(sd), checkpoints, trackers,
+        pushes, clock,
     )  # fmt: skip
 
 
@@ -207,27 +227,25 @@ def _resume(job: Job) -> tuple[TrainState, Checkpointing | None]:
     else:
         multihost.log_leader(f"resuming at step {int(restored.step)} of {job.total}")
     state = jax.device_get(job.start if restored is None else restored)
-    if job.tracker is not None:
-        step = int(state.step)
-        job.tracker.resume(job.concept.embedding(state.rows, step), step)
+    step = int(state.step)
+    for concept, tracker in zip(job.concepts, job.trackers, strict=bool(job.trackers)):
+        tracker.resume(concept.embedding(state.rows, step), step)
     return state, job.checkpoints.identity["gradient_checkpointing"]
 
 
-def load(config: TrainConfig, inputs: Inputs) -> tuple[StableDiffusion, Concept]:
-    """The frozen model, with the VAE's weights on the host, and the concept.
+def load(configs: Sequence[TrainConfig], inputs: Sequence[Inputs]) -> tuple[StableDiffusion, tuple[Concept, ...]]:
+    """The frozen model, with the VAE's weights on the host, and the concepts.
 
     Raises:
       InputError: something is wrong with either.
     """
-    sd, concept = load_model_and_concept(config, inputs, multihost.log_leader)
+    sd, concepts = load_model_and_concepts(configs, inputs, multihost.log_leader)
     # The VAE encodes the pictures once and decodes now and then: its weights are on a device only while it runs.
     sd = dataclasses.replace(sd, params={**sd.params, "vae": jax.device_get(sd.params["vae"])})
-    return sd, concept
+    return sd, concepts
 
 
-def _open_hub(config: TrainConfig) -> Callable[[Path, Embedding], None] | None:
-    if not config.push_to_hub:
-        return None
+def _open_hub(config: TrainConfig) -> Callable[[Path, Embedding], None]:
     from ti_jax.training import hub
 
     return hub.open_repository(config)
@@ -241,24 +259,33 @@ def total_updates(config: TrainConfig, num_pictures: int, global_batch: int) -> 
     return config.num_train_epochs * math.ceil(num_pictures * config.repeats / global_batch)
 
 
-def load_model_and_concept(config: TrainConfig, inputs: Inputs, log: LogLine) -> tuple[StableDiffusion, Concept]:
-    """The model and the concept, checked in order of cost: the weights are read last.
+def load_model_and_concepts(
+    configs: Sequence[TrainConfig], inputs: Sequence[Inputs], log: LogLine
+) -> tuple[StableDiffusion, tuple[Concept, ...]]:
+    """The model and the concepts, checked in order of cost: the weights are read last.
 
     Raises:
-      InputError: something is wrong with the config's words and prompts, the model, or the pictures to draw.
+      InputError: something is wrong with the configs' words and prompts, the model, or the pictures to draw.
     """
-    with open_model_of(config) as model:
-        checked = check_concept(config, model, inputs, log)
-        check_pictures_to_draw(config, model, checked, log)
+    with open_model_of(configs[0]) as model:
+        checked = check_concepts(configs, model, inputs, log)
+        for concept in checked:
+            check_pictures_to_draw(model, concept, log)
         sd = StableDiffusion.load(model)
-    return sd, with_rows(config, checked, inputs, sd)
+    return sd, with_rows(checked, sd)
+
+
+def prepare_concepts(configs: Sequence[TrainConfig], sd: StableDiffusion, log: LogLine) -> tuple[Concept, ...]:
+    """The concepts, for a model that is already loaded.
+
+    Raises:
+      InputError: as `read_inputs` and `check_concepts`.
+    """
+    inputs = [read_inputs(config, log) for config in configs]
+    return with_rows(check_concepts(configs, sd, inputs, log), sd)
 
 
 def prepare_concept(config: TrainConfig, sd: StableDiffusion, log: LogLine) -> Concept:
-    """The concept, for a model that is already loaded.
-
-    Raises:
-      InputError: as `read_inputs` and `check_concept`.
-    """
-    inputs = read_inputs(config, log)
-    return with_rows(config, check_concept(config, sd, inputs, log), inputs, sd)
+    """The concept of a run that has one, as `prepare_concepts`."""
+    (concept,) = prepare_concepts([config], sd, log)
+    return concept

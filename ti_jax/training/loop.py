@@ -17,7 +17,7 @@ from ti_jax import interrupts
 from ti_jax.config import TrainConfig, resolve
 from ti_jax.config.yaml import dump_yaml
 from ti_jax.embeddings import Embedding
-from ti_jax.errors import InputError
+from ti_jax.errors import InputError, listed
 from ti_jax.files import write_atomically
 from ti_jax.machine import enable_compilation_cache, free_memory
 from ti_jax.training import multihost, run_folder, validation
@@ -37,17 +37,22 @@ class TrainResult:
     """What a run returns.
 
     Attributes:
-      embedding: the learned word. losses: float32, one for each update (after resuming: those made since).
+      embeddings: the learned words. losses: float32, one for each update (after resuming: those made since).
       output_dir: the run's folder.
       seconds: wall time of each phase: "load", "encode", "compile", "train", "measure", "pictures".
       interrupted: the run was stopped early (Ctrl-C, SIGTERM, SIGHUP), after saving a checkpoint.
     """
 
-    embedding: Embedding
+    embeddings: tuple[Embedding, ...]
     losses: np.ndarray
     output_dir: Path
     seconds: dict[str, float]
     interrupted: bool = False
+
+    @property
+    def embedding(self) -> Embedding:
+        """The learned word; of several, the first."""
+        return self.embeddings[0]
 
 
 def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> TrainResult:
@@ -101,8 +106,8 @@ def run(job: Job, step: CompiledStep) -> TrainResult:
     # With several processes an action runs on all or none of them, so that a stop waits for its end.
     with interrupts.deferred(abandon=jax.process_count() == 1):
         state, losses, stopped = _loop(job, step)
-        embedding, finished = on_leader(lambda: _finish(job, state, stopped))
-    return TrainResult(embedding, np.asarray(losses, np.float32), job.folder, job.clock.seconds, not finished)
+        embeddings, finished = on_leader(lambda: _finish(job, state, stopped))
+    return TrainResult(embeddings, np.asarray(losses, np.float32), job.folder, job.clock.seconds, not finished)
 
 
 def _loop(job: Job, step: CompiledStep) -> tuple[TrainState, list[float], bool]:
@@ -200,10 +205,13 @@ def _summary(job: Job, step: CompiledStep) -> str:
     on_hosts = "" if jax.process_count() == 1 else f" in {jax.process_count()} processes"
     policy = step.gradient_checkpointing
     checkpointing = "" if policy == "none" else f"gradient checkpointing {policy}; "
+    words = f"{len(job.concepts)} words, " if len(job.concepts) > 1 else ""
+    pictures = sum(len(concept.pictures.pixels) for concept in job.concepts)
+    prompts = sum(len(concept.prompts) for concept in job.concepts)
     return (
         f"{job.sd.name}, {job.mesh.size} x {job.mesh.devices.flat[0].device_kind}{on_hosts}, "
-        f"{np.dtype(job.sd.dtype).name}: {len(job.concept.pictures.pixels)} pictures, {len(job.concept.prompts)} "
-        f"prompts, {job.samples_per_step} samples a step; {checkpointing}the training step took "
+        f"{np.dtype(job.sd.dtype).name}: {words}{pictures} pictures, {prompts} prompts, "
+        f" {job.samples_per_step} samples a step; {checkpointing}the training step took "
         f"{job.clock.seconds['compile']:.1f} s to compile"
     )
 
@@ -220,56 +228,61 @@ def _act(due: Sequence[Action], step: int, state: TrainState, reporter: Reporter
 def _give_up(job: Job, state: TrainState) -> None:
     """Save the last finite rows, and end the run because its loss is not finite."""
     good = int(state.step)
-    run_folder.save_embedding(job.concept.embedding(state.rows, good), job.folder)
+    job.save_words(state)
+    files = listed([str(concept.folder / run_folder.EMBEDDING_FILE) for concept in job.concepts], 3)
     raise InputError(
-        f"the loss became non-finite at step {good + 1}; the rows of step {good} are saved in "
-        f"{job.folder / run_folder.EMBEDDING_FILE}: use a lower --learning_rate "
-        f"({float(job.schedule(good)):g} there)"
+        f"the loss became non-finite at step {good + 1}; the rows of step {good} are saved in {files}: use a lower "
+        f"--learning_rate ({float(job.schedule(good)):g} there)"
     )
 
 
-def _finish(job: Job, state: TrainState, stopped: bool) -> tuple[Embedding, bool]:
-    """Report what was learned; unless the run was stopped early, also measure the word, draw with it and push it.
+def _finish(job: Job, state: TrainState, stopped: bool) -> tuple[tuple[Embedding, ...], bool]:
+    """Report what was learned; unless the run was stopped early, also measure the words, draw with them and push them.
 
     Returns:
-      The final word, and whether everything was done.
+      The final words, and whether everything was done.
     """
     last = int(state.step)
-    embedding = job.concept.embedding(state.rows, last)
-    print_row_figures(row_figures(job.concept, state.rows, job.usual_norms), last)
+    embeddings = job.embeddings(state.rows, last)
+    for concept in job.concepts:
+        print_row_figures(row_figures(concept, state.rows, job.usual_norms), last, job.prefix(concept))
     try:
         if not stopped:
-            embedding = _measure(job, embedding, last)
-            with job.clock.phase("pictures"):
-                draw = partial(validation.save_overview, job.config, job.sd, job.concept, embedding, job.folder)
-                or_warn("the overview", draw)
-            if job.push is not None:
-                interrupts.interruptible(partial(job.push, job.folder, embedding))
+            embeddings = _measure(job, embeddings, last)
+            for concept in job.concepts:
+                with job.clock.phase("pictures"):
+                    draw = partial(validation.save_overview, job.sd, concept, embeddings)
+                    or_warn(f"the overview of {concept.token}", draw)
+            for concept, push, embedding in zip(job.concepts, job.pushes, embeddings, strict=bool(job.pushes)):
+                interrupts.interruptible(partial(push, concept.folder, embedding))
     except interrupts.Interrupted:
         stopped = True
         multihost.log_leader(
             "stopped after the last step: --resume_from_checkpoint latest does what is left (scores, overview, upload)"
         )
     phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in job.clock.seconds.items())
-    if len(embedding.vectors) > 1:
-        multihost.log_leader(
-            f"{job.folder / run_folder.ONE_FILE}: the same word in one file, for AUTOMATIC1111 and ComfyUI; "
-            "learned_embeds and learned_embeds_2 are for diffusers"
-        )
-    multihost.log_leader(f"{job.folder / run_folder.EMBEDDING_FILE}: {embedding.token} after {last} steps ({phases})")
-    return embedding, not stopped
+    for concept, embedding in zip(job.concepts, embeddings, strict=True):
+        if len(embedding.vectors) > 1:
+            multihost.log_leader(
+                f"{concept.folder / run_folder.ONE_FILE}: the same word in one file, for AUTOMATIC1111 and ComfyUI; "
+                "learned_embeds and learned_embeds_2 are for diffusers"
+            )
+        file = concept.folder / run_folder.EMBEDDING_FILE
+        multihost.log_leader(f"{file}: {embedding.token} after {last} steps ({phases})")
+    return embeddings, not stopped
 
 
-def _measure(job: Job, embedding: Embedding, step: int) -> Embedding:
-    """The final word: the last, or with ``--keep_best`` the best."""
-    tracker = job.tracker
-    if tracker is None:
-        return embedding
-    with job.clock.phase("measure"):
-        found = or_warn("the word", lambda: tracker.finish(job.sd, embedding, step), "measured")
-    if found is None:
-        return embedding
-    embedding, scores = found
-    run_folder.save_embedding(embedding, job.folder)
-    multihost.log_leader(f"{embedding.token} after {embedding.metadata['steps']} steps: {scores}")
-    return embedding
+def _measure(job: Job, embeddings: tuple[Embedding, ...], step: int) -> tuple[Embedding, ...]:
+    """The final words: the last, or with ``--keep_best`` the best of each."""
+    final = list(embeddings)
+    for index, (concept, tracker) in enumerate(zip(job.concepts, job.trackers, strict=bool(job.trackers))):
+        with job.clock.phase("measure"):
+            finish = partial(tracker.finish, job.sd, embeddings[index], step)
+            found = or_warn(f"the word {concept.token}", finish, "measured")
+        if found is None:
+            continue
+        embedding, scores = found
+        run_folder.save_embedding(embedding, concept.folder)
+        multihost.log_leader(f"{embedding.token} after {embedding.metadata['steps']} steps: {scores}")
+        final[index] = embedding
+    return tuple(final)

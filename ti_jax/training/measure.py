@@ -111,14 +111,18 @@ class ScoreTracker:
         return embedding, scores
 
 
-def make_score_tracker(config: TrainConfig, sd: StableDiffusion, concept: Concept, folder: Path) -> ScoreTracker | None:
-    """The score tracker of a config; None if it asks for no scores.
+def measures(config: TrainConfig) -> bool:
+    """Whether a run scores its words."""
+    return config.evaluate or config.keep_best is not None
+
+
+def make_score_tracker(sd: StableDiffusion, concept: Concept) -> ScoreTracker:
+    """The score tracker of a concept whose config asks for scores.
 
     Raises:
       InputError: there is neither a CLIP model nor a judge to score with.
     """
-    if not config.evaluate and config.keep_best is None:
-        return None
+    config = concept.config
     assert config.validation_guidance_scale is not None, "the config is resolved"
     evaluator = Evaluator(
         load_measure(sd, config.evaluation_clip),
@@ -129,4 +133,4 @@ def make_score_tracker(config: TrainConfig, sd: StableDiffusion, concept: Concep
         scheduler=config.scheduler,
         seed=config.seed,
     )
-    return ScoreTracker(evaluator, concept.others, folder, config.keep_best)
+    return ScoreTracker(evaluator, concept.others, concept.folder, config.keep_best)

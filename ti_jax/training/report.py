@@ -124,10 +124,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def print_row_figures(figures: list[dict], step: int) -> None:
+def print_row_figures(figures: list[dict], step: int, prefix: str = "") -> None:
     """Print on stderr how far each row moved; warn of rows that did not move, or have become very long."""
     for row in figures:
-        where = f"row {row['row']}" + ("" if row["encoder"] == "text_encoder" else f" of {row['encoder']}")
+        where = f"{prefix}row {row['row']}" + ("" if row["encoder"] == "text_encoder" else f" of {row['encoder']}")
         if row["distance"] == 0.0 and step > 0:
             print(
                 f"warning: {where} did not move at all in {step} steps: nothing was learned (is the learning rate 0?)",

@@ -27,7 +27,7 @@ def row_figures(concept: Concept, rows: Rows, usual_norms: Mapping[str, float]) 
     figures = []
     for name, value in rows.items():
         for row, (now, start) in enumerate(
-            zip(np.asarray(value)[: concept.words[concept.token]], concept.rows[name], strict=False)
+            zip(np.asarray(value)[concept.own], concept.rows[name][concept.own], strict=True)
         ):
             norm, start_norm = float(np.linalg.norm(now)), float(np.linalg.norm(start))
             figures.append(

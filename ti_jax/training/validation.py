@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,19 +25,15 @@ OVERVIEW_COLUMNS = 4
 
 
 def _draw(
-    config: TrainConfig,
-    sd: StableDiffusion,
-    concept: Concept,
-    prompts: list[str],
-    embedding: Embedding,
-    seeds: list[int],
+    sd: StableDiffusion, concept: Concept, prompts: list[str], learned: Sequence[Embedding], seeds: list[int]
 ) -> list[Image.Image]:
+    config = concept.config
     assert config.validation_inference_steps is not None and config.validation_guidance_scale is not None
     # Exactly as infer.py draws: the same prompt, seed and settings give the same picture there.
     draw = partial(
         sd.generate,
         prompts,
-        embeddings=[embedding, *concept.embeddings],
+        embeddings=[*learned, *concept.embeddings],
         negative_prompt=config.validation_negative_prompt,
         num_inference_steps=config.validation_inference_steps,
         guidance_scale=config.validation_guidance_scale,
@@ -69,40 +66,37 @@ def validation_path(folder: Path, step: int) -> Path:
     return folder / "samples" / f"step-{step:06d}.png"
 
 
-def save_validation(
-    config: TrainConfig, sd: StableDiffusion, concept: Concept, embedding: Embedding, folder: Path, step: int
-) -> Image.Image:
-    """Draw the validation prompt with the current word into ``samples/step-N.png``, with the same seeds every time."""
-    prompt = concept.validation_prompt
+def save_validation(sd: StableDiffusion, concept: Concept, learned: Sequence[Embedding], step: int) -> Image.Image:
+    """Draw the validation prompt with the current words into ``samples/step-N.png``, with the same seeds every time.
+
+    Args:
+      learned: the words of all concepts of the run.
+    """
+    prompt, config = concept.validation_prompt, concept.config
     assert prompt is not None, "it is drawn only if there is one"
-    images = _draw(
-        config,
-        sd,
-        concept,
-        [prompt] * config.num_validation_images,
-        embedding,
-        _seeds(config, config.num_validation_images),
-    )
+    count = config.num_validation_images
+    images = _draw(sd, concept, [prompt] * count, learned, _seeds(config, count))
     picture = grid(images, columns=min(len(images), OVERVIEW_COLUMNS))
     settings = {"prompt": prompt, "seed": config.seed, "step": step, **_settings(config, sd)}
-    save_png(validation_path(folder, step), picture, settings)
+    save_png(validation_path(concept.folder, step), picture, settings)
     return picture
 
 
-def save_overview(
-    config: TrainConfig, sd: StableDiffusion, concept: Concept, embedding: Embedding, folder: Path
-) -> Path:
+def save_overview(sd: StableDiffusion, concept: Concept, learned: Sequence[Embedding]) -> Path:
     """Save the overview: the concept's pictures, and pictures drawn before and after training.
 
     Each drawn picture is also saved by itself, as ``samples/overview-NN.png``.
+
+    Args:
+      learned: the words of all concepts of the run.
     """
-    columns = OVERVIEW_COLUMNS
+    columns, config, folder = OVERVIEW_COLUMNS, concept.config, concept.folder
     prompts = concept.overview_prompts
     before = concept.first_prompt_before_training
     drawn_prompts = [prompt for prompt in (before, *prompts) for _ in range(columns)]
     # The same seeds in every row, so that within a column only the prompt differs.
     seeds = _seeds(config, columns) * (1 + len(prompts))
-    drawn = _draw(config, sd, concept, drawn_prompts, embedding, seeds)
+    drawn = _draw(sd, concept, drawn_prompts, learned, seeds)
     shown = [Image.fromarray(pixels) for pixels in as_uint8(concept.pictures.pixels[:columns])]
     rows = [(f"the pictures of {concept.token}", shown), (f"{concept.prompts[0]}, before training", drawn[:columns])]
     rows += [(prompt, drawn[columns * (i + 1) : columns * (i + 2)]) for i, prompt in enumerate(prompts)]
@@ -114,12 +108,13 @@ def save_overview(
     return path
 
 
-def check_pictures_to_draw(config: TrainConfig, model: ModelDescription, concept: CheckedConcept, log: LogLine) -> None:
+def check_pictures_to_draw(model: ModelDescription, concept: CheckedConcept, log: LogLine) -> None:
     """Check everything that is drawn and scored later, so that no fault shows only after hours of training.
 
     Raises:
       InputError: a fault in the sampler, its number of steps or a prompt, or neither CLIP nor a judge to score with.
     """
+    config = concept.config
     assert config.validation_inference_steps is not None, "the config is resolved"
     if (note := model.sampler_choice(config.scheduler).note) is not None:
         log(f"note: {note}")

@@ -91,6 +91,16 @@ class CheckedConcept:
         return [*self.others, *([self.start] if self.start is not None else [])]
 
     @property
+    def prompts_of(self) -> np.ndarray:
+        """Each picture's equally likely prompts, indices into ``prompts``: int32 [N, K]."""
+        return np.tile(np.arange(len(self.prompts), dtype=np.int32), (len(self.pictures.pixels), 1))
+
+    @property
+    def entries(self) -> np.ndarray:
+        """The pictures that an epoch shows, int32 [M]; a repeated one is in it several times."""
+        return np.arange(len(self.pictures.pixels), dtype=np.int32)
+
+    @property
     def first_prompt_before_training(self) -> str:
         """The first training prompt with the initializer in the word's place."""
         return fill(self.templates[0], self.start.token if self.start else str(self.initializer))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -20,7 +21,9 @@ class Dataset(NamedTuple):
     """The training data, replicated on every device: a concept is a handful of pictures."""
 
     moments: jax.Array  # float32 [N, 2, h, w, 2c]: VAE mean and log-variance of each picture and of its mirror image
-    ids: Mapping[str, jax.Array]  # int32 [P, L] for each text encoder: every prompt template, tokenized
+    ids: Mapping[str, jax.Array]  # int32 [P, L] for each text encoder: the table of prompts, tokenized
+    prompts_of: jax.Array  # int32 [N, K]: each picture's K equally likely prompts, indices into the table
+    entries: jax.Array  # int32 [M]: the pictures that an epoch shows; a repeated one is in it several times
     time_ids: jax.Array  # float32 [N, 2, 6]: SDXL's size and crop conditioning of each picture and its mirror image
     flip_probability: jax.Array  # float32 scalar
     latent_scale: jax.Array  # float32 scalar: the VAE's scaling_factor
@@ -35,11 +38,26 @@ def make_dataset(config: TrainConfig, sd: StableDiffusion, concepts: Sequence[Co
     return Dataset(
         moments=encode_moments(sd, pixels, with_mirrored=config.flip_probability > 0),
         ids=jax.tree.map(jnp.asarray, sd.tokenize(prompts, concepts[0].words)),
+        prompts_of=jnp.asarray(joined([(len(each.prompts), each.prompts_of) for each in concepts])),
+        entries=jnp.asarray(joined([(len(each.pictures.pixels), each.entries[:, None]) for each in concepts])[:, 0]),
         time_ids=jnp.asarray(np.concatenate([time_ids(concept.pictures) for concept in concepts])),
         flip_probability=jnp.float32(config.flip_probability),
         latent_scale=jnp.float32(vae.scaling_factor),
         latent_shift=jnp.float32(vae.shift_factor or 0.0),
     )
+
+
+def joined(tables: Sequence[tuple[int, np.ndarray]]) -> np.ndarray:
+    """Tables of indices int32 [n, k], each into a list of its own, as one table into the lists one after the other.
+
+    Args:
+      tables: the length of each list, with the table. A row that is shorter than others is repeated until all have the
+        same length, in which each of its indices is equally likely.
+    """
+    width = math.lcm(*(table.shape[1] for _, table in tables))
+    starts = np.cumsum([0, *(length for length, _ in tables)])
+    rows = [np.tile(table, width // table.shape[1]) + start for (_, table), start in zip(tables, starts, strict=False)]
+    return np.concatenate(rows).astype(np.int32)
 
 
 def time_ids(pictures: Pictures) -> np.ndarray:

@@ -161,7 +161,7 @@ def prepare(
     assert config.train_batch_size is not None, "the config is resolved"
     batch_size = config.train_batch_size // sharing
     samples_per_step = batch_size * config.gradient_accumulation_steps * mesh.size
-    total = total_updates(config, sum(len(each.pictures.pixels) for each in concepts), samples_per_step)
+    total = total_updates(config, sum(len(each.entries) for each in concepts), samples_per_step)
     optimizer, schedule = make_optimizer(config, total, samples_per_step)
     if (note := warmup_note(config, total)) is not None:
         multihost.log_leader(note)
@@ -251,12 +251,12 @@ def _open_hub(config: TrainConfig) -> Callable[[Path, Embedding], None]:
     return hub.open_repository(config)
 
 
-def total_updates(config: TrainConfig, num_pictures: int, global_batch: int) -> int:
+def total_updates(config: TrainConfig, num_entries: int, global_batch: int) -> int:
     """Updates in the run: ``max_train_steps``, or those of ``num_train_epochs`` epochs over the repeated pictures."""
     if config.max_train_steps is not None:
         return config.max_train_steps
     assert config.num_train_epochs is not None, "the config is resolved"
-    return config.num_train_epochs * math.ceil(num_pictures * config.repeats / global_batch)
+    return config.num_train_epochs * math.ceil(num_entries * config.repeats / global_batch)
 
 
 def load_model_and_concepts(

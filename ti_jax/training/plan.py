@@ -292,6 +292,8 @@ class Planner:
                     name: array((prompts, module.config.max_position_embeddings), jnp.int32)
                     for name, module in networks.text_encoders
                 },
+                prompts_of=array((PICTURES, prompts), jnp.int32),
+                entries=array((PICTURES,), jnp.int32),
                 time_ids=array((PICTURES, 2, 6), jnp.float32),
                 flip_probability=number,
                 latent_scale=number,

@@ -53,10 +53,10 @@ class Batch(NamedTuple):
 def draw_sample(frozen: StepInputs, step: jax.Array, position: jax.Array, global_batch: int) -> Batch:
     """Picture, mirror, prompt, latent, noise and timestep of one sample (leaves without the batch axis).
 
-    Pictures are reshuffled every epoch, so that each is seen equally often. Timesteps are stratified: sample i of a
-    global batch of B gets ``(u + i*T//B) mod T`` with one uniform integer u per update. Each timestep stays uniform,
-    and every batch covers the schedule (Variational Diffusion Models, arXiv 2107.00630, appendix I.1). Everything else
-    is drawn independently.
+    The dataset's entries are reshuffled every epoch, so that each is seen equally often. Timesteps are stratified:
+    sample i of a global batch of B gets ``(u + i*T//B) mod T`` with one uniform integer u per update. Each timestep
+    stays uniform, and every batch covers the schedule (Variational Diffusion Models, arXiv 2107.00630, appendix I.1).
+    Everything else is drawn independently.
 
     Args:
       step: int32 scalar, the update's number. position: int32 scalar in [0, global_batch), the sample's index over
@@ -67,12 +67,12 @@ def draw_sample(frozen: StepInputs, step: jax.Array, position: jax.Array, global
     sample_key = jax.random.fold_in(jax.random.fold_in(sample_key, step), position)
     flip_key, prompt_key, latent_key, noise_key = jax.random.split(sample_key, 4)
 
-    num_pictures, num_prompts = dataset.moments.shape[0], next(iter(dataset.ids.values())).shape[0]
+    num_entries, num_variants = dataset.entries.shape[0], dataset.prompts_of.shape[1]
     turn = step * global_batch + position
-    shuffled = jax.random.permutation(jax.random.fold_in(order_key, turn // num_pictures), num_pictures)
-    picture = shuffled[turn % num_pictures]
+    shuffled = jax.random.permutation(jax.random.fold_in(order_key, turn // num_entries), num_entries)
+    picture = dataset.entries[shuffled[turn % num_entries]]
     mirrored = jax.random.bernoulli(flip_key, dataset.flip_probability).astype(jnp.int32)
-    prompt = jax.random.randint(prompt_key, (), 0, num_prompts)
+    prompt = dataset.prompts_of[picture, jax.random.randint(prompt_key, (), 0, num_variants)]
     num_timesteps = frozen.schedule.alphas_cumprod.shape[0]
     first = jax.random.randint(jax.random.fold_in(timestep_key, step), (), 0, num_timesteps)
 

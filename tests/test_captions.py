@@ -1,0 +1,65 @@
+"""What a picture is described by while it is learned from, and how often it is shown."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ti_jax.data.dataset import Dataset, joined
+from ti_jax.diffusion.schedule import NoiseSchedule
+from ti_jax.training.step import StepInputs, draw_batch
+
+PICTURES, PROMPTS = 3, 5
+
+
+def frozen_with(prompts_of, entries):
+    """The step's inputs, as far as they are drawn from. The moments say which picture they belong to."""
+    marked = jnp.broadcast_to(jnp.arange(float(PICTURES))[:, None, None, None, None], (PICTURES, 2, 2, 2, 2))
+    one = jnp.float32(1)
+    dataset = Dataset(
+        moments=marked.at[..., 1:].set(-60.0),  # no variance
+        ids={"text_encoder": jnp.arange(PROMPTS)[:, None] * jnp.ones((1, 4), jnp.int32)},
+        prompts_of=jnp.asarray(prompts_of, jnp.int32),
+        entries=jnp.asarray(entries, jnp.int32),
+        time_ids=jnp.zeros((PICTURES, 2, 6)),
+        flip_probability=one / 2,
+        latent_scale=one,
+        latent_shift=one * 0,
+    )
+    schedule = NoiseSchedule(jnp.linspace(0.9, 0.1, 20), "epsilon")
+    return StepInputs({}, schedule, dataset, {}, jax.random.key(7))
+
+
+def draws(frozen, steps, batch=2):
+    """Pictures and prompts of the first steps."""
+    draw = jax.jit(jax.vmap(lambda step: draw_batch(frozen, step, jnp.arange(batch), batch)))
+    drawn = draw(jnp.arange(steps))
+    return np.asarray(drawn.latents[..., 0, 0, 0]).round().astype(int).ravel(), np.asarray(drawn.prompts).ravel()
+
+
+def test_without_captions_the_draws_are_those_of_always():
+    """Written out as they were before pictures had prompts of their own: a seed gives the rows that it always gave."""
+    frozen = frozen_with(np.broadcast_to(np.arange(PROMPTS), (PICTURES, PROMPTS)), np.arange(PICTURES))
+    expected = []
+    for turn in range(40):
+        step, position = divmod(turn, 2)
+        order_key, sample_key, _ = jax.random.split(frozen.key, 3)
+        sample_key = jax.random.fold_in(jax.random.fold_in(sample_key, step), position)
+        _, prompt_key, _, _ = jax.random.split(sample_key, 4)
+        shuffled = jax.random.permutation(jax.random.fold_in(order_key, turn // PICTURES), PICTURES)
+        expected.append((int(shuffled[turn % PICTURES]), int(jax.random.randint(prompt_key, (), 0, PROMPTS))))
+    assert list(zip(*draws(frozen, 20), strict=True)) == expected
+    assert len({prompt for _, prompt in expected}) == PROMPTS
+
+
+def test_a_picture_is_drawn_with_its_own_prompts_as_often_as_it_is_an_entry():
+    prompts_of = [[0, 1], [2, 2], [3, 4]]
+    pictures, prompts = draws(frozen_with(prompts_of, [0, 1, 1, 1, 2]), steps=200)
+    assert all(prompt in prompts_of[picture] for picture, prompt in zip(pictures, prompts, strict=True))
+    assert np.bincount(pictures).tolist() == [80, 240, 80], "each epoch of five shows the second one three times"
+    assert set(prompts) == {0, 1, 2, 3, 4}
+
+
+def test_tables_of_several_concepts_are_joined():
+    """The first has two pictures and three prompts for each of them; the second one picture, and two prompts."""
+    tables = [(3, np.array([[0, 1, 2], [2, 1, 0]])), (2, np.array([[1, 0]]))]
+    assert joined(tables).tolist() == [[0, 1, 2, 0, 1, 2], [2, 1, 0, 2, 1, 0], [4, 3, 4, 3, 4, 3]]

@@ -11,12 +11,23 @@ from ti_jax.training import run_folder
 from ti_jax.training.checkpoint import DRAWS, Checkpoints, fingerprint
 from ti_jax.training.step import TrainState
 
-IDENTITY = {"seed": 1, "draws": DRAWS, "gradient_checkpointing": "policy"}
+IDENTITY = {"seed": 1, "draws": DRAWS, "gradient_checkpointing": "policy", "counts": "by row"}
 
 
 def state(step, value=None):
     rows = {"text_encoder": np.full((1, 4), step if value is None else value, np.float32)}
-    return TrainState(rows, {"mu": np.zeros((1, 4), np.float32)}, np.int32(step), np.bool_(True))
+    moments = {"mu": np.full((1, 4), step, np.float32), "count": np.full(1, step, np.int32)}
+    return TrainState(rows, {"text_encoder": moments}, np.int32(step), np.bool_(True))
+
+
+def save_older(folder, identity):
+    """A checkpoint of step 5 from before the rows had counts of their own, and from before other entries."""
+    now = state(5)
+    opt_state = {"inner": {"mu": {"text_encoder": now.opt_state["text_encoder"]["mu"]}, "count": np.int32(5)}}
+    checkpoints = Checkpoints(folder / "checkpoints", None)
+    checkpoints.identity = identity
+    checkpoints.save(now._replace(opt_state=opt_state))
+    checkpoints.close()
 
 
 @pytest.fixture
@@ -97,12 +108,16 @@ def test_rematerialisation_that_is_not_chosen_is_the_checkpoints(folder):
         opened(folder.parent, gradient_checkpointing="full").restore("latest", state(0))
 
 
+def test_where_all_rows_shared_a_count_each_has_it(tmp_path):
+    save_older(tmp_path, {"seed": 1})
+    restored = opened(tmp_path, gradient_checkpointing=None).restore("latest", state(0))
+    assert restored.opt_state["text_encoder"]["count"].tolist() == [5]
+    assert np.array_equal(restored.opt_state["text_encoder"]["mu"], np.full((1, 4), 5, np.float32))
+
+
 def test_an_older_rule_of_drawing_is_refused_and_none_is_taken_for_ours(tmp_path):
     for name, identity in (("old", {"draws": 1}), ("first", {})):
-        checkpoints = Checkpoints(tmp_path / name / "checkpoints", None)
-        checkpoints.identity = {"seed": 1, **identity}
-        checkpoints.save(state(5))
-        checkpoints.close()
+        save_older(tmp_path / name, {"seed": 1, **identity})
     with pytest.raises(InputError, match=f"draws 1 there, {DRAWS} here"):
         opened(tmp_path / "old").restore("latest", state(0))
     checkpoints = opened(tmp_path / "first", gradient_checkpointing=None)
@@ -112,10 +127,7 @@ def test_an_older_rule_of_drawing_is_refused_and_none_is_taken_for_ours(tmp_path
 
 def test_a_checkpoint_from_before_a_setting_was_an_entry_has_its_default(tmp_path):
     """AdamW's four settings were one entry, in this order; a flag of tomorrow is in no checkpoint of today."""
-    checkpoints = Checkpoints(tmp_path / "checkpoints", None)
-    checkpoints.identity = {"seed": 1, "adam": [0.8, 0.99, 1e-7, 0.01]}
-    checkpoints.save(state(5))
-    checkpoints.close()
+    save_older(tmp_path, {"seed": 1, "adam": [0.8, 0.99, 1e-7, 0.01]})
     adam = {"adam_beta1": 0.8, "adam_beta2": 0.99, "adam_epsilon": 1e-7, "adam_weight_decay": 0.01}
     assert value(opened(tmp_path, **adam).restore("latest", state(0))) == (5, 5)
     with pytest.raises(InputError, match=r"\(adam_epsilon 1e-07 there, 1e-08 here\)"):

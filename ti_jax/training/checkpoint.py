@@ -27,6 +27,7 @@ from ti_jax.config.fields import setting_of
 from ti_jax.errors import InputError, one_line
 from ti_jax.files import disk_errors
 from ti_jax.interrupts import whole
+from ti_jax.training.optimizer import state_with_counts, state_with_one_count
 from ti_jax.training.step import TrainState
 
 Fingerprint = dict[str, Any]
@@ -38,7 +39,7 @@ FIELDS = {field.name: field.default for field in dataclasses.fields(TrainConfig)
 ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay")
 
 # Entries of a fingerprint that the first checkpoints do not have.
-ADDED_LATER = ("prediction_type", "initializer_embedding", "gradient_checkpointing", "draws", "embeddings")
+ADDED_LATER = ("prediction_type", "initializer_embedding", "gradient_checkpointing", "draws", "embeddings", "counts")
 
 # The rule by which `ti_jax.training.step.draw_sample` draws pictures, prompts, noise and timesteps. It goes up whenever
 # the same seed gives another batch: 1 drew each timestep by itself, 2 spreads an update's over the schedule.
@@ -87,6 +88,7 @@ def fingerprint(
         "lr_num_cycles": config.lr_num_cycles if config.lr_scheduler == "cosine_with_restarts" else None,
         "max_train_steps": None if constant else total_steps,
         "draws": DRAWS,
+        "counts": "by row",  # of updates, in the optimizer's state; older checkpoints have one for all rows
     }
 
 
@@ -188,16 +190,22 @@ class Checkpoints:
         with ocp.CheckpointManager(where.parent.absolute(), options=_options(None, read_only=True)) as manager:
             try:
                 saved = manager.restore(int(where.name), args=ocp.args.Composite(identity=ocp.args.JsonRestore()))
-                self._compare(where, dict(saved["identity"]))
-                shapes = ocp.args.StandardRestore(jax.device_get(like._asdict()))
-                state = manager.restore(int(where.name), args=ocp.args.Composite(state=shapes))["state"]
+                found = dict(saved["identity"])
+                self._compare(where, found)
+                wanted = like = jax.device_get(like)
+                if "counts" not in found:
+                    wanted = like._replace(opt_state=state_with_one_count(like.opt_state))
+                shapes = ocp.args.StandardRestore(wanted._asdict())
+                state = TrainState(**manager.restore(int(where.name), args=ocp.args.Composite(state=shapes))["state"])
+                if "counts" not in found:
+                    state = state._replace(opt_state=state_with_counts(state.opt_state, like.opt_state))
             except (OSError, ValueError, KeyError, TypeError) as error:
                 if isinstance(error, InputError):
                     raise
                 raise _Unreadable(
                     f"checkpoint {where} cannot be read ({one_line(error)}); resume from another one"
                 ) from error
-        return TrainState(**state)
+        return state
 
     def _compare(self, where: Path, found: Fingerprint) -> None:
         """Compare a checkpoint's fingerprint with the run's.

@@ -1,12 +1,12 @@
-"""AdamW on the trained rows only, its learning-rate schedules, and the mask that freezes rows."""
+"""AdamW for each trained row by itself, and its learning-rate schedules."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from ti_jax.config import TrainConfig
@@ -56,52 +56,60 @@ def warmup_note(config: TrainConfig, total_steps: int) -> str | None:
     )
 
 
-class MaskRowsState(NamedTuple):
-    """State of `mask_rows`: the wrapped transformation's."""
+def per_row(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Apply ``inner`` to each row by itself, and only where its mask is true.
 
-    inner: optax.OptState
-
-
-def mask_rows(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Apply ``inner`` to the rows whose mask is true; the others keep their values and moments, bit for bit.
-
-    ``optax.masked`` masks whole leaves; here a leaf is a table of rows [n, D], and ``update`` takes ``row_mask``, the
-    same tree of bool [n]. Momentum and weight decay do not affect a masked row: its update is exactly zero.
+    A leaf of the parameters is a table of rows [n, D]. Moments, and what `optax` keeps one number of for all
+    parameters (counts, and with them the learning rate, warm-up and bias correction), are those of the row: leaves of
+    the state are [n, ...]. ``update`` takes ``row_mask``, the same tree of bool [n]: a masked row keeps its state bit
+    for bit, and its update is exactly zero, whatever momentum and weight decay would make of it.
     """
 
-    def init(rows: optax.Params) -> MaskRowsState:
-        return MaskRowsState(inner.init(rows))
+    def init(rows: optax.Params) -> optax.OptState:
+        # A copy, because a transformation may keep the rows that it starts from, and the step donates both.
+        return jax.tree.map(lambda table: jax.vmap(inner.init)(jnp.copy(table)), rows)
 
     def update(grads, state, rows=None, *, row_mask, **extra):
         del extra
-        masked_grads = _select(row_mask, grads, jax.tree.map(jnp.zeros_like, grads))
-        updates, new_inner = inner.update(masked_grads, state.inner, rows)
-        # Moments get the mask of their rows; counters, which belong to no row, always advance.
-        masks = optax.tree.map_params(
-            inner, lambda _, mask: mask, new_inner, row_mask, transform_non_params=lambda _: jnp.array([True])
-        )
-        kept = _select(masks, new_inner, state.inner)
-        return _select(row_mask, updates, jax.tree.map(jnp.zeros_like, updates)), MaskRowsState(kept)
+
+        def update_row(grad, state, row, trained):
+            update, updated = inner.update(grad, state, row)
+            kept = jax.tree.map(lambda new, old: jnp.where(trained, new, old), updated, state)
+            return jnp.where(trained, update, 0), kept
+
+        pairs = jax.tree.map(jax.vmap(update_row), grads, state, rows, row_mask)
+        return tuple({name: pair[part] for name, pair in pairs.items()} for part in (0, 1))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _select(masks, chosen, other):
-    """Rows of ``chosen`` where the mask is true, of ``other`` elsewhere; for a scalar leaf the mask's first entry."""
-    return jax.tree.map(
-        lambda mask, a, b: jnp.where(
-            mask.reshape(mask.shape + (1,) * (jnp.ndim(a) - 1)) if jnp.ndim(a) else mask[0], a, b
-        ),
-        masks,
-        chosen,
-        other,
-    )
+def state_with_one_count(state: optax.OptState) -> optax.OptState:
+    """`per_row`'s state of AdamW as it was in checkpoints when all rows of all text encoders shared one count."""
+    names = sorted(state)
+    return {
+        "inner": jax.tree.map(
+            lambda *leaves: leaves[0][0, ...] if leaves[0].ndim == 1 else dict(zip(names, leaves, strict=True)),
+            *(state[name] for name in names),
+        )
+    }
+
+
+def state_with_counts(old: optax.OptState, like: optax.OptState) -> optax.OptState:
+    """The reverse of `state_with_one_count`: each row has made as many updates as all had; ``like`` has the shapes."""
+    return {
+        name: jax.tree.map(
+            lambda leaf, shared, name=name: np.full_like(leaf, shared) if leaf.ndim == 1 else shared[name],
+            table,
+            old["inner"],
+        )
+        for name, table in like.items()
+    }
 
 
 def make_optimizer(
     config: TrainConfig, total_steps: int, global_factor: int
 ) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
-    """Masked AdamW and its schedule for a resolved config.
+    """AdamW for each row and its schedule for a resolved config.
 
     Args:
       total_steps: updates in the whole run; the schedules end there.
@@ -117,4 +125,4 @@ def make_optimizer(
         eps=config.adam_epsilon,
         weight_decay=config.adam_weight_decay,
     )
-    return mask_rows(adamw), schedule
+    return per_row(adamw), schedule

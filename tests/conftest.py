@@ -147,7 +147,7 @@ def pytest_terminal_summary(terminalreporter):
 # Modules that compile next to nothing. Of their tests, those that are slow, have a model of PyTorch's, or start a
 # process are not quick.
 QUICK = {
-    "test_agreement", "test_batches", "test_cli", "test_config", "test_embedding_cards",
+    "test_agreement", "test_batches", "test_buckets", "test_cli", "test_config", "test_embedding_cards",
     "test_embedding_formats", "test_embedding_names", "test_embedding_tools", "test_embeddings",
     "test_embeddings_refused", "test_files", "test_flops", "test_folder", "test_images", "test_imports",
     "test_launchers", "test_memory", "test_model_card", "test_picture_folders", "test_picture_metadata",

@@ -9,7 +9,7 @@ import pytest
 from permissions import shared_folder, without_rights  # noqa: F401 (a fixture)
 from PIL import Image
 
-from ti_jax.data.folder import Pictures, load_images, square_of
+from ti_jax.data.folder import Pictures, cropped_to, load_images
 from ti_jax.errors import InputError
 
 
@@ -130,7 +130,7 @@ def test_a_fine_pattern_is_averaged_when_scaled_down_not_sampled(tmp_path):
 
 def test_a_very_long_picture_needs_no_room_for_its_scaled_self(tmp_path):
     """Scaled to cover, it would have 256 x 15,360,000 pixels."""
-    square, offset = square_of(Image.fromarray(noise(60_000, 1)), 256, center_crop=False)
+    square, offset = cropped_to(Image.fromarray(noise(60_000, 1)), (256, 256), center_crop=False)
     assert square.size == (256, 256) and offset == (0, 29_999 * 256)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from ti_jax.config import TrainConfig
 from ti_jax.data.concept import Concept
-from ti_jax.data.folder import Pictures
+from ti_jax.data.folder import Pictures, crop_box
 from ti_jax.data.latents import encode_moments
 from ti_jax.pipeline import StableDiffusion
 
@@ -66,12 +66,11 @@ def time_ids(pictures: Pictures) -> np.ndarray:
     float32; original height and width, the crop's top and left offset in the scaled picture, and the crop's height and
     width.
     """
-    resolution = pictures.pixels.shape[1]
-    sizes, offsets = pictures.original_sizes, pictures.crop_offsets
+    sizes, offsets, target = pictures.original_sizes, pictures.crop_offsets, pictures.pixels.shape[1:3]
     # If the overhang is odd, one pixel more is cut on the right than on the left; mirrored, on the left.
-    overhang = np.maximum(sizes[:, 1] - sizes[:, 0], 0)
-    right = np.round((overhang - overhang // 2) * resolution / sizes.min(axis=1)).astype(offsets.dtype)
+    boxes = np.array([crop_box((width, height), target) for height, width in sizes.tolist()])
+    right = np.round((sizes[:, 1] - boxes[:, 2]) * target[1] / (boxes[:, 2] - boxes[:, 0])).astype(offsets.dtype)
     mirrored = np.stack([offsets[:, 0], right], axis=1)
-    target = np.full((len(sizes), 2), resolution)
-    both = [np.concatenate([sizes, cut, target], axis=1) for cut in (offsets, mirrored)]
+    targets = np.full((len(sizes), 2), target)
+    both = [np.concatenate([sizes, cut, targets], axis=1) for cut in (offsets, mirrored)]
     return np.stack(both, axis=1).astype(np.float32)

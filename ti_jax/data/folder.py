@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from ti_jax.data.buckets import Shape, nearest_shape, shape_name
 from ti_jax.data.formats import format_by_content, format_by_suffix, readable_suffixes, remedy
 from ti_jax.data.reading import read_picture
 from ti_jax.errors import InputError, listed
@@ -24,13 +25,14 @@ MAX_SCALE = 4
 
 
 class Pictures(NamedTuple):
-    """Square pictures of one size.
+    """Pictures of one size: squares, or those of a bucket.
 
     Attributes:
-      pixels: float32 [N, H, W, 3] in [-1, 1], H = W.
+      pixels: float32 [N, H, W, 3] in [-1, 1].
       names: the files' names.
       original_sizes: int32 [N, 2], height and width in pixels before scaling, upright.
       crop_offsets: int32 [N, 2], what the crop cut at the top and at the left, in pixels after scaling.
+      buckets: the same pictures in their buckets; empty if they are learned from as squares.
 
     Sizes and offsets are inputs of SDXL (``original_size`` and ``crops_coords_top_left``).
     """
@@ -39,6 +41,14 @@ class Pictures(NamedTuple):
     names: tuple[str, ...]
     original_sizes: np.ndarray
     crop_offsets: np.ndarray
+    buckets: tuple[Bucket, ...] = ()
+
+
+class Bucket(NamedTuple):
+    """The pictures whose shape is nearest to a bucket's: ``indices`` int32 [n] among all, and cropped to its shape."""
+
+    indices: np.ndarray
+    pictures: Pictures
 
 
 def _say(text: str) -> None:
@@ -51,6 +61,7 @@ def load_images(
     center_crop: bool = False,
     skip_bad: bool = False,
     on_skip: Callable[[str], None] = _say,
+    shapes: Sequence[Shape] = (),
 ) -> Pictures:
     """Load every picture directly in ``folder``, sorted by name, as squares of ``resolution`` pixels.
 
@@ -65,7 +76,9 @@ def load_images(
         ratio, and crop the overhang equally on both sides; Lanczos to shrink, bicubic to enlarge.
       skip_bad: skip files that cannot be read or are too small.
       on_skip: called with a line for each skipped file, one for all pictures of unreadable formats, one for those that
-        are enlarged a lot, and one for those that are mostly cropped away.
+        are enlarged a lot, and one for those that are mostly cropped away. With ``shapes`` also one for the buckets,
+        and every picture that is enlarged is named.
+      shapes: of the buckets; each picture is also cropped, as above, to the one with the nearest aspect ratio.
 
     Raises:
       InputError: no such folder, or it cannot be read; no picture in it; a file that cannot be read, is truncated, is
@@ -75,7 +88,9 @@ def load_images(
     paths = picture_paths(folder)
     if unread := unread_pictures(folder):
         on_skip(f"left out: {unread}")
-    pixels, names, sizes, offsets = [], [], [], []
+    squares: list[_Cropped] = []
+    in_bucket: dict[Shape, list[int]] = {shape: [] for shape in shapes}
+    in_shape: list[_Cropped] = []
     for path in paths:
         try:
             image = read_picture(path)
@@ -89,24 +104,52 @@ def load_images(
                 raise InputError(f"{error}; mend or remove it, or go on without it with --skip_bad_images") from error
             on_skip(f"left out: {error}")
             continue
-        square, offset = square_of(image, resolution, center_crop)
-        # In float64, as in diffusers; rounded once, at the end.
-        pixels.append((np.asarray(square) / 127.5 - 1.0).astype(np.float32))
-        names.append(path.name)
-        sizes.append((image.height, image.width))
-        offsets.append(offset)
-    if not pixels:
+        squares.append(_cropped(path.name, image, (resolution, resolution), center_crop))
+        if shapes:
+            shape = nearest_shape(*image.size, shapes)
+            in_bucket[shape].append(len(in_shape))
+            in_shape.append(_cropped(path.name, image, shape, center_crop))
+    if not squares:
         raise InputError(f"{folder}: not one of its {len(paths)} pictures can be used")
-    _report_sizes(names, sizes, resolution, on_skip)
-    return Pictures(np.stack(pixels), tuple(names), np.array(sizes, np.int32), np.array(offsets, np.int32))
+    pictures = _together(squares)
+    if not shapes:
+        _report_sizes(pictures, resolution, on_skip)
+        return pictures
+    buckets = tuple(
+        Bucket(np.array(indices, np.int32), _together([in_shape[index] for index in indices]))
+        for indices in in_bucket.values()
+        if indices
+    )
+    _report_buckets(buckets, on_skip)
+    return pictures._replace(buckets=buckets)
 
 
-def _report_sizes(
-    names: list[str], sizes: list[tuple[int, int]], resolution: int, report: Callable[[str], None]
-) -> None:
+class _Cropped(NamedTuple):
+    """One picture of `Pictures`."""
+
+    pixels: np.ndarray
+    name: str
+    original_size: tuple[int, int]
+    crop_offset: tuple[int, int]
+
+
+def _cropped(name: str, image: Image.Image, shape: Shape, center_crop: bool) -> _Cropped:
+    cropped, offset = cropped_to(image, shape, center_crop)
+    # In float64, as in diffusers; rounded once, at the end.
+    pixels = (np.asarray(cropped) / 127.5 - 1.0).astype(np.float32)
+    return _Cropped(pixels, name, (image.height, image.width), offset)
+
+
+def _together(pictures: list[_Cropped]) -> Pictures:
+    pixels, names, sizes, offsets = zip(*pictures, strict=True)
+    return Pictures(np.stack(pixels), names, np.array(sizes, np.int32), np.array(offsets, np.int32))
+
+
+def _report_sizes(pictures: Pictures, resolution: int, report: Callable[[str], None]) -> None:
     """Report the pictures that are too small for ``resolution``, and those that are too narrow."""
-    small = [name for name, size in zip(names, sizes, strict=True) if min(size) * MAX_SCALE < resolution]
-    narrow = [name for name, size in zip(names, sizes, strict=True) if min(size) * MAX_SCALE < max(size)]
+    sides = list(zip(pictures.names, pictures.original_sizes, strict=True))
+    small = [name for name, size in sides if min(size) * MAX_SCALE < resolution]
+    narrow = [name for name, size in sides if min(size) * MAX_SCALE < max(size)]
     if small:
         report(
             f"warning: {_count(small)} enlarged more than {MAX_SCALE} times to {resolution} pixels, and the word "
@@ -116,6 +159,31 @@ def _report_sizes(
         report(
             f"warning: {_count(narrow)} more than {MAX_SCALE} times as long as wide, and only the square in the middle "
             f"is used: {listed(narrow, 3)}; crop to the part that matters"
+        )
+
+
+def _report_buckets(buckets: Sequence[Bucket], report: Callable[[str], None]) -> None:
+    """Report the buckets, every picture that is enlarged, and those of which less than half is used."""
+    enlarged, narrow = [], []
+    for bucket in buckets:
+        shape = bucket.pictures.pixels.shape[1:3]
+        for name, (height, width) in zip(bucket.pictures.names, bucket.pictures.original_sizes.tolist(), strict=True):
+            left, top, right, bottom = crop_box((width, height), shape)
+            if shape[1] > right - left:
+                enlarged.append(f"{name} {shape[1] / (right - left):.1f} times")
+            if 2 * (right - left) * (bottom - top) < width * height:
+                narrow.append(name)
+    counts = (f"{len(each.indices)} of {shape_name(each.pictures.pixels.shape[1:3])}" for each in buckets)
+    report(f"pictures in buckets: {', '.join(counts)} pixels")
+    if enlarged:
+        report(
+            f"warning: {_count(enlarged)} smaller than the bucket and enlarged, and the word learns the blur: "
+            f"{listed(enlarged, 3)}; give larger pictures, or a smaller --resolution"
+        )
+    if narrow:
+        report(
+            f"warning: of {_count(narrow).removesuffix(' is').removesuffix(' are')} less than half is used: "
+            f"{listed(narrow, 3)}; crop to the part that matters, or give a larger --max_aspect_ratio"
         )
 
 
@@ -188,19 +256,33 @@ def _files(folder: str | Path) -> list[Path]:
         raise InputError(f"{folder}: the folder cannot be read ({error.strerror}); change its permissions") from error
 
 
-def square_of(image: Image.Image, resolution: int, center_crop: bool) -> tuple[Image.Image, tuple[int, int]]:
-    """Crop the centred square of a picture and resize it, see `load_images`; also returns its (top, left) in pixels
-    after scaling.
+def crop_box(size: tuple[int, int], shape: Shape) -> tuple[int, int, int, int]:
+    """The largest centred part of a picture with a shape's aspect ratio, as (left, top, right, bottom) in its pixels.
+
+    Args:
+      size: width and height of the picture.
     """
-    side = min(image.size)
-    # Whole pixels, as in diffusers: a picture that already has the resolution is cropped, never resampled.
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    box = (left, top, left + side, top + side)
-    size = (resolution, resolution)
-    if center_crop:
-        square = image.crop(box).resize(size, Image.Resampling.BICUBIC)
+    (width, height), (rows, columns) = size, shape
+    # Whole pixels, as in diffusers: a picture that already has the shape is cropped, never resampled.
+    if width * rows > height * columns:
+        cut_width, cut_height = max(1, (height * columns + rows // 2) // rows), height
     else:
-        # With a box only the square is computed, but its edges use the pixels outside, as if the whole were resized.
-        down = side > resolution
-        square = image.resize(size, Image.Resampling.LANCZOS if down else Image.Resampling.BICUBIC, box=box)
-    return square, (round(top * resolution / side), round(left * resolution / side))
+        cut_width, cut_height = width, max(1, (width * rows + columns // 2) // columns)
+    left, top = (width - cut_width) // 2, (height - cut_height) // 2
+    return left, top, left + cut_width, top + cut_height
+
+
+def cropped_to(image: Image.Image, shape: Shape, center_crop: bool) -> tuple[Image.Image, tuple[int, int]]:
+    """Crop the centred part of a picture that has a shape's aspect ratio and resize it to the shape, see `load_images`;
+    also returns its (top, left) in pixels after scaling.
+    """
+    rows, columns = shape
+    left, top, right, bottom = box = crop_box(image.size, shape)
+    if center_crop:
+        cropped = image.crop(box).resize((columns, rows), Image.Resampling.BICUBIC)
+    else:
+        # With a box only the part is computed, but its edges use the pixels outside, as if the whole were resized.
+        down = right - left > columns
+        kind = Image.Resampling.LANCZOS if down else Image.Resampling.BICUBIC
+        cropped = image.resize((columns, rows), kind, box=box)
+    return cropped, (round(top * rows / (bottom - top)), round(left * columns / (right - left)))

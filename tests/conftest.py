@@ -151,8 +151,8 @@ QUICK = {
     "test_embedding_formats", "test_embedding_names", "test_embedding_tools", "test_embeddings",
     "test_embeddings_refused", "test_files", "test_flops", "test_folder", "test_images", "test_imports",
     "test_launchers", "test_memory", "test_model_card", "test_picture_folders", "test_picture_metadata",
-    "test_run_folder", "test_schedule", "test_single_file_refused", "test_templates", "test_tensorboard",
-    "test_tokenizer_files", "test_tokens", "test_weights", "test_weights_refusals", "test_words",
+    "test_progress", "test_run_folder", "test_schedule", "test_single_file_refused", "test_templates",
+    "test_tensorboard", "test_tokenizer_files", "test_tokens", "test_weights", "test_weights_refusals", "test_words",
 }  # fmt: skip
 MODELS = {"make_tiny_sd", "tiny_sd", "tiny_sdxl"}
 for _name in QUICK | OPTIMISED:

@@ -42,7 +42,13 @@ def samples(cls):
             choice = next(choice for choice in typing.get_args(base) if choice != field.default)
             found[field.name] = [choice], choice
         elif typing.get_origin(base) is tuple:
-            found[field.name] = [f"a {{}} {index}", "c"], (f"a {{}} {index}", "c")
+            first = typing.get_args(base)[0]
+            if typing.get_origin(first) is typing.Literal:
+                choice = next(choice for choice in typing.get_args(first) if (choice,) != field.default)
+                found[field.name] = [choice], (choice,)
+            else:
+                values = {str: (f"a {{}} {index}", "c"), int: (index, 2000 + index), float: (0.25, index + 0.5)}[first]
+                found[field.name] = list(map(str, values)), values
         elif base is bool:
             found[field.name] = [], not field.default
         else:
@@ -126,6 +132,14 @@ def test_the_last_of_repeated_flags_counts():
     assert flags(TrainConfig, "--seed", "1", "--seed", "2").seed == 2
 
 
+def test_a_list_may_be_given_in_pieces():
+    pieces = ["--validation_prompt", "a {}", "--seed", "2", "--validation-prompt=b {}", "--validation_prompt", "c {}"]
+    config = flags(TrainConfig, *pieces, "d {}", "--scale_lr")
+    assert config.validation_prompt == ("a {}", "b {}", "c {}", "d {}")
+    assert (config.seed, config.scale_lr) == (2, True)
+    assert flags(TrainConfig, "--validation_prompt=-x {}").validation_prompt == ("-x {}",)
+
+
 def test_negative_numbers_and_leading_hyphens_are_values():
     assert flags(TrainConfig, "--learning_rate", "-1e-3").learning_rate == -1e-3
     assert flags(InferConfig, "--negative_prompt=-blurry").negative_prompt == "-blurry"
@@ -145,7 +159,7 @@ def test_negative_numbers_and_leading_hyphens_are_values():
         (["--seed", "1.5"], "--seed 1.5: must be a whole number"),
         (["--seed", "None"], "--seed None: must be a whole number"),
         (["--learning-rate", "fast"], "--learning_rate fast: must be a number"),
-        (["--report_to", "wandb"], "--report_to wandb: must be tensorboard or none"),
+        (["--report_to", "mlflow"], "--report_to mlflow: must be tensorboard or none"),
         (["--lr_scheduler=cosin"], "--lr_scheduler cosin: must be one of constant, constant_with_warmup, linear, "),
         (["--scale_lr", "true"], "'true' belongs to no flag; a switch has no value: --name is on, --no_name is off"),
         (["--scale_lr=False"], "'False' belongs to no flag; a switch has no value"),

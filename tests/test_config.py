@@ -163,7 +163,8 @@ CONFIGS_OF = {  # of each config class what checks it, and values that it must h
     **dict.fromkeys([VerifyConfig, *(cls for _, cls, _, _ in embedding.COMMANDS.values())], (None, {})),
 }
 # Text that may well be empty, and numbers whose bounds only the file tells.
-WITHOUT_RULE = {"negative_prompt", "validation_negative_prompt", "weights", "keep", "drop"}
+# Lists of a closed type, too.
+WITHOUT_RULE = {"report_to", "negative_prompt", "validation_negative_prompt", "weights", "keep", "drop"}
 
 
 def resolved(cls, **values):
@@ -270,7 +271,30 @@ def test_prompts_that_show_the_word_must_hold_it(values):
 
 @pytest.mark.parametrize("prompt", ["a {} here", "a <cat-toy> here", "a <CAT-TOY>"])
 def test_prompts_hold_the_word_or_braces(prompt):
-    assert resolve(TrainConfig(**OTHER, validation_prompt=prompt)).validation_prompt == prompt
+    assert resolve(TrainConfig(**OTHER, validation_prompt=prompt)).validation_prompt == (prompt,)
+
+
+def test_each_of_several_validation_prompts_must_hold_the_word():
+    with pytest.raises(InputError, match=r"^--validation_prompt 'a cat': the new word <cat-toy> is not in it"):
+        resolve(TrainConfig(**OTHER, validation_prompt=("a {}", "a cat")))
+
+
+@pytest.mark.parametrize("places", [(), ("none", "tensorboard"), ("tensorboard", "tensorboard")])
+def test_places_to_report_to_stand_once_and_none_alone(places):
+    with pytest.raises(InputError, match=f"^--report_to {' '.join(places)}: must be none, or one or several of"):
+        resolve(TrainConfig(report_to=places))
+
+
+@pytest.mark.parametrize("written", ["a {}: b", "['a {}', 'b {}']"])
+def test_one_text_may_stand_for_a_list_in_yaml(tmp_path, written):
+    prompts = ("a {}: b",) if written[0] == "a" else ("a {}", "b {}")
+    written = written if written[0] == "[" else f"'{written}'"
+    path = write(tmp_path / "config.yaml", f"validation_prompt: {written}\nreport_to: none\n")
+    config = train_config_of(path)
+    assert config.validation_prompt == prompts and config.report_to == ("none",)
+    # A field that has always been a list stays strict.
+    with pytest.raises(InputError, match="embeddings: 'x' is not a list of texts"):
+        load_yaml(write(path, "embeddings: x\n"), TrainConfig)
 
 
 def test_infer_needs_a_prompt():

@@ -233,7 +233,7 @@ def test_figures_that_cannot_be_logged_are_a_warning(tmp_path, capsys, report_to
     with tiny_disk(tmp_path) as mounted:
         if not mounted:
             pytest.skip(NO_MOUNT)
-        reporter = Reporter(TrainConfig(report_to=report_to), tmp_path, 0, 9)
+        reporter = Reporter(TrainConfig(report_to=(report_to,)), tmp_path, 0, 9)
         reporter.chunk(1, [0.5], 1e-3, 1)
         fill(tmp_path / "ballast")
         for step in (2, 3):

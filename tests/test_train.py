@@ -74,8 +74,8 @@ def test_what_a_run_leaves(config, capsys):
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["12", "8"]
     size = sum(path.stat().st_size for path in (out / "checkpoints" / "12").rglob("*") if path.is_file())
     assert size < 20_000, "a checkpoint is a few kilobytes"
-    with Image.open(out / "overview.png") as overview:
-        assert overview.width > 300
+    with Image.open(out / "overview.png") as overview, Image.open(out / "progress.png") as progress:
+        assert overview.width > 300 and progress.height > 2 * 128
     assert {path.name for path in (out / "samples").iterdir()} == {
         "step-000006.png", "step-000012.png", *(f"overview-{i:02d}.png" for i in range(8)),
     }  # fmt: skip

@@ -31,6 +31,7 @@ _THEIR_SAMPLERS = {"ddim": "DDIM", "euler": "Euler", "euler_a": "Euler a", "dpm+
 
 # Sides of a cell in pixels: any smaller, a face cannot be judged; any larger, a row of four is too wide.
 MIN_CELL, MAX_CELL = 128, 512
+MAX_SHEET_CELL = 256  # of a table of many rows
 _PAPER, _INK = (255, 255, 255), (32, 32, 32)
 
 
@@ -89,6 +90,12 @@ def _their_name(name: str) -> str:
     return _THEIR_NAMES.get(name) or name.replace("_", " ").capitalize()
 
 
+def prompt_of(image: Image.Image) -> str | None:
+    """The prompt in a picture that `save_png` has written; None without one."""
+    text = image.info.get(TEXT_CHUNK)
+    return re.split(rf"\n(?={_NEGATIVE}|[^\n]*\Z)", text)[0] if isinstance(text, str) else None
+
+
 # -- grids
 
 
@@ -122,12 +129,28 @@ def overview(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
     return page.drawn()
 
 
+def sheet(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image | None]]]) -> Image.Image:
+    """A table of pictures: a heading above each column, a label above each row.
+
+    Args:
+      columns: headings. rows: (label, a picture for each column, or None where there is none). Cells are as large as
+        the first picture, between `MIN_CELL` and `MAX_SHEET_CELL` pixels.
+    """
+    images = [image for _, row in rows for image in row if image is not None]
+    page = _Page(images, len(columns), MAX_SHEET_CELL)
+    page.add_headings(columns)
+    for label, row in rows:
+        page.add_heading(label)
+        page.add_pictures(row)
+    return page.drawn()
+
+
 class _Page:
     """A white page of equal cells, filled from top to bottom; its height is known only at the end."""
 
-    def __init__(self, images: Sequence[Image.Image], columns: int):
+    def __init__(self, images: Sequence[Image.Image], columns: int, largest: int = MAX_CELL):
         width, height = images[0].size
-        scale = min(max(1.0, -(-MIN_CELL // min(width, height))), MAX_CELL / max(width, height))
+        scale = min(max(1.0, -(-MIN_CELL // min(width, height))), largest / max(width, height))
         self.cell = max(1, round(width * scale)), max(1, round(height * scale))
         self.gap = max(6, self.cell[0] // 24)
         font_size = max(14, self.cell[0] // 16)
@@ -138,10 +161,11 @@ class _Page:
         self.pictures: list[tuple[Image.Image, tuple[int, int]]] = []
         self.texts: list[tuple[str, tuple[int, int]]] = []
 
-    def add_pictures(self, images: Sequence[Image.Image]) -> None:
-        """Add one row of pictures."""
+    def add_pictures(self, images: Sequence[Image.Image | None]) -> None:
+        """Add one row of pictures; None leaves its cell empty."""
         for column, image in enumerate(images):
-            self.pictures.append((_fitted(image, *self.cell), (self._left(column), self.top)))
+            if image is not None:
+                self.pictures.append((_fitted(image, *self.cell), (self._left(column), self.top)))
         self.top += self.cell[1] + self.gap
 
     def add_heading(self, text: str) -> None:
@@ -152,6 +176,14 @@ class _Page:
             self.texts.append((line, (self.gap, self.top)))
             self.top += self.line
         self.top += self.gap // 2
+
+    def add_headings(self, texts: Sequence[str]) -> None:
+        """Add a caption above each column, wrapped to its width."""
+        lines = [list(self._wrapped(text, self.cell[0])) for text in texts]
+        for column, wrapped in enumerate(lines):
+            for number, line in enumerate(wrapped):
+                self.texts.append((line, (self._left(column), self.top + number * self.line)))
+        self.top += max(map(len, lines)) * self.line
 
     def drawn(self) -> Image.Image:
         """Render the page."""

@@ -12,6 +12,7 @@ import inspect
 import itertools
 import textwrap
 import typing
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
@@ -20,7 +21,7 @@ import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from ti_jax.config.fields import setting_of
-from ti_jax.config.yaml import expected, load_yaml, nearest, strip_optional
+from ti_jax.config.yaml import expected, item_hints, load_yaml, nearest, strip_optional
 from ti_jax.errors import InputError
 
 Config = TypeVar("Config")
@@ -78,7 +79,7 @@ class _Flag:
         if optional and words == ["None"]:
             return None
         if typing.get_origin(base) is tuple:
-            return tuple(words)
+            return self._read_several(base, words)
         if self.switch is not None and not words:
             return self.switch[0]
         if len(words) != 1:
@@ -88,6 +89,20 @@ class _Flag:
             return self._convert(base, words[0])
         except ValueError:
             raise _Refused(f"--{self.name} {words[0]}: must be {expected(base)}") from None
+
+    def _read_several(self, base: Any, words: list[str]) -> tuple[Any, ...]:
+        hints = item_hints(base, len(words))
+        if hints is None:
+            given = f"it has {len(words)}: {' '.join(words)}" if words else "it has none"
+            raise _Refused(f"--{self.name} takes {expected(base)}; {given}")
+        values = []
+        for hint, word in zip(hints, words, strict=True):
+            try:
+                values.append(self._convert(hint, word))
+            except ValueError:
+                which = f"{word} " if len(words) > 1 else ""
+                raise _Refused(f"--{self.name} {' '.join(words)}: {which}must be {expected(hint)}") from None
+        return tuple(values)
 
     def _convert(self, base: Any, word: str) -> Any:
         if typing.get_origin(base) is Literal:
@@ -101,7 +116,9 @@ class _Flag:
         if typing.get_origin(base) is Literal:
             return "{" + ",".join(typing.get_args(base)) + "}"
         if typing.get_origin(base) is tuple:
-            return "TEXT [TEXT ...]"
+            first, *others = typing.get_args(base)
+            one = _Flag._metavar(first)
+            return f"{one} [{one} ...]" if others == [...] else " ".join(map(_Flag._metavar, (first, *others)))
         return {str: "TEXT", int: "INT", float: "FLOAT"}[base]
 
     @staticmethod
@@ -161,7 +178,7 @@ def _run_tyro(
     try:
         parsed, unknown = tyro.cli(
             dataclasses.make_dataclass("Flags", fields),
-            args=_without_no(args, flags),
+            args=_together(_without_no(args, flags), flags),
             prog=prog,
             description=description,
             use_underscores=True,
@@ -182,6 +199,30 @@ def _without_no(args: Sequence[str], flags: Sequence[_Flag]) -> list[str]:
     """The command line with ``--no_name``, of a flag with a `switch`, replaced by ``--name=VALUE``."""
     offs = {f"no_{flag.name}": f"--{flag.name}={flag.switch[1]}" for flag in flags if flag.switch is not None}
     return [offs.get(word[2:].replace("-", "_"), word) if word.startswith("--") else word for word in args]
+
+
+def _together(args: Sequence[str], flags: Sequence[_Flag]) -> list[str]:
+    """The command line where a list's flag that is given several times stands once, with the values of all."""
+    lists = {flag.name for flag in flags if typing.get_origin(strip_optional(flag.hint)[0]) is tuple}
+    parts: list[tuple[str, list[str]]] = [("", [])]  # each flag's name, and its words
+    for word in args:
+        if word.startswith("--"):
+            parts.append((word[2:].partition("=")[0].replace("-", "_"), [word]))
+        else:
+            parts[-1][1].append(word)
+    times = Counter(name for name, _ in parts)
+    lines: list[list[str]] = []
+    first: dict[str, list[str]] = {}
+    for name, (flag, *values) in ((name, words) for name, words in parts if words):
+        if name not in lists or times[name] == 1:
+            lines.append([flag, *values])
+            continue
+        if name not in first:
+            first[name] = [f"--{name}"]
+            lines.append(first[name])
+        _, equals, value = flag.partition("=")
+        first[name] += [value, *values] if equals else values
+    return [word for line in lines for word in line]
 
 
 def _unknown(words: Sequence[str], flags: Mapping[str, _Flag], prog: str, no_counterpart: Mapping[str, str]) -> str:

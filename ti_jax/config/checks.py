@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import typing
+from collections.abc import Sequence
 from typing import Any
 
 from ti_jax.config.evaluate import EvaluateConfig
@@ -63,8 +64,8 @@ def check_train(config: TrainConfig) -> None:
         )
     _check_negative_prompt(config, "validation_negative_prompt", "validation_guidance_scale")
     prompts = [("overview_prompts", prompt) for prompt in config.overview_prompts or ()]
-    if config.validation_prompt is not None:
-        prompts.insert(0, ("validation_prompt", config.validation_prompt))
+    prompts = [*(("validation_prompt", prompt) for prompt in config.validation_prompt or ()), *prompts]
+    _check_report_to(config.report_to)
     if config.keep_best in ("clip_i", "clip_t") and config.evaluation_clip is None:
         raise InputError(f"--keep_best {config.keep_best}: needs a CLIP model; give its folder with --evaluation_clip")
     word = config.placeholder_token or ""
@@ -74,6 +75,11 @@ def check_train(config: TrainConfig) -> None:
                 f"--{name} {prompt!r}: the new word {word} is not in it; write it, or {{}} in its place (in a shell, "
                 f"quote the prompt: < and > mean something there)"
             )
+
+
+def _check_report_to(places: Sequence[str]) -> None:
+    if not places or len(set(places)) < len(places) or ("none" in places and len(places) > 1):
+        raise InputError(f"--report_to {' '.join(places)}: must be none, or one or several of the others, each once")
 
 
 def check_infer(config: InferConfig) -> None:

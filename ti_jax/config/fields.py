@@ -38,6 +38,7 @@ class Setting:
       of_this_process: other processes of the run have another value; not kept in the run's ``config.yaml``.
       secret: neither shown nor kept.
       switch: the words that ``--name`` without a value and ``--no_name`` stand for, where the flag may be given so.
+      one: in YAML and Python one text may stand for a list of it, as before the field was a list.
       first: among the first in ``--help``.
     """
 
@@ -47,6 +48,7 @@ class Setting:
     of_this_process: bool = False
     secret: bool = False
     switch: tuple[str, str] | None = None
+    one: bool = False
     first: bool = False
 
 

@@ -121,13 +121,14 @@ class TrainConfig(ModelSettings):
     """AdamW's epsilon."""
 
     # -- looking at it
-    validation_prompt: str | None = setting(None, TEXT)
-    """Prompt with the new word (or {} in its place) that is drawn every --validation_steps updates; read as infer.py
-    reads a prompt, with weights such as (word:1.3)."""
+    validation_prompt: tuple[str, ...] | None = setting(None, SOME_TEXTS, one=True)
+    """Prompts with the new word (or {} in its place) that are drawn every --validation_steps updates, with the same
+    seeds each time; read as infer.py reads a prompt, with weights such as (word:1.3). progress.png has a column for
+    each."""
     validation_negative_prompt: str | None = None
     """What validation and overview pictures should not show."""
     num_validation_images: int = setting(4, COUNT)
-    """Pictures per validation."""
+    """Pictures of each prompt per validation."""
     validation_steps: int = setting(100, COUNT)
     """Updates between two validations."""
     validation_guidance_scale: float | None = setting(None, NOT_NEGATIVE)
@@ -152,8 +153,8 @@ class TrainConfig(ModelSettings):
     last; clip_i and clip_t need --evaluation_clip."""
     evaluation_steps: int = setting(50, COUNT)
     """Updates between two measurements for --keep_best."""
-    report_to: Literal["tensorboard", "none"] = "tensorboard"
-    """Where curves go besides metrics.jsonl."""
+    report_to: tuple[Literal["tensorboard", "none"], ...] = setting(("tensorboard",), one=True)
+    """Where curves and pictures go besides metrics.jsonl: one or several of these; none stands alone."""
     logging_dir: str = setting("logs", TEXT, path="output")
     """Folder of the TensorBoard logs, inside --output_dir unless absolute."""
     logging_steps: int = setting(10, COUNT)

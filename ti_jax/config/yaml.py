@@ -7,6 +7,7 @@ are not.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import os
@@ -121,8 +122,10 @@ def from_yaml(value: Any, hint: Any) -> Any:
         if isinstance(value, str) and value in typing.get_args(base):
             return value
     elif typing.get_origin(base) is tuple:
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            return tuple(value)
+        hints = item_hints(base, len(value)) if isinstance(value, (list, tuple)) else None
+        if hints is not None:
+            with contextlib.suppress(ValueError):
+                return tuple(from_yaml(item, hint) for item, hint in zip(value, hints, strict=True))
     elif base is float:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
@@ -133,9 +136,11 @@ def from_yaml(value: Any, hint: Any) -> Any:
 
 
 def switched(value: Any, field: dataclasses.Field) -> Any:
-    """``value``, or the word that its True or False stands for in a field with a `switch`: (on, off)."""
-    switch = setting_of(field).switch
-    return switch[0 if value else 1] if isinstance(value, bool) and switch is not None else value
+    """``value``, or what it stands for: the word of a field's `switch` for True or False, a list for its `one` text."""
+    about = setting_of(field)
+    if about.one and isinstance(value, str):
+        return (value,)
+    return about.switch[0 if value else 1] if isinstance(value, bool) and about.switch is not None else value
 
 
 def strip_optional(hint: Any) -> tuple[Any, bool]:
@@ -147,13 +152,25 @@ def strip_optional(hint: Any) -> tuple[Any, bool]:
     return hint, False
 
 
+def item_hints(base: Any, count: int) -> list[Any] | None:
+    """The types of ``count`` items of a tuple type ``base``; None if it has another number of items."""
+    hints = typing.get_args(base)
+    if hints[-1] is Ellipsis:
+        return [hints[0]] * count
+    return list(hints) if len(hints) == count else None
+
+
 def expected(base: Any) -> str:
     """What a value of a field's type looks like, in words."""
     if typing.get_origin(base) is Literal:
         *others, last = typing.get_args(base)
         return f"one of {', '.join(others)} or {last}" if len(others) > 1 else f"{others[0]} or {last}"
     if typing.get_origin(base) is tuple:
-        return "a list of texts, like [one, two]"
+        first, *others = typing.get_args(base)
+        if first is str:
+            return "a list of texts, like [one, two]"
+        count = "a list" if others == [...] else f"{1 + len(others)} values"
+        return f"{count}, each {expected(first)}"
     return {str: "text", int: "a whole number", float: "a number", bool: "true or false"}[base]
 
 

@@ -57,7 +57,7 @@ class CheckedConcept:
       others: learned words that are not trained.
       start: the learned word that initialises the rows, under another name; None: they are initialised from a token.
       templates: with ``{}`` in the word's place. prompts: with the word filled in. pictures: from `load_images`.
-      overview_prompts, validation_prompt: to draw, with the word filled in; the latter may be None.
+      overview_prompts, validation_prompts: to draw, with the word filled in.
       initializer: text of the tokens that initialise the rows, unless there is a ``start``.
     """
 
@@ -69,7 +69,7 @@ class CheckedConcept:
     templates: list[str]
     prompts: list[str]
     overview_prompts: list[str]
-    validation_prompt: str | None
+    validation_prompts: list[str]
     pictures: Pictures
     initializer: str | None
 
@@ -232,7 +232,6 @@ def check_concept(
     prompts = [fill(template, token) for template in inputs.templates]
     _check_room(config, model, prompts, words)
     check_holds(model, prompts, words, token, weighted=False)
-    validation_prompt = config.validation_prompt
     pictures = inputs.pictures or _load_pictures(config, config.resolution or model.default_resolution, log)
     return CheckedConcept(
         config=replace(config, resolution=pictures.pixels.shape[1]),
@@ -243,7 +242,7 @@ def check_concept(
         templates=inputs.templates,
         prompts=prompts,
         overview_prompts=[fill(prompt, token) for prompt in config.overview_prompts],
-        validation_prompt=None if validation_prompt is None else fill(validation_prompt, token),
+        validation_prompts=[fill(prompt, token) for prompt in config.validation_prompt or ()],
         pictures=pictures,
         initializer=config.initializer_token,
     )

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ti_jax.errors import InputError
 from ti_jax.training import run_folder, validation
 from ti_jax.training.job import Job
+from ti_jax.training.progress import ProgressSheet
 from ti_jax.training.report import Reporter
 from ti_jax.training.rows import row_figures
 from ti_jax.training.step import TrainState
@@ -112,25 +113,28 @@ class SaveEmbedding(Action):
 
 
 class Validate(Action):
-    """Draws the validation prompt, for each word."""
+    """Draws the validation prompts of each word, and adds them to the sheet of its progress."""
 
     def __init__(self, job: Job):
         super().__init__(job, every=job.config.validation_steps)
+        self._sheets = [ProgressSheet(concept) for concept in job.concepts]
 
     def __call__(self, step: int, state: TrainState, reporter: Reporter) -> None:
         """See `Action`; a picture that cannot be drawn is a warning."""
         job = self.job
         learned = job.embeddings(state.rows, step)
-        for concept in job.concepts:
+        for concept, sheet in zip(job.concepts, self._sheets, strict=True):
             with job.clock.phase("pictures"):
                 draw = partial(validation.save_validation, job.sd, concept, learned, step)
-                image = or_warn(f"the validation picture of {concept.token}", draw)
-            if image is not None:
-                reporter.picture(f"{job.prefix(concept)}validation", image, step)
+                pictures = or_warn(f"the validation picture of {concept.token}", draw) or []
+                or_warn(f"the progress of {concept.token}", partial(sheet.save, step))
+            for number, picture in enumerate(pictures):
+                end = "" if len(pictures) == 1 else f"/{number}"
+                reporter.picture(f"{job.prefix(concept)}validation{end}", picture, step)
 
     def done(self, step: int) -> bool:
         """See `Action`."""
-        return all(validation.validation_path(concept.folder, step).exists() for concept in self.job.concepts)
+        return all(path.exists() for each in self.job.concepts for path in validation.validation_paths(each, step))
 
 
 class Measure(Action):

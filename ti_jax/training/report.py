@@ -33,7 +33,7 @@ class Reporter:
         append(self._metrics_path, b"")
         self._warned = False
         self._board: Board | None = None
-        if config.report_to == "tensorboard":
+        if "tensorboard" in config.report_to:
             self._board = Board(output_dir / config.logging_dir, first_step)  # an absolute logging_dir stands alone
         self._bar = tqdm(
             total=total_steps,

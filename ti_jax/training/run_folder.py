@@ -23,6 +23,7 @@ except ImportError:  # Windows has no flock; two runs in one folder are not noti
 EMBEDDING_FILE = "learned_embeds.safetensors"
 ONE_FILE = "learned_embeds_sdxl.safetensors"  # of an SDXL word, for AUTOMATIC1111 and ComfyUI
 OVERVIEW_FILE = "overview.png"
+PROGRESS_FILE = "progress.png"
 LOCK_FILE = ".ti_jax-lock"
 
 
@@ -119,10 +120,11 @@ _RESULTS: tuple[tuple[str, Callable[[Path], bool]], ...] = (
     ("scores.json", _says('"token"')),
     ("config.yaml", _says("^placeholder_token:", "^output_dir:")),
     (OVERVIEW_FILE, _is_our_png),
+    (PROGRESS_FILE, _is_our_png),
     ("README.md", _says("^- textual_inversion$", "learned_embeds")),
 )
 # Files that a run overwrites.
-_WRITTEN = ("metrics.jsonl", "scores.jsonl", "scores.json", "config.yaml", OVERVIEW_FILE)
+_WRITTEN = ("metrics.jsonl", "scores.jsonl", "scores.json", "config.yaml", OVERVIEW_FILE, PROGRESS_FILE)
 
 
 def results(folder: Path) -> list[Path]:

@@ -61,25 +61,34 @@ def _seeds(config: TrainConfig, count: int) -> list[int]:
     return [(config.seed + number) % 2**32 for number in range(count)]
 
 
-def validation_path(folder: Path, step: int) -> Path:
-    """Path of the validation pictures of a step."""
-    return folder / "samples" / f"step-{step:06d}.png"
+def validation_paths(concept: Concept, step: int) -> list[Path]:
+    """Paths of the validation pictures of a step, one for each prompt."""
+    prompts = len(concept.validation_prompts)
+    ends = [""] if prompts == 1 else [f"-{number:02d}" for number in range(prompts)]
+    return [concept.folder / "samples" / f"step-{step:06d}{end}.png" for end in ends]
 
 
-def save_validation(sd: StableDiffusion, concept: Concept, learned: Sequence[Embedding], step: int) -> Image.Image:
-    """Draw the validation prompt with the current words into ``samples/step-N.png``, with the same seeds every time.
+def save_validation(
+    sd: StableDiffusion, concept: Concept, learned: Sequence[Embedding], step: int
+) -> list[Image.Image]:
+    """Draw the validation prompts with the current words, with the same seeds every time and for every prompt.
 
     Args:
       learned: the words of all concepts of the run.
+
+    Returns:
+      A grid of pictures for each prompt, as they are saved: ``samples/step-N.png``, or ``step-N-00.png`` and so on.
     """
-    prompt, config = concept.validation_prompt, concept.config
-    assert prompt is not None, "it is drawn only if there is one"
+    prompts, config = concept.validation_prompts, concept.config
     count = config.num_validation_images
-    images = _draw(sd, concept, [prompt] * count, learned, _seeds(config, count))
-    picture = grid(images, columns=min(len(images), OVERVIEW_COLUMNS))
-    settings = {"prompt": prompt, "seed": config.seed, "step": step, **_settings(config, sd)}
-    save_png(validation_path(concept.folder, step), picture, settings)
-    return picture
+    repeated = [prompt for prompt in prompts for _ in range(count)]
+    images = _draw(sd, concept, repeated, learned, _seeds(config, count) * len(prompts))
+    by_prompt = [images[first : first + count] for first in range(0, len(images), count)]
+    grids = [grid(pictures, min(count, OVERVIEW_COLUMNS)) for pictures in by_prompt]
+    for path, prompt, picture in zip(validation_paths(concept, step), prompts, grids, strict=True):
+        settings = {"prompt": prompt, "seed": config.seed, "step": step, **_settings(config, sd)}
+        save_png(path, picture, settings)
+    return grids
 
 
 def save_overview(sd: StableDiffusion, concept: Concept, learned: Sequence[Embedding]) -> Path:
@@ -126,9 +135,7 @@ def check_pictures_to_draw(model: ModelDescription, concept: CheckedConcept, log
         model.make_sampler(config.scheduler, sampler_steps(config))
         check_measure(model, config.evaluation_clip)
     words = {**concept.words, **{word.token: word.num_vectors for word in concept.embeddings}}
-    prompts = [*concept.overview_prompts]
-    if concept.validation_prompt is not None:
-        prompts.append(concept.validation_prompt)
+    prompts = [*concept.overview_prompts, *concept.validation_prompts]
     check_holds(model, prompts, words, concept.token, weighted=True)
     prompts += [concept.first_prompt_before_training, config.validation_negative_prompt or ""]
     for _ in model.prompt_tokenizers.groups(prompts, None, words, weighted=True):

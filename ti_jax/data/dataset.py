@@ -28,6 +28,9 @@ class Dataset(NamedTuple):
     flip_probability: jax.Array  # float32 scalar
     latent_scale: jax.Array  # float32 scalar: the VAE's scaling_factor
     latent_shift: jax.Array  # float32 scalar: the VAE's shift_factor, usually 0
+    # float32 [N, 2, h, w]: weight of the loss at each latent of a picture and of its mirror image, 1 on average over a
+    # picture; None: all weigh the same
+    masks: jax.Array | None = None
 
 
 def make_dataset(config: TrainConfig, sd: StableDiffusion, concepts: Sequence[Concept]) -> Dataset:

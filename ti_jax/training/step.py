@@ -48,6 +48,7 @@ class Batch(NamedTuple):
     ids: Mapping[str, jax.Array]  # int32 [B, L] for each text encoder
     time_ids: jax.Array  # float32 [B, 6]
     prompts: jax.Array  # int32 [B]: each sample's index into the dataset's prompts
+    masks: jax.Array | None = None  # float32 [B, h, w]: weight of the loss at each latent; None: all weigh the same
 
 
 def draw_sample(frozen: StepInputs, step: jax.Array, position: jax.Array, global_batch: int) -> Batch:
@@ -85,6 +86,7 @@ def draw_sample(frozen: StepInputs, step: jax.Array, position: jax.Array, global
         ids={name: ids[prompt] for name, ids in dataset.ids.items()},
         time_ids=dataset.time_ids[picture, mirrored],
         prompts=prompt,
+        masks=None if dataset.masks is None else dataset.masks[picture, mirrored],
     )
 
 
@@ -108,7 +110,10 @@ def diffusion_loss(
     if condition.pooled is not None:
         condition = condition._replace(time_ids=batch.time_ids)
     prediction = networks.predict_noise(frozen.params, noisy, batch.timesteps, condition)
-    return jnp.mean(jnp.square(prediction.astype(jnp.float32) - target))
+    losses = jnp.square(prediction.astype(jnp.float32) - target)
+    if batch.masks is not None:
+        losses = losses * batch.masks[..., None]
+    return jnp.mean(losses)
 
 
 def encode_once(

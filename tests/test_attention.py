@@ -13,7 +13,8 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops import tpu as kernels_for_tpu
 
-from ti_jax.ops.attention import CPU_QUERY_CHUNK, dot_product_attention, flash_attention
+from ti_jax.ops import attention
+from ti_jax.ops.attention import CPU_QUERY_CHUNK, cudnn_attention, dot_product_attention, flash_attention
 from ti_jax.ops.platform import Platform, compiling_for
 
 LONG = CPU_QUERY_CHUNK + 37  # in two chunks on CPU, the last not full
@@ -118,34 +119,88 @@ def test_kernels_are_for_long_self_attention_on_tpu(length, key_length, causal, 
     assert in_program("cuda") == in_program("cpu") == 0
 
 
+@pytest.fixture
+def asked_of_a_gpu(monkeypatch):
+    """What JAX asks of a GPU is answered here, by compute capability; what its kernels take it checks itself."""
+
+    def answer(compute_capability):
+        monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+        monkeypatch.setattr(
+            fused_attention_stablehlo, "check_compute_capability", lambda least: compute_capability >= float(least)
+        )
+        monkeypatch.setattr(fused_attention_stablehlo, "is_cuda_compute_capability_equal", lambda _: False)
+
+    return answer
+
+
+def program_of_gradient(platform, length, key_length, head, dtype, causal=False):
+    """StableHLO of attention and its gradients."""
+    attend = partial(dot_product_attention, causal=causal)
+    gradient = jax.grad(lambda *inputs: jnp.sum(jnp.square(attend(*inputs))), argnums=(0, 1, 2))
+    shapes = [jax.ShapeDtypeStruct((1, size, 2, head), dtype) for size in (length, key_length, key_length)]
+    with compiling_for(platform):
+        traced = jax.jit(gradient).trace(*shapes)
+    return traced.lower(lowering_platforms=(platform.name,)).as_text()
+
+
 @pytest.mark.parametrize(
     ("length", "key_length", "head", "dtype", "compute_capability", "kernels"),
     [(4096, 4096, 40, "bfloat16", 9, 2), (256, 256, 160, "bfloat16", 9, 2), (256, 256, 160, "bfloat16", 8, 0),
-     (1024, 1024, 80, "bfloat16", 8, 2), (4096, 77, 40, "bfloat16", 9, 0), (64, 64, 160, "bfloat16", 9, 0),
+     (1024, 1024, 80, "bfloat16", 8, 2), (4096, 77, 40, "bfloat16", 9, 2), (64, 64, 160, "bfloat16", 9, 2),
+     (63, 63, 40, "bfloat16", 9, 0), (64, 77, 160, "bfloat16", 8, 0), (4096, 77, 40, "float32", 9, 0),
      (4096, 4096, 40, "float32", 9, 0), (4096, 4096, 512, "bfloat16", 9, 0), (4096, 4096, 42, "bfloat16", 9, 0),
      (4096, 4096, 40, "bfloat16", 7, 0), (4096, 4096, 128, "bfloat16", 10, 2), (256, 256, 160, "bfloat16", 10, 0),
-     (256, 256, 160, "bfloat16", 12, 0), (549, 549, 40, "bfloat16", 9, 0), (4096, 4096, 40, "bfloat16", 99, 0)],
+     (256, 256, 160, "bfloat16", 12, 0), (549, 549, 40, "bfloat16", 9, 2), (549, 77, 40, "float16", 9, 2),
+     (4761, 4761, 40, "bfloat16", 8, 2), (4096, 4096, 40, "bfloat16", 99, 0)],
 )  # fmt: skip
-def test_kernels_of_cudnn_are_for_long_attention_in_half_precision(
-    length, key_length, head, dtype, compute_capability, kernels, monkeypatch
+def test_kernels_of_cudnn_are_for_attention_in_half_precision(
+    length, key_length, head, dtype, compute_capability, kernels, asked_of_a_gpu
 ):
-    """One forward, one backward. What JAX asks of a GPU is answered here; what its kernels take it checks itself."""
-    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr(
-        fused_attention_stablehlo, "check_compute_capability", lambda least: compute_capability >= float(least)
-    )
-    monkeypatch.setattr(fused_attention_stablehlo, "is_cuda_compute_capability_equal", lambda _: False)
+    """One forward, one backward; lengths that are odd or no multiple of 8 are padded."""
+    asked_of_a_gpu(compute_capability)
+    text = program_of_gradient(Platform("cuda", compute_capability), length, key_length, head, dtype)
+    assert len(re.findall(r"custom_call.*__cudnn\$fmha", text)) == kernels
+    assert "__cudnn$fmha" not in program_of_gradient(Platform("cpu"), length, key_length, head, dtype)
 
-    def in_program(platform):
-        gradient = jax.grad(lambda *inputs: jnp.sum(jnp.square(dot_product_attention(*inputs))), argnums=(0, 1, 2))
-        shapes = [jax.ShapeDtypeStruct((1, size, 2, head), dtype) for size in (length, key_length, key_length)]
-        with compiling_for(Platform(platform, compute_capability if platform == "cuda" else 0)):
-            traced = jax.jit(gradient).trace(*shapes)
-        text = traced.lower(lowering_platforms=(platform,)).as_text()
-        return len(re.findall(r"custom_call.*__cudnn\$fmha", text))
 
-    assert in_program("cuda") == kernels
-    assert in_program("cpu") == 0
+def test_kernels_of_cudnn_have_a_causal_mask(asked_of_a_gpu):
+    """The text encoder's attention: 77 positions, padded."""
+    asked_of_a_gpu(9)
+    text = program_of_gradient(Platform("cuda", 9), 77, 77, 64, "bfloat16", causal=True)
+    masks = re.findall(r"mask_type[^A-Z]*([A-Z_]+)", text)
+    assert masks == ["PADDING_CAUSAL"] * 2
+    whole = program_of_gradient(Platform("cuda", 9), 80, 80, 64, "bfloat16", causal=True)
+    assert re.findall(r"mask_type[^A-Z]*([A-Z_]+)", whole) == ["CAUSAL"] * 2
+
+
+@pytest.mark.parametrize(("length", "key_length", "causal"), [(64, 77, False), (69, 69, False), (77, 77, True)])
+def test_padding_for_cudnn_changes_nothing(length, key_length, causal, monkeypatch):
+    """With XLA's attention for the same padded call: outputs and gradients are those without padding."""
+    inputs = queries_keys_values(length, key_length)
+    plain = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, implementation, **k: plain(*a, **k))
+    ours, pullback = jax.vjp(partial(cudnn_attention, causal=causal), *map(jnp.asarray, inputs))
+    expected, their_pullback = jax.vjp(partial(dot_product_attention, causal=causal), *inputs)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
+    weights = np.random.default_rng(1).normal(size=ours.shape).astype(np.float32)
+    for gradient, reference in zip(pullback(weights), their_pullback(weights), strict=True):
+        np.testing.assert_allclose(gradient, reference, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu", "rocm"])
+def test_without_a_kernel_large_attention_is_in_chunks(platform, monkeypatch):
+    """Memory is bounded by `LARGEST_SCORES`; outputs and gradients are those of one piece."""
+    monkeypatch.setattr(attention, "LARGEST_SCORES", 2 * 3 * 40 * 77)
+    assert "stablehlo.while" in program_of_gradient(Platform(platform), 300, 77, 8, "float32")
+    assert "stablehlo.while" not in program_of_gradient(Platform(platform), 60, 77, 8, "float32")
+    inputs = queries_keys_values(300, 77)
+    expected, their_pullback = jax.vjp(dot_product_attention, *inputs)
+    with compiling_for(Platform(platform)):
+        ours, pullback = jax.vjp(dot_product_attention, *map(jnp.asarray, inputs))
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
+    weights = np.random.default_rng(1).normal(size=ours.shape).astype(np.float32)
+    for gradient, reference in zip(pullback(weights), their_pullback(weights), strict=True):
+        np.testing.assert_allclose(gradient, reference, rtol=0, atol=1e-5)
 
 
 def test_only_a_tpu_imports_its_kernels(monkeypatch):

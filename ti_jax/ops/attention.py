@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ti_jax.ops.matmul import float32_product
-from ti_jax.ops.platform import current
+from ti_jax.ops.platform import PLAIN, current
 
 # XLA:CPU materialises whole score matrices, which do not fit the cache above about CPU_WHOLE_SCORES queries and keys.
 # In chunks of CPU_QUERY_CHUNK queries, attention and its gradient took half the time at 1024 tokens, a quarter at 4096.
@@ -25,11 +25,18 @@ TPU_LONG = 1024
 TPU_BLOCKS = (512, 256, 128)
 TPU_LARGEST_HEAD = 256
 
-# On an NVIDIA GPU, cuDNN's kernels are used from this many queries and keys on; below, the scores cost little.
-CUDA_LONG = 256
+# On an NVIDIA GPU, cuDNN's kernels are used from this many queries and keys on; below, the scores cost little. The 77
+# keys of cross-attention are worth it: with scores in memory, SD1.5's step moved a seventh more bytes.
+CUDA_LONG = 64
+# cuDNN's kernels read rows of 16 bytes, and JAX has no gradient for odd lengths: others are padded to a multiple.
+CUDA_MULTIPLE = 8
 # The largest head dimension that cuDNN supports, forward and backward, by the GPU's compute capability. Other GPUs get
 # XLA's attention. (JAX allows 256 on every GPU since Hopper; cuDNN's own table for Blackwell has 128.)
 CUDA_LARGEST_HEAD = {8: 128, 9: 256, 10: 128, 12: 128}
+
+# Without a kernel (float32, the VAE's single head of 512), more scores than this are computed in chunks of queries.
+# 256 MB of float32: what a VAE has for four pictures of 512 pixels.
+LARGEST_SCORES = 2**26
 
 
 def dot_product_attention(query: jax.Array, key: jax.Array, value: jax.Array, causal: bool = False) -> jax.Array:
@@ -52,27 +59,42 @@ def dot_product_attention(query: jax.Array, key: jax.Array, value: jax.Array, ca
         return _attention_in_chunks(query, key, value)
     if platform.name == "tpu" and not causal and _suits_flash_attention(query, key):
         return flash_attention(query, key, value)
-    if platform.name == "cuda" and not causal and _suits_cudnn(query, key, platform.compute_capability):
-        return cudnn_attention(query, key, value)
+    if platform.name == "cuda" and _suits_cudnn(query, key, platform.compute_capability):
+        return cudnn_attention(query, key, value, causal)
+    if platform != PLAIN and not causal and _scores(query, key) > LARGEST_SCORES:
+        return _attention_in_bounded_chunks(query, key, value)
     return _attention(query, key, value, causal)
+
+
+def _scores(query: jax.Array, key: jax.Array) -> int:
+    """Number of scores: batch x heads x queries x keys."""
+    return query.shape[0] * query.shape[2] * query.shape[1] * key.shape[1]
 
 
 def _suits_cudnn(query: jax.Array, key: jax.Array, compute_capability: int) -> bool:
     # JAX fails to trace these kernels on a machine without cuDNN, and for shapes or dtypes that they do not support.
     largest = CUDA_LARGEST_HEAD.get(compute_capability, 0)
     half = query.dtype in (jnp.bfloat16, jnp.float16)
-    lengths = (query.shape[1], key.shape[1])
-    # JAX has no gradient for odd lengths.
-    long = min(lengths) >= CUDA_LONG and all(length % 2 == 0 for length in lengths)
+    long = min(query.shape[1], key.shape[1]) >= CUDA_LONG
     return half and long and query.shape[3] % 8 == 0 and query.shape[3] <= largest
 
 
-def cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+def cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array, causal: bool = False) -> jax.Array:
     """`dot_product_attention` by cuDNN's fused kernels, which never store a score matrix (Dao 2022, 2205.14135).
 
-    For bfloat16 or float16, and a head dimension that is a multiple of 8.
+    For bfloat16 or float16, and a head dimension that is a multiple of 8. Lengths may be any: they are padded to a
+    multiple of `CUDA_MULTIPLE`, and the kernels are given the true ones.
     """
-    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+    lengths = (query.shape[1], key.shape[1])
+    attend = partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
+    if all(length % CUDA_MULTIPLE == 0 for length in lengths):
+        return attend(query, key, value)
+    query, key, value = (
+        jnp.pad(x, ((0, 0), (0, -x.shape[1] % CUDA_MULTIPLE), (0, 0), (0, 0))) for x in (query, key, value)
+    )
+    true = [jnp.full((query.shape[0],), length, jnp.int32) for length in lengths]
+    attended = attend(query, key, value, query_seq_lengths=true[0], key_value_seq_lengths=true[1])
+    return attended[:, : lengths[0]]
 
 
 def _suits_flash_attention(query: jax.Array, key: jax.Array) -> bool:
@@ -100,6 +122,19 @@ def _attention(query: jax.Array, key: jax.Array, value: jax.Array, causal: bool)
     scores = jnp.einsum("BLHD,BSHD->BHLS", query, key, preferred_element_type=jnp.float32)
     weights = _softmax(scores * query.shape[-1] ** -0.5, causal)
     return jnp.einsum("BHLS,BSHD->BLHD", weights.astype(value.dtype), value)
+
+
+def _attention_in_bounded_chunks(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """`_attention` with at most `LARGEST_SCORES` scores at a time; the backward pass computes them again."""
+    batch, length, heads, dim = query.shape
+    chunks = min(length, -(-_scores(query, key) // LARGEST_SCORES))
+    chunk = -(-length // chunks)
+    chunks = -(-length // chunk)
+    padded = jnp.pad(query, ((0, 0), (0, chunks * chunk - length), (0, 0), (0, 0)))
+    parts = padded.reshape(batch, chunks, chunk, heads, dim).swapaxes(0, 1)
+    attend = jax.checkpoint(lambda part: _attention(part, key, value, causal=False))
+    attended = jax.lax.map(attend, parts).swapaxes(0, 1)
+    return attended.reshape(batch, chunks * chunk, heads, dim)[:, :length]
 
 
 def _softmax(scores: jax.Array, causal: bool) -> jax.Array:

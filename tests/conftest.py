@@ -61,7 +61,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     """What JAX reads when it starts. A program for one device runs as it does where there is only one."""
-    flags = ["--xla_force_host_platform_device_count=8"]
+    # The workers use all cores: a program need not be cut into parts that threads compile, which takes longer in all.
+    flags = ["--xla_force_host_platform_device_count=8", "--xla_cpu_parallel_codegen_split_count=1"]
     if metadata.version("jaxlib").startswith("0.10.") and not config.getoption("optimise"):
         # The older emitters, which later versions do not have, take half the time; they write what takes longer to run.
         flags.append("--xla_cpu_use_fusion_emitters=false")

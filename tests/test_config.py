@@ -165,12 +165,15 @@ CONFIGS_OF = {  # of each config class what checks it, and values that it must h
 # Text that may well be empty, and numbers whose bounds only the file tells.
 # Lists of a closed type, too.
 WITHOUT_RULE = {"report_to", "negative_prompt", "validation_negative_prompt", "weights", "keep", "drop"}
+# What a setting does nothing without.
+NEEDED_BY = {"huber_c": {"loss": "huber"}, "initializer_embedding": {"initializer_token": None}}
 
 
 def resolved(cls, **values):
     check, needed = CONFIGS_OF[cls]
-    start = {"initializer_token": None} if "initializer_embedding" in values else {}
-    config = cls(**{**needed, **start, **values})
+    for name in values:
+        needed = needed | NEEDED_BY.get(name, {})
+    config = cls(**{**needed, **values})
     if check is not None:
         return check(config)
     check_fields(config)

@@ -17,6 +17,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from ti_jax.config import TrainConfig
 from ti_jax.data.dataset import make_dataset
+from ti_jax.diffusion.losses import Objective
 from ti_jax.models.networks import Networks
 from ti_jax.pipeline import StableDiffusion
 from ti_jax.training import parallel
@@ -48,7 +49,8 @@ class Problem:
 
     def frozen(self):
         params = {name: tree for name, tree in self.sd.params.items() if name != "vae"}
-        return StepInputs(params, self.sd.schedule, self.dataset, self.row_mask, jax.random.key(7))
+        objective = Objective.of(self.config, self.sd.schedule)
+        return StepInputs(params, self.sd.schedule, self.dataset, self.row_mask, jax.random.key(7), objective)
 
     def state(self):
         rows = {name: jnp.asarray(value) for name, value in self.concept.rows.items()}
@@ -128,16 +130,24 @@ def torch_condition(encoders, batch):
     return context, {"text_embeds": outputs["text_encoder_2"].text_embeds, "time_ids": time_ids}
 
 
-def torch_rows(problem, model, prediction_type):
+def adamw(encoders, config):
+    return torch.optim.AdamW(
+        [encoder.weight for encoder in encoders.values()], lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon, weight_decay=config.adam_weight_decay,
+    )  # fmt: skip
+
+
+def mean_squared_error(predicted, target, timesteps):
+    return torch.nn.functional.mse_loss(predicted, target)
+
+
+def torch_rows(problem, model, prediction_type, loss_of=mean_squared_error, make_optimizer=adamw):
     """The rows after each step of what diffusers' scripts do, on the draws of our loop."""
     unet = UNet2DConditionModel.from_pretrained(model / "unet").requires_grad_(False)
     scheduler = DDPMScheduler.from_pretrained(model / "scheduler")
     encoders = {name: TorchTextEncoder(model, name, rows) for name, rows in problem.concept.rows.items()}
     config = problem.config
-    optimizer = torch.optim.AdamW(
-        [encoder.weight for encoder in encoders.values()], lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon, weight_decay=config.adam_weight_decay,
-    )  # fmt: skip
+    optimizer = make_optimizer(encoders, config)
     losses = []
     size = config.train_batch_size
     draw = jax.jit(draw_batch, static_argnums=3)
@@ -160,7 +170,7 @@ def torch_rows(problem, model, prediction_type):
                 "v_prediction": scheduler.get_velocity(latents, noise, timesteps),
             }[prediction_type]
             predicted = unet(noisy, timesteps, context, added_cond_kwargs=added).sample
-            loss = torch.nn.functional.mse_loss(predicted, target)
+            loss = loss_of(predicted, target, timesteps)
             (loss / problem.accumulation).backward()
             total += loss.item() / problem.accumulation
         optimizer.step()

@@ -33,7 +33,8 @@ def check_fields(config: Any) -> None:
         try:
             # A config made in Python has been through no parser yet.
             from_yaml(list(value) if isinstance(value, tuple) else value, hints[field.name])
-            if about.path is None and not all(map(is_utf8, value if isinstance(value, tuple) else [str(value)])):
+            items = value if isinstance(value, tuple) else (value,)
+            if about.path is None and not all(is_utf8(str(item)) for item in items):
                 raise ValueError("text in UTF-8; the terminal sends another encoding")
             if value is not None and about.rule is not None and not about.rule.holds(value):
                 raise ValueError(about.rule.allowed)
@@ -58,6 +59,8 @@ def check_train(config: TrainConfig) -> None:
             f"{config.initializer_embedding!r}: the rows start from one of them; leave one out (--initializer_token "
             f"None undoes the one of a config file)"
         )
+    if config.huber_c is not None and config.loss != "huber":
+        raise InputError(f"--huber_c {config.huber_c:g}: does nothing without --loss huber; give both or neither")
     if config.process_id is not None and config.num_processes is not None and config.process_id >= config.num_processes:
         raise InputError(
             f"--process_id {config.process_id}: must be from 0 to {config.num_processes - 1}, one below --num_processes"

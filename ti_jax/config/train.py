@@ -14,6 +14,7 @@ from ti_jax.config.rules import (
     DECAY,
     NOT_NEGATIVE,
     POSITIVE,
+    RANGE,
     SEED,
     SIDE,
     SOME_TEXTS,
@@ -119,6 +120,22 @@ class TrainConfig(ModelSettings):
     """Weight decay of the new rows. diffusers has 1e-2, which only shrinks them; 0 here."""
     adam_epsilon: float = setting(1e-8, POSITIVE, fingerprint=True)
     """AdamW's epsilon."""
+
+    # -- the loss
+    loss: Literal["l2", "huber"] = setting("l2", fingerprint=True)
+    """l2: the mean squared error of the UNet's prediction. huber: kohya's, 2c (sqrt(d^2 + c^2) - c) of each difference
+    d, like l2 for small ones and linear in large ones, so that a picture unlike the others counts for less."""
+    huber_c: float | None = setting(None, POSITIVE, fingerprint=True)
+    """The c of --loss huber, the same at all timesteps (kohya's --huber_schedule constant). Left out: 0.1."""
+    snr_gamma: float | None = setting(None, POSITIVE, fingerprint=True)
+    """Min-SNR weighting: a sample counts at most as if its signal-to-noise ratio were this, so that timesteps of little
+    noise, of which the word learns little, count less; 5 in the paper. Left out: all timesteps count the same."""
+    noise_offset: float = setting(0.0, NOT_NEGATIVE, fingerprint=True)
+    """Also shift the noise of each latent channel as a whole, by a normal number times this, e.g. 0.05 to 0.1: the word
+    may then change how dark or bright a picture is."""
+    timestep_range: tuple[int, int] | None = setting(None, RANGE, fingerprint=True)
+    """LOW HIGH: train on timesteps from LOW to HIGH - 1 only. 0 500, of 1000, is little noise, in which a picture's
+    details are drawn, 500 1000 much noise, in which it begins. Left out: all."""
 
     # -- looking at it
     validation_prompt: tuple[str, ...] | None = setting(None, SOME_TEXTS, one=True)

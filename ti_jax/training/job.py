@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from ti_jax.config import Checkpointing, TrainConfig
 from ti_jax.data.concept import Concept, Inputs, LogLine, check_concepts, hash_of_vectors, read_inputs, with_rows
 from ti_jax.data.dataset import make_dataset
+from ti_jax.diffusion.losses import Objective
 from ti_jax.embeddings import Embedding
 from ti_jax.files import ensure_writable_folder
 from ti_jax.models.networks import Rows
@@ -172,6 +173,7 @@ def prepare(
             dataset=dataset,
             row_mask={name: jnp.asarray(mask) for name, mask in concepts[0].row_mask.items()},
             key=jax.random.key(config.seed),
+            objective=Objective.of(config, sd.schedule),
         ),
         mesh,
     )
@@ -268,6 +270,7 @@ def load_model_and_concepts(
       InputError: something is wrong with the configs' words and prompts, the model, or the pictures to draw.
     """
     with open_model_of(configs[0]) as model:
+        Objective.of(configs[0], model.schedule)  # checks the timesteps
         checked = check_concepts(configs, model, inputs, log)
         for concept in checked:
             check_pictures_to_draw(model, concept, log)

@@ -20,6 +20,7 @@ import numpy as np
 
 from ti_jax.config import PlanConfig, resolve_plan
 from ti_jax.data.dataset import Dataset
+from ti_jax.diffusion.losses import Objective
 from ti_jax.diffusion.schedule import NoiseSchedule
 from ti_jax.errors import InputError
 from ti_jax.machine import SPARE, free_memory
@@ -301,6 +302,7 @@ class Planner:
             ),
             row_mask={name: array((config.num_vectors,), jnp.bool_) for name, _ in networks.text_encoders},
             key=jax.eval_shape(lambda: jax.random.key(0)),
+            objective=Objective.of(config, self.schedule),
         )
 
     def least_flops(self, batch: int) -> float:

@@ -15,6 +15,7 @@ import optax
 from jax import lax
 
 from ti_jax.data.dataset import Dataset
+from ti_jax.diffusion.losses import Objective, elementwise, mean_over_samples, min_snr_weights, offset_noise
 from ti_jax.diffusion.schedule import NoiseSchedule, add_noise, training_target
 from ti_jax.models.networks import Condition, Networks, Rows
 from ti_jax.ops.matmul import exact_products
@@ -37,6 +38,7 @@ class StepInputs(NamedTuple):
     dataset: Dataset
     row_mask: Mapping[str, jax.Array]  # bool [n] for each text encoder: rows that are trained
     key: jax.Array
+    objective: Objective = Objective()
 
 
 class Batch(NamedTuple):
@@ -57,7 +59,7 @@ def draw_sample(frozen: StepInputs, step: jax.Array, position: jax.Array, global
     The dataset's entries are reshuffled every epoch, so that each is seen equally often. Timesteps are stratified:
     sample i of a global batch of B gets ``(u + i*T//B) mod T`` with one uniform integer u per update. Each timestep
     stays uniform, and every batch covers the schedule (Variational Diffusion Models, arXiv 2107.00630, appendix I.1).
-    Everything else is drawn independently.
+    Everything else is drawn independently. With a ``timestep_range`` T counts those within it.
 
     Args:
       step: int32 scalar, the update's number. position: int32 scalar in [0, global_batch), the sample's index over
@@ -67,6 +69,7 @@ def draw_sample(frozen: StepInputs, step: jax.Array, position: jax.Array, global
     order_key, sample_key, timestep_key = jax.random.split(frozen.key, 3)
     sample_key = jax.random.fold_in(jax.random.fold_in(sample_key, step), position)
     flip_key, prompt_key, latent_key, noise_key = jax.random.split(sample_key, 4)
+    offset_key = jax.random.fold_in(sample_key, 4)  # none of the four, which are as they were before it was drawn
 
     num_entries, num_variants = dataset.entries.shape[0], dataset.prompts_of.shape[1]
     turn = step * global_batch + position
@@ -74,15 +77,17 @@ def draw_sample(frozen: StepInputs, step: jax.Array, position: jax.Array, global
     picture = dataset.entries[shuffled[turn % num_entries]]
     mirrored = jax.random.bernoulli(flip_key, dataset.flip_probability).astype(jnp.int32)
     prompt = dataset.prompts_of[picture, jax.random.randint(prompt_key, (), 0, num_variants)]
-    num_timesteps = frozen.schedule.alphas_cumprod.shape[0]
+    low, high = frozen.objective.timestep_range or (0, frozen.schedule.alphas_cumprod.shape[0])
+    num_timesteps = high - low
     first = jax.random.randint(jax.random.fold_in(timestep_key, step), (), 0, num_timesteps)
 
     mean, log_variance = jnp.split(dataset.moments[picture, mirrored], 2, axis=-1)
     latent = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(latent_key, mean.shape)
+    noise = jax.random.normal(noise_key, mean.shape)
     return Batch(
         latents=(latent - dataset.latent_shift) * dataset.latent_scale,
-        noise=jax.random.normal(noise_key, mean.shape),
-        timesteps=(first + position * num_timesteps // global_batch) % num_timesteps,
+        noise=offset_noise(offset_key, noise, frozen.objective.noise_offset),
+        timesteps=low + (first + position * num_timesteps // global_batch) % num_timesteps,
         ids={name: ids[prompt] for name, ids in dataset.ids.items()},
         time_ids=dataset.time_ids[picture, mirrored],
         prompts=prompt,
@@ -98,7 +103,7 @@ def draw_batch(frozen: StepInputs, step: jax.Array, positions: jax.Array, global
 def diffusion_loss(
     networks: Networks, frozen: StepInputs, rows: Rows, batch: Batch, condition: Condition | None = None
 ) -> jax.Array:
-    """Mean squared error of the UNet's prediction, float32 scalar: Textual Inversion's loss (2208.01618, eq. 2).
+    """The objective's mean over a batch, float32 scalar; by default the UNet's mean squared error (2208.01618, eq. 2).
 
     Args:
       condition: the batch's encoded prompts; None: encode each sample's prompt here.
@@ -110,10 +115,13 @@ def diffusion_loss(
     if condition.pooled is not None:
         condition = condition._replace(time_ids=batch.time_ids)
     prediction = networks.predict_noise(frozen.params, noisy, batch.timesteps, condition)
-    losses = jnp.square(prediction.astype(jnp.float32) - target)
+    losses = elementwise(frozen.objective, prediction, target)
     if batch.masks is not None:
         losses = losses * batch.masks[..., None]
-    return jnp.mean(losses)
+    weights = None
+    if (gamma := frozen.objective.snr_gamma) is not None:
+        weights = min_snr_weights(frozen.schedule, batch.timesteps, gamma)
+    return mean_over_samples(losses, weights)
 
 
 def encode_once(

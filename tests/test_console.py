@@ -1,6 +1,7 @@
 """Consoles that are not UTF-8, and paths that are not UTF-8: no traceback, above all not after training."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,17 +26,32 @@ CONSOLES = {
 }
 
 
-def ti(*arguments, status=0, **environment):
-    """Run a command; what it says, in any encoding."""
+# Many commands in one process: each new one takes seconds to import JAX.
+COMMANDS = """
+import itertools, sys
+from ti_jax.cli.main import main
+for more, command in itertools.groupby(sys.argv[1:], lambda word: word != "+"):
+    if not more:
+        continue
+    status = main(list(command))
+    for stream in (sys.stdout, sys.stderr):
+        print(f"<{status}>", file=stream, flush=True)
+"""
+
+
+def ti(*commands, **environment):
+    """Run commands on one console, one after the other; the status of each, and what it says, in any encoding."""
+    words = [word for command in commands for word in ("+", *command)]
     done = subprocess.run(
-        [sys.executable, "-m", "ti_jax", *arguments],
+        [sys.executable, "-c", COMMANDS, *words],
         env=children.environment() | environment,
         capture_output=True, cwd=REPOSITORY,
     )  # fmt: skip
     said = (done.stdout + done.stderr).decode("latin-1")
-    assert "Traceback" not in said and "Logging error" not in said, said
-    assert done.returncode == status, said
-    return done.stdout.decode("latin-1"), done.stderr.decode("latin-1")
+    assert done.returncode == 0 and "Traceback" not in said and "Logging error" not in said, said
+    out, err = (re.split(r"<(\d+)>\n", stream.decode("latin-1")) for stream in (done.stdout, done.stderr))
+    assert out[1::2] == err[1::2] and len(out[1::2]) == len(commands)
+    return list(zip(map(int, out[1::2]), out[::2], err[::2], strict=False))
 
 
 @pytest.fixture
@@ -55,7 +71,6 @@ def test_everything_on_such_consoles_with_such_paths(tiny_sd, pictures, short_ru
     shutil.copytree(tiny_sd, model)
     shutil.copytree(pictures, concept)
     os.rename(concept / "0.png", concept / f"{NO_UTF8}.png")
-    (concept / f"broken {NO_UTF8}.png").write_bytes(b"no picture")
     (concept / "caf\u00e9 \u4f60.txt").write_text("x")
     out = tmp_path / "out \u4f60"
     config = replace(
@@ -63,17 +78,29 @@ def test_everything_on_such_consoles_with_such_paths(tiny_sd, pictures, short_ru
         max_train_steps=2, placeholder_token="<\u4f60\u0130>", overview_prompts=("a {} \u4f60",),
     )  # fmt: skip
     flags = []
-    for name in ("pretrained_model_name_or_path", "train_data_dir", "placeholder_token", "initializer_token",
+    for name in ("pretrained_model_name_or_path", "placeholder_token", "initializer_token",
                  "output_dir", "templates", "max_train_steps", "validation_inference_steps"):  # fmt: skip
         flags += [f"--{name}", str(getattr(config, name))]
     flags += ["--overview_prompts", *config.overview_prompts, "--validation_prompt", "a {}", "--validation_steps", "1"]
-    # A picture that cannot be read ends the run, and is named.
-    _, told = ti("train", *flags, status=2, **ascii_only)
-    assert "broken caf" in told.splitlines()[-1]
-    os.unlink(concept / f"broken {NO_UTF8}.png")
-    ti("train", *flags, "--report_to", "tensorboard", **cp1252)
+    broken = odd_folder / "with a broken one"
+    shutil.copytree(concept, broken)
+    (broken / f"broken {NO_UTF8}.png").write_bytes(b"no picture")
+    file, saved_config = out / "learned_embeds.safetensors", str(out / "config.yaml")
+    # A picture that cannot be read ends the run, and is named; a run; a picture; what the file has; what is wrong.
+    refused, trained, drawn, inspected, wrong = ti(
+        ["train", *flags, "--train_data_dir", str(broken)],
+        ["train", *flags, "--train_data_dir", str(concept), "--report_to", "tensorboard"],
+        ["infer", "--pretrained_model_name_or_path", str(model), "--embedding", str(file), "--prompt",
+         "a <\u4f60\u0130> \u2192", "--num_inference_steps", "1", "--output", str(odd_folder / "a.png")],
+        ["embedding", "inspect", str(file)],
+        ["infer", "--embedding", str(odd_folder / "none"), "--prompt", "a"],
+        **cp1252,
+    )  # fmt: skip
+    assert refused[0] == 2 and "broken caf" in refused[2].splitlines()[-1]
+    assert trained[0] == drawn[0] == 0 and drawn[1].strip().endswith("a.png")
+    assert inspected[0] == 0 and "learned_embeds" in inspected[1]
+    assert wrong[0] == 2 and wrong[2].startswith("ti-jax: error: ") and wrong[2].count("\n") == 1
 
-    file = out / "learned_embeds.safetensors"
     assert ti_jax.Embedding.load(file).token == "<\u4f60\u0130>"
     with safe_open(file, framework="np") as stored:
         assert "caf\\udce9" in stored.metadata()["base_model"]
@@ -82,33 +109,32 @@ def test_everything_on_such_consoles_with_such_paths(tiny_sd, pictures, short_ru
     with Image.open(out / "overview.png") as picture:
         assert "\u4f60" in picture.info["parameters"]
 
-    # The same again from the saved config; a picture; scores; files; what is wrong.
-    ti("train", "--config", str(out / "config.yaml"), "--resume_from_checkpoint", "latest", "--max_train_steps", "3",
-       **ascii_only)  # fmt: skip
-    drawn, _ = ti("infer", "--pretrained_model_name_or_path", str(model), "--embedding", str(file), "--prompt",
-                  "a <\u4f60\u0130> \u2192", "--num_inference_steps", "1", "--output", str(odd_folder / "a.png"),
-                  **cp1252)  # fmt: skip
-    assert drawn.strip().endswith("a.png")
-    for console in CONSOLES.values():
-        told, _ = ti("embedding", "inspect", str(file), **console)
-        assert "learned_embeds" in told
-    for name in (f"{NO_UTF8}.pt", f"{NO_UTF8}.png"):
-        ti("embedding", "convert", str(file), str(odd_folder / name), **ascii_only)
-    _, told = ti("infer", "--embedding", str(odd_folder / "none"), "--prompt", "a", status=2, **cp1252)
-    assert told.startswith("ti-jax: error: ") and told.count("\n") == 1
+    # On another console: the same again from the saved config; other formats.
+    resumed, inspected, *converted, refused = ti(
+        ["train", "--config", saved_config, "--resume_from_checkpoint", "latest", "--max_train_steps", "3"],
+        ["embedding", "inspect", str(file)],
+        *(["embedding", "convert", str(file), str(odd_folder / f"{NO_UTF8}.{end}")] for end in ("pt", "png")),
+        ["train", *flags, "--train_data_dir", str(broken)],
+        **ascii_only,
+    )
+    assert resumed[0] == 0 and "resuming at step 2 of 3" in resumed[2]
+    assert inspected[0] == 0 and "learned_embeds" in inspected[1]
+    assert [status for status, *_ in converted] == [0, 0]
+    assert refused[0] == 2 and "broken caf" in refused[2].splitlines()[-1]
 
 
-@pytest.mark.parametrize("flag", ["placeholder_token", "initializer_token", "validation_prompt", "hub_model_id"])
-def test_words_and_prompts_that_are_not_text(flag, tmp_path):
-    _, told = ti("train", f"--{flag}", NO_UTF8, "--output_dir", str(tmp_path / "out"), status=2)
-    assert flag in told and "UTF-8" in told and told.count("\n") == 1
+def test_words_prompts_and_paths_that_are_not_text(odd_folder, tmp_path):
+    flags = ["placeholder_token", "initializer_token", "validation_prompt", "hub_model_id"]
+    *words, folder = ti(
+        *(["train", f"--{flag}", NO_UTF8, "--output_dir", str(tmp_path / "out")] for flag in flags),
+        # TensorStore, which writes checkpoints, takes only paths in UTF-8.
+        ["train", "--output_dir", str(odd_folder / "out")],
+    )
+    for flag, (status, _, told) in zip(flags, words, strict=True):
+        assert status == 2 and flag in told and "UTF-8" in told and told.count("\n") == 1
     assert not (tmp_path / "out").exists()
-
-
-def test_an_output_folder_that_checkpoints_cannot_be_saved_in(odd_folder):
-    """TensorStore, which writes them, takes only paths in UTF-8."""
-    _, told = ti("train", "--output_dir", str(odd_folder / "out"), status=2)
-    assert "not a path in UTF-8" in told and told.count("\n") == 1
+    status, _, told = folder
+    assert status == 2 and "not a path in UTF-8" in told and told.count("\n") == 1
     assert not list(odd_folder.iterdir())
 
 

@@ -210,11 +210,21 @@ def test_keep_best_ends_with_the_best_state(judged_sd, pictures, tmp_path, monke
     assert json.loads((folder / "scores.json").read_text())["identity"] == 0.9
 
 
-def test_evaluate_reports_at_the_end_and_again_from_the_file(judged_sd, pictures, tmp_path, capsys):
-    ti_jax.train(settings(judged_sd, pictures, tmp_path, evaluate=True), devices=jax.devices()[:1])
-    written = json.loads((tmp_path / "out" / "scores.json").read_text())
+@pytest.fixture(scope="module")
+def measured(judged_sd, pictures, tmp_path_factory):
+    """The config of a run that measures every two steps and at its end; its folder has what it leaves."""
+    config = settings(
+        judged_sd, pictures, tmp_path_factory.mktemp("measured"), keep_best="identity", evaluation_steps=2,
+        checkpointing_steps=2, save_steps=2, logging_steps=1, evaluate=True,
+    )  # fmt: skip
+    ti_jax.train(config, devices=jax.devices()[:1])
+    return config
+
+
+def test_evaluate_reports_again_from_the_file(measured, judged_sd, pictures, tmp_path):
+    folder = Path(measured.output_dir)
+    written = json.loads((folder / "scores.json").read_text())
     assert set(written["by_attribute"]) == {"identity/top", "editability/bottom"}
-    assert "editability" in capsys.readouterr().err
     config = resolve_evaluate(
         EvaluateConfig(
             train_data_dir=str(pictures),
@@ -225,7 +235,7 @@ def test_evaluate_reports_at_the_end_and_again_from_the_file(judged_sd, pictures
             output=str(tmp_path / "scores.json"),
         )
     )
-    again = evaluate(str(tmp_path / "out" / "learned_embeds.safetensors"), config)
+    again = evaluate(str(folder / "learned_embeds.safetensors"), config)
     assert again.as_dict().items() >= {key: written[key] for key in ("identity", "editability", "reference")}.items()
     assert again.candidates == 2 and json.loads((tmp_path / "scores.json").read_text())["rank"] == again.rank
 
@@ -345,7 +355,7 @@ ti_jax.train(ti_jax.TrainConfig(**load_yaml(sys.argv[1], ti_jax.TrainConfig)))
 
 
 @pytest.mark.parametrize("step", ["4", pytest.param("6", marks=pytest.mark.slow)])  # 6 is the last
-def test_a_kill_while_measuring_loses_nothing(judged_sd, pictures, tmp_path, step):
+def test_a_kill_while_measuring_loses_nothing(measured, tmp_path, capsys, step):
     """Scores, best word and files are those of a run that nobody disturbed."""
     import dataclasses
     import subprocess
@@ -353,23 +363,16 @@ def test_a_kill_while_measuring_loses_nothing(judged_sd, pictures, tmp_path, ste
 
     from ti_jax.config.yaml import dump_yaml
 
-    config = settings(
-        judged_sd, pictures, tmp_path, keep_best="identity", evaluation_steps=2, checkpointing_steps=2, save_steps=2,
-        logging_steps=1, evaluate=True,
+    config = dataclasses.replace(measured, output_dir=str(tmp_path / "out"))
+    (tmp_path / "run.yaml").write_text(dump_yaml(config))
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_WHILE_MEASURING, str(tmp_path / "run.yaml"), step],
+        env=children.environment() | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True,
     )  # fmt: skip
-    environment = children.environment() | {"PYTHONPATH": str(REPOSITORY)}
-
-    def run(kill_at="never", **changes):
-        (tmp_path / "run.yaml").write_text(dump_yaml(dataclasses.replace(config, **changes)))
-        command = [sys.executable, "-c", KILLED_WHILE_MEASURING, str(tmp_path / "run.yaml"), kill_at]
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-    undisturbed = run(output_dir=str(tmp_path / "whole"))
-    assert undisturbed.returncode == 0, undisturbed.stderr
-    killed = run(kill_at=step)
     assert killed.returncode == -9, killed.stderr
-    resumed = run(resume_from_checkpoint="latest")
-    assert resumed.returncode == 0 and f"resuming at step {int(step) - 2} of 6" in resumed.stderr, resumed.stderr
+    ti_jax.train(dataclasses.replace(config, resume_from_checkpoint="latest"), devices=jax.devices()[:1])
+    told = capsys.readouterr().err
+    assert f"resuming at step {int(step) - 2} of 6" in told and "editability" in told
 
     def left(folder):
         names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
@@ -377,8 +380,11 @@ def test_a_kill_while_measuring_loses_nothing(judged_sd, pictures, tmp_path, ste
         best = ti_jax.Embedding.load(folder / "learned_embeds-best.safetensors")
         return {name for name in names if "checkpoints" not in name}, scores, best.metadata["steps"], best.vectors
 
-    whole, found = left(tmp_path / "whole"), left(tmp_path / "out")
+    whole, found = left(Path(measured.output_dir)), left(tmp_path / "out")
     assert found[:3] == whole[:3]
     assert np.array_equal(found[3]["text_encoder"], whole[3]["text_encoder"])
-    final = (ti_jax.Embedding.load(tmp_path / name / "learned_embeds.safetensors") for name in ("out", "whole"))
+    final = (
+        ti_jax.Embedding.load(Path(folder) / "learned_embeds.safetensors")
+        for folder in (config.output_dir, measured.output_dir)
+    )
     assert len({embedding.metadata["steps"] for embedding in final}) == 1

@@ -56,20 +56,8 @@ def load(config, say):
 
 
 @pytest.mark.parametrize("name", ["unipc", "lcm", "sde", "zsnr"])
-def test_a_model_of_any_scheduler_trains_and_draws(name, short_run, with_scheduler, capsys, tmp_path):
+def test_a_model_of_any_scheduler_draws(name, with_scheduler, capsys, tmp_path):
     model = with_scheduler(name)
-    config = replace(
-        short_run, pretrained_model_name_or_path=model, max_train_steps=2, validation_prompt="a drawing of {}",
-        validation_steps=1, num_validation_images=1, save_steps=2, checkpointing_steps=2,
-    )  # fmt: skip
-    result = ti_jax.train(config, devices=jax.devices()[:1])
-    assert np.isfinite(result.losses).all()
-    err = capsys.readouterr().err
-    assert err.count("drawing with ddim") == 1, "told once"
-    assert (result.output_dir / "overview.png").exists() and (
-        result.output_dir / "samples" / "step-000002.png"
-    ).exists()
-
     sd = ti_jax.StableDiffusion.from_pretrained(model)
     theirs = NoiseSchedule.from_config(json.loads((CASES / f"scheduler_{name}.json").read_text())).alphas_cumprod
     np.testing.assert_array_equal(sd.schedule.alphas_cumprod, theirs)
@@ -87,11 +75,25 @@ def test_a_model_of_any_scheduler_trains_and_draws(name, short_run, with_schedul
         assert "Sampler: DDIM," in image.info["parameters"]
 
 
+def test_a_model_whose_scheduler_cannot_draw_trains(short_run, with_scheduler, capsys):
+    """So do, below, lcm's and that of zero SNR, with a --scheduler."""
+    config = replace(
+        short_run, pretrained_model_name_or_path=with_scheduler("unipc"), max_train_steps=2, validation_steps=1,
+        validation_prompt="a drawing of {}", num_validation_images=1, save_steps=2, checkpointing_steps=2,
+    )  # fmt: skip
+    result = ti_jax.train(config, devices=jax.devices()[:1])
+    assert np.isfinite(result.losses).all()
+    assert capsys.readouterr().err.count("drawing with ddim") == 1, "told once"
+    for picture in ("overview.png", "samples/step-000002.png"):
+        assert (result.output_dir / picture).exists()
+
+
 def test_train_draws_with_the_scheduler_that_it_is_given(short_run, with_scheduler, capsys):
     config = replace(
-        short_run, pretrained_model_name_or_path=with_scheduler("unipc"), max_train_steps=1, scheduler="euler"
+        short_run, pretrained_model_name_or_path=with_scheduler("zsnr"), max_train_steps=2, scheduler="euler"
     )
     result = ti_jax.train(config, devices=jax.devices()[:1])
+    assert np.isfinite(result.losses).all()
     assert "drawing with" not in capsys.readouterr().err
     with Image.open(result.output_dir / "samples" / "overview-00.png") as image:
         assert "Sampler: Euler," in image.info["parameters"]
@@ -172,11 +174,12 @@ def test_a_warm_up_that_does_not_end_is_reported(short_run):
 # -- pictures as infer.py draws them
 
 
-def test_pictures_of_a_run_are_those_of_infer(short_run, capsys, tmp_path):
+def test_pictures_of_a_run_are_those_of_infer(short_run, with_scheduler, capsys, tmp_path):
     validation = "a (drawing:1.6) of {}"
     overview = ("a [portrait] of ({}:0.7)", "a portrait of {}", "a portrait of {} BREAK a drawing")
     config = replace(
-        short_run, max_train_steps=1, validation_prompt=validation, validation_steps=1, overview_prompts=overview,
+        short_run, pretrained_model_name_or_path=with_scheduler("lcm"), max_train_steps=1, validation_steps=1,
+        validation_prompt=validation, overview_prompts=overview,
         validation_negative_prompt="a (person:1.2)", validation_guidance_scale=3.0, seed=5, scheduler="dpm++",
     )  # fmt: skip
     out = ti_jax.train(config, devices=jax.devices()[:1]).output_dir
@@ -240,7 +243,7 @@ def test_a_word_that_no_file_provides_is_reported(tiny_sd, short_run, capsys, tm
 
 def test_a_word_in_the_negative_prompt_is_used(tiny_sd, capsys, tmp_path):
     file = tmp_path / "w.safetensors"
-    Embedding("rick", {"text_encoder": np.zeros((1, 32), np.float32)}).save(file)
+    Embedding("rick", {"text_encoder": np.zeros((2, 32), np.float32)}).save(file)
     from ti_jax.cli.infer import draw
 
     def told(prompt, negative):
@@ -254,7 +257,6 @@ def test_a_word_in_the_negative_prompt_is_used(tiny_sd, capsys, tmp_path):
 
     assert told("a portrait", "rick") == ""
     assert "no prompt has the word rick" in told("a brick wall", "a person")
-    Embedding("rick", {"text_encoder": np.zeros((2, 32), np.float32)}).save(file)
     assert told("a portrait", "rick_1") == ""  # its second vector
 
 

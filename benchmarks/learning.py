@@ -12,6 +12,7 @@ Each person's word is learned from four pictures by
     stock        diffusers' method (benchmarks/torch_loops.py) with its script's defaults
     stock-best   the same at STOCK_BEST_LEARNING_RATE
     ours         ti_jax with its defaults
+    together     the same for all people of the split in one run (--concepts); only if it is among --methods
 
 all with ti_jax's default number of steps and batch size. Upper bounds: the true description as the prompt
 ("described"), and the four pictures through the autoencoder ("autoencoder"). Lower bound: another person's word, scored
@@ -77,6 +78,7 @@ STOCK_BEST_LEARNING_RATE = 2.5e-3
 # A style word of the model, in the form of its captions.
 STYLE_INITIALIZER, STYLE_TEMPLATES = "toon", Path(__file__).parent / "style_templates.txt"
 METHODS = ("plain", "described", "autoencoder", "stock", "stock-best", "ours")
+TOGETHER = "together"
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 WITHOUT_SEED = ("plain", "described", "autoencoder")  # random only in the drawing, which is the same for all
 
@@ -116,12 +118,12 @@ def people(split: str) -> list[Person]:
 class Bench:
     """The frozen model, its judge, and the measurements with them."""
 
-    def __init__(self, strips: Path):
+    def __init__(self, strips: Path, everyone: list[Person]):
         use_cores(resolve(TrainConfig()))  # as `train.py` does, before anything is computed
         self.sd = StableDiffusion.from_pretrained()
         self.judge = Judge.load(self.sd.path)
         self.probes = [probe for probe in self.judge.config.probes for _ in range(IMAGES_A_PROBE)]
-        self.strips = strips
+        self.strips, self.all = strips, everyone
 
     def draw(self, prompts: list[str], *embeddings: Embedding) -> np.ndarray:
         """One picture for each prompt, uint8 [N, S, S, 3]; for each probe with seeds 0, 1, ..."""
@@ -142,7 +144,7 @@ class Bench:
             mean, _ = np.split(in_batches(self.sd.encode_image, pixels, 4), 2, axis=-1)
             scaled = mean * self.sd.networks.vae.config.scaling_factor
             return as_uint8(np.clip(in_batches(self.sd.decode_latents, scaled, 4), -1.0, 1.0)), {}
-        learn = self.learn_ours if method == "ours" else self.learn_stock
+        learn = {"ours": self.learn_ours, TOGETHER: self.learn_together}.get(method, self.learn_stock)
         embedding, figures = learn(method, person, seed, changes)
         norms = np.linalg.norm(embedding.vectors["text_encoder"], axis=-1)
         figures["norms"] = [round(float(norm), 3) for norm in norms]
@@ -170,6 +172,28 @@ class Bench:
             "seconds": round(seconds["encode"] + seconds["train"], 2),
             "compile": round(seconds["compile"], 2),
         }
+
+    def learn_together(
+        self, method: str, person: Person, seed: int, changes: dict[str, Any]
+    ) -> tuple[Embedding, dict[str, Any]]:
+        """Learn the words of all people in one run, unless it is done; it is kept, and this is a person's of them."""
+        said = "-".join([str(seed), str(CORES), *(f"{name}={value}" for name, value in changes.items())])
+        folder = self.strips.parent / "together" / said
+        figures = folder / "figures.json"
+        if not figures.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            entries = [{"train_data_dir": str(each.folder), "placeholder_token": f"<{each.name}>"} for each in self.all]
+            file = folder / "concepts.yaml"
+            file.write_text(json.dumps(entries))  # which is YAML, too
+            config = TrainConfig(
+                concepts=str(file), seed=seed, overview_prompts=("a portrait of {}",), report_to="none",
+                output_dir=str(folder),
+            )  # fmt: skip
+            seconds = train(replace(config, **changes)).seconds
+            each = (seconds["encode"] + seconds["train"]) / len(self.all)
+            figures.write_text(json.dumps({"seconds": round(each, 2), "words": len(self.all)}))
+        embedding = Embedding.load(folder / person.name / "learned_embeds.safetensors", token=TOKEN)
+        return embedding, json.loads(figures.read_text())
 
     def learn_stock(
         self, method: str, person: Person, seed: int, changes: dict[str, Any]
@@ -269,7 +293,7 @@ def table(lines: list[dict[str, Any]], everyone: list[Person], judge: Judge) -> 
             row.append(f"{np.mean(values):.{digits}f}{spread}")
         yield f"| {name} | {len(cells)} | " + " | ".join(row) + " |"
     yield ""
-    for other in ("stock", "stock-best"):
+    for other in [name for name in by_label if name.startswith(("stock", TOGETHER))]:
         for kind in ("identity", "editability", "seconds"):
             ours, theirs = by_label.get("ours", {}), by_label.get(other, {})
             both = [cell for cell in ours if kind in ours[cell] and kind in theirs.get(cell, {})]
@@ -298,7 +322,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--split", choices=("dev", "test", "style"), default="dev", help="whom to learn")
     parser.add_argument("--seeds", type=int, default=1, help="runs for each person")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="what to measure")
+    parser.add_argument("--methods", nargs="+", choices=(*METHODS, TOGETHER), default=METHODS, help="what to measure")
     parser.add_argument("--people", nargs="+", default=None, help="only these of them")
     parser.add_argument("--results", type=Path, default=ROOT / ".work" / "learning.jsonl", help="where lines are kept")
     parser.add_argument(
@@ -319,8 +343,8 @@ def main() -> None:
             changes[name] = value
 
     enable_compilation_cache()
-    bench = Bench(arguments.results.parent / "strips")
     everyone = people(arguments.split)
+    bench = Bench(arguments.results.parent / "strips", everyone)
     chosen = [person for person in everyone if arguments.people is None or person.name in arguments.people]
     lines = read_results(arguments.results)
     done = {key(line) for line in lines}

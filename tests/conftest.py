@@ -45,6 +45,7 @@ OPTIMISED = {
     "test_memory",
     "test_plan::test_for_a_tpu_slice",
     "test_step::test_eight_devices_end_with_the_rows_of_one",
+    "test_together::test_eight_devices_end_with_the_rows_of_one",
 }
 
 # Compiled programs fill the memory: they are dropped after each module, and within one after so many bytes more than

@@ -166,11 +166,16 @@ CONFIGS_OF = {  # of each config class what checks it, and values that it must h
 # Lists of a closed type, too.
 WITHOUT_RULE = {"report_to", "negative_prompt", "validation_negative_prompt", "weights", "keep", "drop"}
 # What a setting does nothing without.
-NEEDED_BY = {"huber_c": {"loss": "huber"}, "initializer_embedding": {"initializer_token": None}}
+NEEDED_BY = {
+    "huber_c": {"loss": "huber"}, "initializer_embedding": {"initializer_token": None},
+    "concepts_per_batch": {"concepts": "family"},
+}  # fmt: skip
 
 
 def resolved(cls, **values):
     check, needed = CONFIGS_OF[cls]
+    if values.keys() & {"concepts", "concepts_per_batch"}:  # a run reads them when it is resolved, a plan does not
+        check = resolve_plan
     for name in values:
         needed = needed | NEEDED_BY.get(name, {})
     config = cls(**{**needed, **values})

@@ -70,6 +70,19 @@ def test_only_rows_and_scalars_cross_devices(tiny):
     assert rows < tiny.crossing["all-reduce"] <= rows + 16
 
 
+def test_the_rows_of_all_concepts_are_planned(config, tmp_path):
+    """Without compiling: rows, prompts and pictures of three, and what crosses is as large as the rows."""
+    file = tmp_path / "ours.yaml"
+    file.write_text("".join(f"- train_data_dir: d{name}\n  num_vectors: {name}\n" for name in "123"))
+    planner = Planner(replace(config, concepts=str(file)), np.float32, jax.devices()[:1])
+    frozen, one = planner._frozen(), Planner(config, np.float32, jax.devices()[:1])._frozen()
+    assert frozen.row_mask["text_encoder"].shape == planner._rows()["text_encoder"].shape[:1] == (6,)
+    for name in ("moments", "entries", "prompts_of", "time_ids"):
+        assert getattr(frozen.dataset, name).shape[0] == 3 * getattr(one.dataset, name).shape[0]
+    assert frozen.dataset.ids["text_encoder"].shape[0] == 3 * one.dataset.ids["text_encoder"].shape[0]
+    assert frozen.dataset.sharing.start.shape == (3,) and one.dataset.sharing is None
+
+
 def test_the_published_step_of_stable_diffusion_needs_what_is_known_of_it():
     config = resolve_plan(PlanConfig(pretrained_model_name_or_path="stable-diffusion-v1-5/stable-diffusion-v1-5"))
     planner = Planner(config, jnp.bfloat16, jax.devices()[:1])

@@ -5,6 +5,7 @@ must hold between fields, `defaults` what suits the model.
 """
 
 from ti_jax.config.checks import check_fields
+from ti_jax.config.concepts import concept_configs
 from ti_jax.config.defaults import (
     ASSETS,
     DEMO_CONFIG,
@@ -37,6 +38,7 @@ __all__ = [
     "TrainConfig",
     "VaeTiling",
     "check_fields",
+    "concept_configs",
     "dump_yaml",
     "load_yaml",
     "resolve",

@@ -71,6 +71,13 @@ def check_train(config: TrainConfig) -> None:
     _check_report_to(config.report_to)
     if config.keep_best in ("clip_i", "clip_t") and config.evaluation_clip is None:
         raise InputError(f"--keep_best {config.keep_best}: needs a CLIP model; give its folder with --evaluation_clip")
+    if config.concepts_per_batch is not None and config.concepts is None:
+        raise InputError(
+            f"--concepts_per_batch {config.concepts_per_batch}: there is one concept; give several with --concepts, or "
+            f"leave it out"
+        )
+    if config.concepts is not None:
+        return  # each prompt is checked for each word
     word = config.placeholder_token or ""
     for name, prompt in prompts:
         if "{}" not in prompt and not contains_word(prompt, word):

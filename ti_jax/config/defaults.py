@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ti_jax.config.checks import check_evaluate, check_infer, check_train
+from ti_jax.config.checks import check_evaluate, check_fields, check_infer, check_train
+from ti_jax.config.concepts import concept_configs, slug
 from ti_jax.config.evaluate import EvaluateConfig
 from ti_jax.config.fields import setting_of
 from ti_jax.config.infer import InferConfig
@@ -54,9 +54,11 @@ def resolve(config: TrainConfig) -> TrainConfig:
       InputError: a value that cannot be, or something that only the user can tell is missing.
     """
     defaults = _model_defaults(config.pretrained_model_name_or_path)
+    if config.concepts is not None:
+        return _resolve_several(_plain(config), defaults)
     if config.pretrained_model_name_or_path is None and config.train_data_dir is not None:
         # The user's own pictures deserve a word of their own, not the example's.
-        defaults["placeholder_token"] = f"<{_slug(Path(config.train_data_dir).expanduser().resolve().name)}>"
+        defaults["placeholder_token"] = f"<{slug(Path(config.train_data_dir).expanduser().resolve().name)}>"
     if config.initializer_embedding is not None:
         defaults.pop("initializer_token", None)
     if config.num_train_epochs is not None:
@@ -65,6 +67,33 @@ def resolve(config: TrainConfig) -> TrainConfig:
     start = () if config.initializer_embedding is not None else ("initializer_token",)
     _require(config, "train_data_dir", "placeholder_token", *start)
     config = _plain(config)
+    check_train(config)
+    return config
+
+
+def _resolve_several(config: TrainConfig, defaults: dict[str, Any]) -> TrainConfig:
+    """`resolve` for a run with ``--concepts``: each concept is resolved as if it were alone."""
+    check_fields(config)
+    for name in ("train_data_dir", "placeholder_token"):
+        if getattr(config, name) is not None:
+            raise InputError(
+                f"--concepts {config.concepts} and --{name} {getattr(config, name)}: the concepts have their own; "
+                f"leave one out (--{name} None undoes the one of a config file)"
+            )
+        defaults.pop(name, None)
+    if config.initializer_embedding is not None:
+        defaults.pop("initializer_token", None)
+    count = len(concept_configs(config))
+    if config.num_train_epochs is not None:
+        del defaults["max_train_steps"]
+    else:  # as many samples of each word as in a run of its own
+        defaults["max_train_steps"] *= count
+    config = _filled(config, defaults)
+    for concept in concept_configs(config):
+        try:
+            resolve(concept)
+        except InputError as error:
+            raise InputError(f"--concepts {config.concepts}, {concept.placeholder_token}: {error}") from error
     check_train(config)
     return config
 
@@ -119,11 +148,6 @@ def _filled(config: Config, defaults: Mapping[str, Any]) -> Config:
     """The config with ``defaults`` in the fields that are None."""
     left_out = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     return dataclasses.replace(config, **left_out)  # type: ignore[type-var]
-
-
-def _slug(name: str) -> str:
-    """A folder's name as a word: letters, digits and hyphens."""
-    return re.sub(r"[\W_]+", "-", name.lower()).strip("-") or "concept"
 
 
 def _require(config: TrainConfig, *names: str) -> None:

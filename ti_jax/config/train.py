@@ -65,6 +65,15 @@ class TrainConfig(ModelSettings):
     skip_bad_images: bool = False
     """Go on without pictures that cannot be read, naming each, instead of stopping."""
 
+    # -- concepts
+    concepts: str | None = setting(None, TEXT, path="input")
+    """Several words in one run, instead of --train_data_dir: a folder with a sub-folder of pictures for each (ana/ is
+    the word <ana>), or a YAML file with a list of entries, each with its train_data_dir and any of placeholder_token,
+    initializer_token, num_vectors, learnable_property and templates; what an entry leaves out is the run's. Captions
+    and templates may have several of the words. A word's results are in --output_dir, in a folder of its name."""
+    concepts_per_batch: int | None = setting(None, COUNT, fingerprint=True)
+    """How many of the concepts a batch has, with as many samples each; the next batch has the next ones."""
+
     # -- the run
     output_dir: str = setting("output", TEXT, path="output")
     """Folder for the learned embedding, checkpoints, samples, logs and the resolved config."""

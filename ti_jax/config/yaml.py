@@ -82,19 +82,55 @@ def load_yaml(path: str | Path, cls: type) -> dict[str, Any]:
       InputError: the file cannot be read or is not YAML, a key is unknown or doubled, or a value has the wrong type.
     """
     settings = _parse(Path(path))
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: expected lines of  key: value , found {_shown(settings)}")
     fields = {field.name: field for field in dataclasses.fields(cls)}
+    return _typed(settings, Path(path), str(path), cls, fields, "keys are the flags of --help without their hyphens")
+
+
+def load_yaml_list(path: str | Path, cls: type, keys: Iterable[str], what: str) -> list[dict[str, Any]]:
+    """Read a list of settings, each with some of the ``keys`` of the dataclass ``cls``; see `load_yaml`.
+
+    Args:
+      what: an entry of the list, in messages.
+
+    Raises:
+      InputError: as `load_yaml`, or it is no such list.
+    """
+    entries = _parse(Path(path))
+    first = next(iter(keys))
+    if not isinstance(entries, list) or not entries:
+        found = "nothing in it" if not entries else f"found {_shown(entries)}"
+        raise InputError(f"{path}: expected a list with an entry  - {first}: ...  for each {what}; {found}")
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.name in keys}
+    read = []
+    for number, entry in enumerate(entries, start=1):
+        where = f"{path}, {what} {number}"
+        if not isinstance(entry, dict):
+            raise InputError(f"{where}: expected lines of  key: value , found {_shown(entry)}")
+        read.append(_typed(entry, Path(path), where, cls, fields, f"known are {', '.join(keys)}"))
+    return read
+
+
+def _typed(
+    settings: dict[Any, Any], path: Path, where: str, cls: type, fields: dict[str, dataclasses.Field], otherwise: str
+) -> dict[str, Any]:
+    """Settings of a file with the types of their fields; ``otherwise`` helps where no known key is near."""
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
     for key, value in settings.items():
         if key not in fields:
-            remedy = nearest(str(key), fields, "did you mean {}?", "keys are the flags of --help without their hyphens")
-            raise InputError(f"{path}: unknown key {key!r}; {remedy}")
+            raise InputError(
+                f"{where}: unknown key {key!r}; {nearest(str(key), fields, 'did you mean {}?', otherwise)}"
+            )
         try:
             values[key] = from_yaml(switched(value, fields[key]), hints[key])
         except ValueError as error:
-            raise InputError(f"{path}: {key}: {_shown(value)} is not {error}") from error
+            raise InputError(f"{where}: {key}: {_shown(value)} is not {error}") from error
         if setting_of(fields[key]).path == "input":
-            values[key] = _beside(values[key], Path(path), key)
+            values[key] = _beside(values[key], path, key)
     return values
 
 
@@ -180,7 +216,7 @@ def nearest(word: str, known: Iterable[str], question: str, otherwise: str) -> s
     return question.format(near[0]) if near else otherwise
 
 
-def _parse(path: Path) -> dict[Any, Any]:
+def _parse(path: Path) -> Any:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -188,7 +224,7 @@ def _parse(path: Path) -> dict[Any, Any]:
     except OSError as error:
         raise InputError(f"{path}: cannot read the config ({error.strerror}); check the path") from error
     try:
-        settings = yaml.load(text, _Loader)
+        return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
@@ -200,11 +236,6 @@ def _parse(path: Path) -> dict[Any, Any]:
         ) from error
     except RecursionError as error:
         raise InputError(f"{path}: nested too deeply; a config is a flat list of  key: value") from error
-    if settings is None:
-        return {}
-    if not isinstance(settings, dict):
-        raise InputError(f"{path}: expected lines of  key: value , found {_shown(settings)}")
-    return settings
 
 
 def _beside(value: Any, yaml_file: Path, key: str) -> Any:

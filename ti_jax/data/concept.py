@@ -154,6 +154,30 @@ def read_inputs(config: TrainConfig, log: LogLine) -> Inputs:
     return Inputs(templates, others, start, None)
 
 
+def read_all_inputs(configs: Sequence[TrainConfig], log: LogLine) -> list[Inputs]:
+    """`read_inputs` of all concepts of a run; what holds for several of them is said once.
+
+    Raises:
+      InputError: as `read_inputs`; it names the concept.
+    """
+    said: set[str] = set()
+
+    def log_once(line: str) -> None:
+        if line not in said:
+            log(line)
+        said.add(line)
+
+    inputs = []
+    for config in configs:
+        try:
+            inputs.append(read_inputs(config, log_once))
+        except InputError as error:
+            if len(configs) == 1:
+                raise
+            raise InputError(f"{config.placeholder_token}: {error}") from error
+    return inputs
+
+
 def _load_pictures(config: TrainConfig, resolution: int, log: LogLine) -> Pictures:
     assert config.train_data_dir is not None, "the config is resolved"
     return load_images(

@@ -17,6 +17,14 @@ from ti_jax.data.latents import encode_moments
 from ti_jax.pipeline import StableDiffusion
 
 
+class Sharing(NamedTuple):
+    """How several concepts share the batches; their entries in the dataset follow each other."""
+
+    start: jax.Array  # int32 [C]: the first of each concept's entries
+    size: jax.Array  # int32 [C]: their number
+    in_batch: jax.Array  # int32 scalar, at most C: concepts in a batch
+
+
 class Dataset(NamedTuple):
     """The training data, replicated on every device: a concept is a handful of pictures."""
 
@@ -31,10 +39,15 @@ class Dataset(NamedTuple):
     # float32 [N, 2, h, w]: weight of the loss at each latent of a picture and of its mirror image, 1 on average over a
     # picture; None: all weigh the same
     masks: jax.Array | None = None
+    sharing: Sharing | None = None  # of a run with several concepts
 
 
-def make_dataset(config: TrainConfig, sd: StableDiffusion, concepts: Sequence[Concept]) -> Dataset:
-    """Encode the pictures of a run's concepts with the VAE, and tokenize the prompts."""
+def make_dataset(config: TrainConfig, sd: StableDiffusion, concepts: Sequence[Concept], in_batch: int = 1) -> Dataset:
+    """Encode the pictures of a run's concepts with the VAE, and tokenize the prompts.
+
+    Args:
+      in_batch: number of concepts in a batch.
+    """
     vae = sd.networks.vae.config
     pixels = np.concatenate([concept.pictures.pixels for concept in concepts])
     prompts = [prompt for concept in concepts for prompt in concept.prompts]
@@ -47,7 +60,14 @@ def make_dataset(config: TrainConfig, sd: StableDiffusion, concepts: Sequence[Co
         flip_probability=jnp.float32(config.flip_probability),
         latent_scale=jnp.float32(vae.scaling_factor),
         latent_shift=jnp.float32(vae.shift_factor or 0.0),
+        sharing=sharing([len(each.entries) for each in concepts], in_batch) if len(concepts) > 1 else None,
     )
+
+
+def sharing(entries: Sequence[int], in_batch: int) -> Sharing:
+    """The sharing of batches by concepts with so many entries each, ``in_batch`` of them in a batch."""
+    start = np.cumsum([0, *entries[:-1]])
+    return Sharing(jnp.asarray(start, jnp.int32), jnp.asarray(entries, jnp.int32), jnp.int32(in_batch))
 
 
 def joined(tables: Sequence[tuple[int, np.ndarray]]) -> np.ndarray:

@@ -62,6 +62,7 @@ def fingerprint(
     embeddings: str | None,
     global_batch: int,
     total_steps: int,
+    concepts: Sequence[Sequence[Any]] = (),
 ) -> Fingerprint:
     """What the rows at a step depend on, as JSON values. The number of devices and the schedule of saves are not in it.
 
@@ -70,6 +71,7 @@ def fingerprint(
     ``initializer_embedding`` is a hash of the rows that the word starts from, or None if it starts from a token;
     ``embeddings`` one of the vectors of the other words that the prompts may use, or None if there are none.
     ``gradient_checkpointing`` is None until the memory has decided it.
+    ``concepts``, where there are several, has for each what of the above belongs to it.
     ``total_steps`` counts only where the learning rate depends on it, so that a constant-rate run can be made longer.
     """
     constant = config.lr_scheduler in ("constant", "constant_with_warmup")
@@ -89,6 +91,7 @@ def fingerprint(
         "max_train_steps": None if constant else total_steps,
         "draws": DRAWS,
         "counts": "by row",  # of updates, in the optimizer's state; older checkpoints have one for all rows
+        **({"concepts": [list(each) for each in concepts]} if len(concepts) > 1 else {}),
     }
 
 
@@ -133,7 +136,8 @@ class Checkpoints:
         )
         with disk_errors(self.folder), whole():
             # Orbax's threads print tracebacks if the disk is full, so check before they start.
-            if shutil.disk_usage(self.folder).free < ROOM_FOR_A_CHECKPOINT:
+            room = max(ROOM_FOR_A_CHECKPOINT, 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+            if shutil.disk_usage(self.folder).free < room:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             try:
                 saved = self._manager.save(step, args=contents)

@@ -16,8 +16,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from ti_jax.config import Checkpointing, TrainConfig
-from ti_jax.data.concept import Concept, Inputs, LogLine, check_concepts, hash_of_vectors, read_inputs, with_rows
+from ti_jax.config import Checkpointing, TrainConfig, concept_configs
+from ti_jax.data.concept import Concept, Inputs, LogLine, check_concepts, hash_of_vectors, read_all_inputs, with_rows
 from ti_jax.data.dataset import make_dataset
 from ti_jax.diffusion.losses import Objective
 from ti_jax.embeddings import Embedding
@@ -30,6 +30,7 @@ from ti_jax.training import multihost, run_folder
 from ti_jax.training.checkpoint import Checkpoints, fingerprint
 from ti_jax.training.compile import StepBuilder
 from ti_jax.training.measure import ScoreTracker, make_score_tracker, measures
+from ti_jax.training.mixing import Mixing, mixing_of
 from ti_jax.training.multihost import is_leader
 from ti_jax.training.optimizer import make_optimizer, warmup_note
 from ti_jax.training.parallel import make_mesh, replicate, without_copies
@@ -61,9 +62,9 @@ class Job:
     Attributes:
       config: resolved, including ``resolution``. folder: the output folder.
       sd: the frozen model; its weights on the first device are shared with the loop.
-      concepts: what is learned, one or several; each has the folder of its results.
+      concepts: what is learned, one or several; each has the folder of its results. mixing: how they share a batch.
       frozen: the step's constant inputs. start: the initial state, as NumPy arrays.
-      builder: of the training step. schedule: learning rate by update. total: number of updates in the run.
+      builder: of the training step. schedule: learning rate by update of a word. total: number of updates in the run.
       usual_norms: median norm of the frozen token embeddings, by text encoder.
       checkpoints: on the leader process only. So are the next two, one for each concept if the config asks for them:
       trackers: of scores. pushes: upload a concept's folder with its word.
@@ -73,6 +74,7 @@ class Job:
     folder: Path
     sd: StableDiffusion
     concepts: tuple[Concept, ...]
+    mixing: Mixing
     frozen: StepInputs
     start: TrainState
     builder: StepBuilder
@@ -123,6 +125,10 @@ class Job:
             embeddings=hash_of_vectors(first.others),
             global_batch=self.samples_per_step // self.config.gradient_accumulation_steps,
             total_steps=self.total,
+            concepts=[
+                [concept.token, len(concept.pictures.pixels), len(concept.prompts), concept.initializer]
+                for concept in self.concepts
+            ],
         )
 
 
@@ -141,14 +147,21 @@ def prepare(
       InputError: something in the config, the pictures or the model is wrong.
     """
     clock = Clock()
+    configs = concept_configs(config)
     run_folder.check_apart(config)
     folder = Path(config.output_dir)
     if is_leader():
-        ensure_writable_folder(folder)
-        holding.enter_context(run_folder.locked(folder))
-        run_folder.check_free(folder)
-    configs = (config,)
-    inputs = [read_inputs(each, multihost.log_leader) for each in configs]
+        for each in run_folder.folders(folder, configs):
+            if each == folder or each.exists():
+                ensure_writable_folder(each)
+                holding.enter_context(run_folder.locked(each))
+                run_folder.check_free(each)
+    mesh = make_mesh(devices)
+    assert config.train_batch_size is not None, "the config is resolved"
+    batch_size = config.train_batch_size // sharing
+    samples_per_step = batch_size * config.gradient_accumulation_steps * mesh.size
+    mixing = mixing_of(config, len(configs), samples_per_step)
+    inputs = read_all_inputs(configs, multihost.log_leader)
     pushes = tuple(map(_open_hub, configs)) if is_leader() and config.push_to_hub else ()
     with clock.phase("load"):
         sd, concepts = load(configs, inputs)
@@ -156,15 +169,12 @@ def prepare(
     measured = concepts if is_leader() and measures(config) else ()
     trackers = tuple(make_score_tracker(sd, concept) for concept in measured)
     with clock.phase("encode"):
-        dataset = make_dataset(config, sd, concepts)
+        dataset = make_dataset(config, sd, concepts, mixing.in_batch)
 
-    mesh = make_mesh(devices)
-    assert config.train_batch_size is not None, "the config is resolved"
-    batch_size = config.train_batch_size // sharing
-    samples_per_step = batch_size * config.gradient_accumulation_steps * mesh.size
     total = total_updates(config, sum(len(each.entries) for each in concepts), samples_per_step)
-    optimizer, schedule = make_optimizer(config, total, samples_per_step)
-    if (note := warmup_note(config, total)) is not None:
+    updates = mixing.updates(total)
+    optimizer, schedule = make_optimizer(config, updates, samples_per_step)
+    if (note := warmup_note(config, updates)) is not None:
         multihost.log_leader(note)
     frozen = replicate(
         StepInputs(
@@ -196,8 +206,8 @@ def prepare(
         checkpoints = Checkpoints(folder / "checkpoints", config.checkpoints_total_limit)
         holding.enter_context(contextlib.closing(checkpoints))
     return Job(
-        config, folder, sd, concepts, frozen, start, builder, schedule, total, usual_norms(sd), checkpoints, trackers,
-        pushes, clock,
+        config, folder, sd, concepts, mixing, frozen, start, builder, schedule, total, usual_norms(sd), checkpoints,
+        trackers, pushes, clock,
     )  # fmt: skip
 
 
@@ -282,9 +292,9 @@ def prepare_concepts(configs: Sequence[TrainConfig], sd: StableDiffusion, log: L
     """The concepts, for a model that is already loaded.
 
     Raises:
-      InputError: as `read_inputs` and `check_concepts`.
+      InputError: as `read_all_inputs` and `check_concepts`.
     """
-    inputs = [read_inputs(config, log) for config in configs]
+    inputs = read_all_inputs(configs, log)
     return with_rows(check_concepts(configs, sd, inputs, log), sd)
 
 

@@ -129,7 +129,7 @@ def _loop(job: Job, step: CompiledStep) -> tuple[TrainState, list[float], bool]:
         if reporter is not None:
             reporter.progress(len(values))
             if end == timetable.next(end - 1) or end == now:
-                rate = float(job.schedule(end - 1))
+                rate = float(job.schedule(job.mixing.updates(end - 1)))
                 reporter.chunk(end, list(unlogged), rate, job.samples_per_step * len(unlogged))
                 unlogged.clear()
 
@@ -196,7 +196,8 @@ class Pace:
 def _open_folder(config: TrainConfig, job: Job) -> None:
     assert job.checkpoints is not None, "only the leader process has them"
     job.checkpoints.identity["gradient_checkpointing"] = config.gradient_checkpointing
-    run_folder.prepare(job.folder, None if config.resume_from_checkpoint is None else int(job.start.step))
+    resume_at = None if config.resume_from_checkpoint is None else int(job.start.step)
+    run_folder.prepare(job.folder, resume_at, [each.folder for each in job.concepts if each.folder != job.folder])
     write_atomically(job.folder / "config.yaml", dump_yaml(config).encode())
 
 
@@ -206,12 +207,13 @@ def _summary(job: Job, step: CompiledStep) -> str:
     policy = step.gradient_checkpointing
     checkpointing = "" if policy == "none" else f"gradient checkpointing {policy}; "
     words = f"{len(job.concepts)} words, " if len(job.concepts) > 1 else ""
+    mixed = f" of {job.mixing.in_batch} words" if len(job.concepts) > 1 else ""
     pictures = sum(len(concept.pictures.pixels) for concept in job.concepts)
     prompts = sum(len(concept.prompts) for concept in job.concepts)
     return (
         f"{job.sd.name}, {job.mesh.size} x {job.mesh.devices.flat[0].device_kind}{on_hosts}, "
         f"{np.dtype(job.sd.dtype).name}: {words}{pictures} pictures, {prompts} prompts, "
-        f" {job.samples_per_step} samples a step; {checkpointing}the training step took "
+        f" {job.samples_per_step} samples{mixed} a step; {checkpointing}the training step took "
         f"{job.clock.seconds['compile']:.1f} s to compile"
     )
 
@@ -232,7 +234,7 @@ def _give_up(job: Job, state: TrainState) -> None:
     files = listed([str(concept.folder / run_folder.EMBEDDING_FILE) for concept in job.concepts], 3)
     raise InputError(
         f"the loss became non-finite at step {good + 1}; the rows of step {good} are saved in {files}: use a lower "
-        f"--learning_rate ({float(job.schedule(good)):g} there)"
+        f"--learning_rate ({float(job.schedule(job.mixing.updates(good))):g} there)"
     )
 
 
@@ -268,7 +270,8 @@ def _finish(job: Job, state: TrainState, stopped: bool) -> tuple[tuple[Embedding
                 "learned_embeds and learned_embeds_2 are for diffusers"
             )
         file = concept.folder / run_folder.EMBEDDING_FILE
-        multihost.log_leader(f"{file}: {embedding.token} after {last} steps ({phases})")
+        end = f" ({phases})" if concept is job.concepts[-1] else ""
+        multihost.log_leader(f"{file}: {embedding.token} after {last} steps{end}")
     return embeddings, not stopped
 
 

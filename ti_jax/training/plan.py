@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ti_jax.config import PlanConfig, resolve_plan
-from ti_jax.data.dataset import Dataset
+from ti_jax.config import PlanConfig, concept_configs, resolve_plan
+from ti_jax.data.dataset import Dataset, sharing
 from ti_jax.diffusion.losses import Objective
 from ti_jax.diffusion.schedule import NoiseSchedule
 from ti_jax.errors import InputError
@@ -36,7 +36,7 @@ from ti_jax.weights.hub import resolve as resolve_model
 from ti_jax.weights.reference_configs import PUBLISHED
 from ti_jax.weights.sources import open_source
 
-PICTURES = 4  # of the concept; their moments are kilobytes, so that the number hardly matters
+PICTURES = 4  # of a concept; their moments are kilobytes, so that the number hardly matters
 GIGA, TERA = 1e9, 1e12
 # Share of a chip's published peak that well-tuned diffusion models reach.
 USUAL_UTILISATION = 0.4
@@ -189,6 +189,8 @@ class Planner:
         devices = jax.devices() if devices is None else devices
         configs = _configs(config)
         self.config, self.mesh, self.dtype = config, make_mesh(devices), dtype
+        self.concepts = concept_configs(config)
+        self.vectors = sum(concept.num_vectors for concept in self.concepts)
         self.networks = make_networks(configs, dtype)
         self.schedule = NoiseSchedule.from_config(configs["scheduler"])
         factor = self.networks.latent_factor
@@ -271,38 +273,40 @@ class Planner:
 
     def _rows(self) -> dict[str, jax.Array]:
         return {
-            name: array((self.config.num_vectors, module.config.hidden_size), jnp.float32)
+            name: array((self.vectors, module.config.hidden_size), jnp.float32)
             for name, module in self.networks.text_encoders
         }
 
     def _frozen(self) -> StepInputs:
         """The step's constant inputs, as shapes."""
-        config, networks = self.config, self.networks
+        networks = self.networks
         shapes = network_shapes(networks)
         del shapes["vae"]
         params = jax.tree.map(lambda leaf: array(leaf.shape, self.dtype), shapes)
         side, channels = self.resolution // networks.latent_factor, networks.vae.config.latent_channels
-        prompts = len(load_templates(config.learnable_property, config.templates))
+        several, pictures = len(self.concepts), PICTURES * len(self.concepts)
+        variants = [len(load_templates(each.learnable_property, each.templates)) for each in self.concepts]
         number = array((), jnp.float32)
         return StepInputs(
             params=params,
             schedule=jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), self.schedule),
             dataset=Dataset(
-                moments=array((PICTURES, 2, side, side, 2 * channels), jnp.float32),
+                moments=array((pictures, 2, side, side, 2 * channels), jnp.float32),
                 ids={
-                    name: array((prompts, module.config.max_position_embeddings), jnp.int32)
+                    name: array((sum(variants), module.config.max_position_embeddings), jnp.int32)
                     for name, module in networks.text_encoders
                 },
-                prompts_of=array((PICTURES, prompts), jnp.int32),
-                entries=array((PICTURES,), jnp.int32),
-                time_ids=array((PICTURES, 2, 6), jnp.float32),
+                prompts_of=array((pictures, math.lcm(*variants)), jnp.int32),
+                entries=array((pictures,), jnp.int32),
+                time_ids=array((pictures, 2, 6), jnp.float32),
                 flip_probability=number,
                 latent_scale=number,
                 latent_shift=number,
+                sharing=jax.eval_shape(lambda: sharing([PICTURES] * several, 1)) if several > 1 else None,
             ),
-            row_mask={name: array((config.num_vectors,), jnp.bool_) for name, _ in networks.text_encoders},
+            row_mask={name: array((self.vectors,), jnp.bool_) for name, _ in networks.text_encoders},
             key=jax.eval_shape(lambda: jax.random.key(0)),
-            objective=Objective.of(config, self.schedule),
+            objective=Objective.of(self.config, self.schedule),
         )
 
     def least_flops(self, batch: int) -> float:

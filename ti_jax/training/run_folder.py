@@ -6,10 +6,10 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from ti_jax.config import TrainConfig
+from ti_jax.config import TrainConfig, concept_configs
 from ti_jax.embeddings import Embedding
 from ti_jax.errors import InputError
 from ti_jax.files import disk_errors
@@ -59,26 +59,38 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def folders(folder: Path, configs: Sequence[TrainConfig]) -> list[Path]:
+    """The run's folder and, where they have their own, those of its concepts."""
+    return list(dict.fromkeys([folder, *(Path(config.output_dir) for config in configs)]))
+
+
 def check_apart(config: TrainConfig) -> None:
     """Make sure that no run learns from what runs write. Symbolic links are followed.
 
     Raises:
-      InputError: ``--output_dir`` is ``--train_data_dir`` or inside it, or ``--train_data_dir`` is one of the folders
-        that runs write to in ``--output_dir`` (``samples``, ``previous-1``, ...).
+      InputError: ``--output_dir`` is a concept's ``--train_data_dir`` or inside it, or in the folder ``--concepts``, or
+        a ``--train_data_dir`` is one of the folders that runs write to in ``--output_dir`` (``samples``,
+        ``previous-1``, ...).
     """
-    assert config.train_data_dir is not None, "the config is resolved"
-    pictures, output = (Path(os.path.realpath(path)) for path in (config.train_data_dir, config.output_dir))
-    if output.is_relative_to(pictures):
-        raise InputError(
-            f"--output_dir {config.output_dir}: in the folder of the pictures, --train_data_dir "
-            f"{config.train_data_dir}, and a run would learn from what another has drawn; choose a folder outside it"
-        )
-    inside = pictures.relative_to(output).parts if pictures.is_relative_to(output) else ()
-    if inside and (inside[0] in ("samples", "logs", "checkpoints") or inside[0].startswith("previous-")):
-        raise InputError(
-            f"--train_data_dir {config.train_data_dir}: a folder that runs write to, in --output_dir "
-            f"{config.output_dir}; choose another --output_dir"
-        )
+    concepts = concept_configs(config)
+    read = [("--train_data_dir", str(concept.train_data_dir)) for concept in concepts]
+    if config.concepts is not None and os.path.isdir(config.concepts):
+        read.append(("--concepts", config.concepts))
+    for folder in folders(Path(config.output_dir), concepts):
+        output = Path(os.path.realpath(folder))
+        for flag, given in read:
+            pictures = Path(os.path.realpath(given))
+            if output.is_relative_to(pictures):
+                raise InputError(
+                    f"--output_dir {config.output_dir}: in the folder of the pictures, {flag} {given}, and a run would "
+                    f"learn from what another has drawn; choose a folder outside it"
+                )
+            inside = pictures.relative_to(output).parts if pictures.is_relative_to(output) else ()
+            if inside and (inside[0] in ("samples", "logs", "checkpoints") or inside[0].startswith("previous-")):
+                raise InputError(
+                    f"{flag} {given}: a folder that runs write to, in --output_dir {config.output_dir}; choose another "
+                    f"--output_dir"
+                )
 
 
 def _always(path: Path) -> bool:
@@ -118,7 +130,7 @@ _RESULTS: tuple[tuple[str, Callable[[Path], bool]], ...] = (
     ("metrics.jsonl", _is_a_log),
     ("scores.jsonl", _is_a_log),
     ("scores.json", _says('"token"')),
-    ("config.yaml", _says("^placeholder_token:", "^output_dir:")),
+    ("config.yaml", _says("^(placeholder_token|concepts):", "^output_dir:")),
     (OVERVIEW_FILE, _is_our_png),
     (PROGRESS_FILE, _is_our_png),
     ("README.md", _says("^- textual_inversion$", "learned_embeds")),
@@ -130,6 +142,15 @@ _WRITTEN = ("metrics.jsonl", "scores.jsonl", "scores.json", "config.yaml", OVERV
 def results(folder: Path) -> list[Path]:
     """Files and checkpoint folders of an earlier run."""
     return [path for pattern, ours in _RESULTS for path in sorted(folder.glob(pattern)) if ours(path)]
+
+
+def _earlier_concepts(folder: Path) -> list[Path]:
+    """The folders of the concepts of an earlier run of several in ``folder``; a run of one leaves a config."""
+    config = folder / "config.yaml"
+    if not config.is_file() or not _says("^concepts:", "^output_dir:")(config):
+        return []
+    inside = (path.parent for path in sorted(folder.glob(f"*/{EMBEDDING_FILE}")))
+    return [each for each in inside if (each / "samples").is_dir() and not (each / "config.yaml").exists()]
 
 
 def check_free(folder: Path) -> None:
@@ -148,10 +169,11 @@ def check_free(folder: Path) -> None:
                 )
 
 
-def prepare(folder: Path, resume_at: int | None) -> None:
+def prepare(folder: Path, resume_at: int | None, concepts: Sequence[Path] = ()) -> None:
     """Move the results of an earlier run to ``previous-N``.
 
     Args:
+      concepts: the folders in it for the results of the run's concepts, where they have their own.
       resume_at: the step that the run resumes from: only checkpoints of later steps are moved. None: everything.
 
     Raises:
@@ -159,7 +181,8 @@ def prepare(folder: Path, resume_at: int | None) -> None:
     """
     with disk_errors(folder), whole():
         if resume_at is None:
-            earlier = results(folder)
+            inside = [*concepts, *_earlier_concepts(folder)]
+            earlier = [path for each in dict.fromkeys([folder, *inside]) for path in results(each)]
         else:
             steps = (folder / "checkpoints").glob("[0-9]*")
             earlier = [path for path in steps if path.name.isdigit() and int(path.name) > resume_at]
@@ -173,7 +196,8 @@ def prepare(folder: Path, resume_at: int | None) -> None:
                 path.rename(target)
             of = "the results of an earlier run" if resume_at is None else f"checkpoints after step {resume_at}"
             print(f"{of} are moved to {aside}", file=sys.stderr)
-        (folder / "samples").mkdir(exist_ok=True)
+        for each in concepts or [folder]:
+            (each / "samples").mkdir(parents=True, exist_ok=True)
 
 
 def save_embedding(embedding: Embedding, folder: Path, step: int | None = None) -> None:

@@ -56,10 +56,10 @@ class Batch(NamedTuple):
 def draw_sample(frozen: StepInputs, step: jax.Array, position: jax.Array, global_batch: int) -> Batch:
     """Picture, mirror, prompt, latent, noise and timestep of one sample (leaves without the batch axis).
 
-    The dataset's entries are reshuffled every epoch, so that each is seen equally often. Timesteps are stratified:
-    sample i of a global batch of B gets ``(u + i*T//B) mod T`` with one uniform integer u per update. Each timestep
-    stays uniform, and every batch covers the schedule (Variational Diffusion Models, arXiv 2107.00630, appendix I.1).
-    Everything else is drawn independently. With a ``timestep_range`` T counts those within it.
+    The dataset's entries are reshuffled every epoch, so that each is seen equally often; see `_entry`. Timesteps are
+    stratified: sample i of a global batch of B gets ``(u + i*T//B) mod T`` with one uniform integer u per update. Each
+    timestep stays uniform, and every batch covers the schedule (Variational Diffusion Models, arXiv 2107.00630,
+    appendix I.1). Everything else is drawn independently. With a ``timestep_range`` T counts those within it.
 
     Args:
       step: int32 scalar, the update's number. position: int32 scalar in [0, global_batch), the sample's index over
@@ -71,10 +71,8 @@ def draw_sample(frozen: StepInputs, step: jax.Array, position: jax.Array, global
     flip_key, prompt_key, latent_key, noise_key = jax.random.split(sample_key, 4)
     offset_key = jax.random.fold_in(sample_key, 4)  # none of the four, which are as they were before it was drawn
 
-    num_entries, num_variants = dataset.entries.shape[0], dataset.prompts_of.shape[1]
-    turn = step * global_batch + position
-    shuffled = jax.random.permutation(jax.random.fold_in(order_key, turn // num_entries), num_entries)
-    picture = dataset.entries[shuffled[turn % num_entries]]
+    num_variants = dataset.prompts_of.shape[1]
+    picture = dataset.entries[_entry(dataset, order_key, step, position, global_batch)]
     mirrored = jax.random.bernoulli(flip_key, dataset.flip_probability).astype(jnp.int32)
     prompt = dataset.prompts_of[picture, jax.random.randint(prompt_key, (), 0, num_variants)]
     low, high = frozen.objective.timestep_range or (0, frozen.schedule.alphas_cumprod.shape[0])
@@ -93,6 +91,30 @@ def draw_sample(frozen: StepInputs, step: jax.Array, position: jax.Array, global
         prompts=prompt,
         masks=None if dataset.masks is None else dataset.masks[picture, mirrored],
     )
+
+
+def _entry(
+    dataset: Dataset, order_key: jax.Array, step: jax.Array, position: jax.Array, global_batch: int
+) -> jax.Array:
+    """The entry of a sample, int32 scalar, see `draw_sample`.
+
+    Several concepts take turns: a batch has the samples of the next ``in_batch`` of them, as many of each, dealt out in
+    turn, so that the timesteps of each cover the schedule. Each concept has epochs of its own.
+    """
+    num_entries = dataset.entries.shape[0]
+    if dataset.sharing is None:
+        turn = step * global_batch + position
+        shuffled = jax.random.permutation(jax.random.fold_in(order_key, turn // num_entries), num_entries)
+        return shuffled[turn % num_entries]
+    start, size, in_batch = dataset.sharing
+    place = step * in_batch + position % in_batch
+    concept, round_ = place % len(start), place // len(start)
+    turn = round_ * (global_batch // in_batch) + position // in_batch
+    epoch_key = jax.random.fold_in(jax.random.fold_in(order_key, concept), turn // size[concept])
+    # A permutation of the concept's entries, whose number is not known to the compiler: the others are sorted behind.
+    at_random = jax.random.uniform(epoch_key, (num_entries,))
+    shuffled = jnp.argsort(jnp.where(jnp.arange(num_entries) < size[concept], at_random, 2.0))
+    return start[concept] + shuffled[turn % size[concept]]
 
 
 def draw_batch(frozen: StepInputs, step: jax.Array, positions: jax.Array, global_batch: int) -> Batch:
@@ -122,6 +144,16 @@ def diffusion_loss(
     if (gamma := frozen.objective.snr_gamma) is not None:
         weights = min_snr_weights(frozen.schedule, batch.timesteps, gamma)
     return mean_over_samples(losses, weights)
+
+
+def samples_with(networks: Networks, rows: Rows, ids: Mapping[str, jax.Array]) -> Rows:
+    """The number of samples whose prompts have each row: float32 [n] for each text encoder, from ids int32 [B, L]."""
+    counts = {}
+    for name, module in networks.text_encoders:
+        numbers = module.config.vocab_size + jnp.arange(rows[name].shape[0])
+        present = (ids[name][:, :, None] == numbers).any(axis=1)
+        counts[name] = present.sum(axis=0).astype(jnp.float32)
+    return counts
 
 
 def encode_once(
@@ -173,7 +205,10 @@ def make_train_step(
     """
     global_batch = batch_size * accumulation * num_devices
 
-    def micro_batch_gradient(frozen: StepInputs, state: TrainState, index: jax.Array) -> tuple[jax.Array, Rows]:
+    def several(frozen: StepInputs) -> bool:
+        return frozen.dataset.sharing is not None
+
+    def micro_batch_gradient(frozen: StepInputs, state: TrainState, index: jax.Array) -> tuple[jax.Array, Rows, Rows]:
         first = (index * num_devices + lax.axis_index(axis_name)) * batch_size
         batch = draw_batch(frozen, state.step, first + jnp.arange(batch_size), global_batch)
 
@@ -182,22 +217,32 @@ def make_train_step(
             return diffusion_loss(networks, frozen, rows, batch, condition)
 
         with exact_products(networks.dtype):  # of the backward pass, too
-            return jax.value_and_grad(loss)(state.rows)
+            value, grads = jax.value_and_grad(loss)(state.rows)
+        return value, grads, samples_with(networks, state.rows, batch.ids) if several(frozen) else {}
 
     def train_step(frozen: StepInputs, state: TrainState) -> tuple[TrainState, jax.Array]:
         if accumulation == 1:
-            loss, grads = micro_batch_gradient(frozen, state, jnp.int32(0))
+            loss, grads, counts = micro_batch_gradient(frozen, state, jnp.int32(0))
         else:
 
             def accumulate(index, total):
                 return jax.tree.map(jnp.add, total, micro_batch_gradient(frozen, state, index))
 
-            zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.rows))
+            no_counts = {name: jnp.zeros(len(rows)) for name, rows in state.rows.items() if several(frozen)}
+            zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.rows), no_counts)
             total = lax.fori_loop(0, accumulation, accumulate, zero)
-            loss, grads = jax.tree.map(lambda x: x / accumulation, total)
-        loss, grads = lax.pmean((loss, grads), axis_name)
+            loss, grads, counts = jax.tree.map(lambda x: x / accumulation, total)
+        loss, grads, counts = lax.pmean((loss, grads, counts), axis_name)
 
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.rows, row_mask=frozen.row_mask)
+        row_mask = frozen.row_mask
+        if several(frozen):
+            # Of several words each learns as if alone: from the mean over the samples that have it, if there are any.
+            row_mask = {name: mask & (counts[name] > 0) for name, mask in row_mask.items()}
+            grads = {
+                name: grad * (batch_size / jnp.maximum(counts[name], 1 / global_batch))[:, None]
+                for name, grad in grads.items()
+            }
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.rows, row_mask=row_mask)
         updated = TrainState(optax.apply_updates(state.rows, updates), opt_state, state.step + 1, state.ok)
         # No NaN may reach the rows, which are what the user keeps, and no overflow: a row whose norm is infinite is
         # lost even if its entries are finite.

@@ -1,4 +1,7 @@
-"""A text encoder whose config.json counts fewer layers than its weights have: clip skip made permanent."""
+"""Clip skip: by its flag as in diffusers, or by a config.json that has fewer layers than the weights."""
+
+import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,11 +9,19 @@ import pytest
 import torch
 import transformers
 from conftest import randomize
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_step import Problem, relative, torch_rows
 
+from ti_jax.cli.infer import draw
+from ti_jax.cli.verify import verify
+from ti_jax.config import EvaluateConfig, InferConfig, resolve_evaluate, resolve_infer
+from ti_jax.embeddings import Embedding
 from ti_jax.errors import InputError
 from ti_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from ti_jax.models.shapes import param_shapes
+from ti_jax.pipeline import StableDiffusion
+from ti_jax.pipeline.model_description import open_model_of
 from ti_jax.weights.config_files import read_component_config
 from ti_jax.weights.load import load_component
 
@@ -63,3 +74,78 @@ def test_only_whole_layers(cut, damage):
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(InputError, match="unexpected"):
         load(cut)
+
+
+# -- the flag
+
+
+def save_word(path, dims):
+    rng = np.random.default_rng(0)
+    Embedding("<cat-toy>", {name: 0.05 * rng.standard_normal((2, dim)) for name, dim in dims.items()}).save(path)
+    return path
+
+
+@pytest.mark.parametrize("family", ["tiny_sd", "tiny_sdxl"])
+def test_prompts_are_encoded_as_diffusers_pipelines_do(family, tmp_path, request):
+    model = request.getfixturevalue(family)
+    plain, skipping = (StableDiffusion.from_pretrained(model, jnp.float32, clip_skip=skip) for skip in (0, 1))
+    word = save_word(tmp_path / "a.safetensors", plain.embedding_dims)
+    report = verify(word, model, "a portrait of {}", clip_skip=1)
+    assert report.ok, report
+    ids = plain.tokenize(["a portrait"])
+    ours, with_all = skipping.encode_text(ids), plain.encode_text(ids)
+    assert relative(ours.context, with_all.context) > 0.1
+    if family == "tiny_sdxl":
+        assert np.array_equal(ours.pooled, with_all.pooled)
+
+
+def test_fewer_layers_in_the_config_are_the_same(tiny_sd, tmp_path):
+    """Which is how models with clip skip were published before pipelines had the setting."""
+    shutil.copytree(tiny_sd, tmp_path / "model")
+    file = tmp_path / "model" / "text_encoder" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "num_hidden_layers": config["num_hidden_layers"] - 1}))
+    older = StableDiffusion.from_pretrained(tmp_path / "model", jnp.float32)
+    skipping = StableDiffusion.from_pretrained(tiny_sd, jnp.float32, clip_skip=1)
+    ids = older.tokenize(["a portrait of a person"])
+    np.testing.assert_allclose(older.encode_text(ids).context, skipping.encode_text(ids).context, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["tiny_sd", "tiny_sdxl"])
+def test_twenty_steps_equal_a_pytorch_loop(family, pictures, tmp_path, request):
+    model = request.getfixturevalue(family)
+    problem = Problem(model, pictures, tmp_path, clip_skip=1)
+    state, losses = problem.run(num_devices=1, batch_size=2)
+    rows, their_losses = torch_rows(problem, model, "epsilon")
+    assert relative(losses, their_losses) < 1e-5
+    for name in state.rows:
+        assert relative(state.rows[name], rows[name]) < 1e-5
+        assert relative(state.rows[name], problem.concept.rows[name]) > 0.01, "nothing was learned"
+    assert problem.concept.metadata["clip_skip"] == "1"
+
+
+def test_a_picture_is_drawn_with_it_and_says_so(tiny_sd, tmp_path):
+    drawn = []
+    for skip in (0, 1):
+        config = InferConfig(
+            prompt=("a portrait of a person",), pretrained_model_name_or_path=str(tiny_sd), num_inference_steps=1,
+            output=str(tmp_path / f"{skip}.png"), clip_skip=skip,
+        )  # fmt: skip
+        (path,) = draw(resolve_infer(config))
+        drawn.append(Image.open(path))
+    assert "Clip skip" not in drawn[0].text["parameters"]
+    assert "Clip skip: 2," in drawn[1].text["parameters"]
+    assert not np.array_equal(drawn[0], drawn[1])
+
+
+def test_a_word_is_measured_with_it(tiny_sd):
+    config = EvaluateConfig(train_data_dir="cat", pretrained_model_name_or_path=str(tiny_sd), clip_skip=1)
+    with open_model_of(resolve_evaluate(config)) as model:
+        assert [module.clip_skip for _, module in model.networks.text_encoders] == [1]
+
+
+@pytest.mark.parametrize("family", ["tiny_sd", "tiny_sdxl"])
+def test_one_layer_stays(family, request):
+    message = "--clip_skip 2: text_encoder of this model has 2 layers, of which at most 1 can be left out"
+    with pytest.raises(InputError, match=message):
+        StableDiffusion.from_pretrained(request.getfixturevalue(family), clip_skip=2)

@@ -29,6 +29,7 @@ from ti_jax.config import (
     rules,
 )
 from ti_jax.config.fields import settings_of
+from ti_jax.config.rates import Rates
 from ti_jax.config.yaml import strip_optional
 from ti_jax.errors import InputError
 
@@ -475,3 +476,51 @@ def test_input_files_are_looked_for_beside_the_yaml_file_first(tmp_path, monkeyp
         load_yaml(job / "x.yaml", TrainConfig)
     monkeypatch.chdir(job)
     assert load_yaml("x.yaml", TrainConfig)["train_data_dir"] == str(job / "cat")
+
+
+# -- rates that change
+
+
+def test_rates_are_read_as_automatic1111_writes_them(tmp_path):
+    text = "5e-3:200, 1e-3:1000, 2e-4"
+    assert Rates(text).steps == ((5e-3, 200), (1e-3, 1000), (2e-4, None))
+    assert Rates("1:5,2").steps == ((1.0, 5), (2.0, None))
+    config = resolve(
+        TrainConfig(**OTHER, **load_yaml(write(tmp_path / "a.yaml", f"learning_rate: {text}"), TrainConfig))
+    )
+    assert config.learning_rate == text
+    assert load_yaml(write(tmp_path / "b.yaml", dump_yaml(config)), TrainConfig)["learning_rate"] == Rates(text)
+
+
+NO_RATES = [
+    "5e-3", "", "5e-3:200", "5e-3:200, ", "5e-3:0, 1", "5e-3:9, 1:9, 1", "5e-3:9, 1:8, 1", "0:5, 1", "nan:5, 1",
+    "1:5, inf", "a:5, 1", "1:b, 1", "1:5.5, 1", "1:2:3, 1", "1:5; 1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NO_RATES)
+def test_other_text_is_no_rates(text):
+    with pytest.raises(InputError) as error:
+        resolve(TrainConfig(**OTHER, learning_rate=text))
+    assert str(error.value) == f"--learning_rate {text!r}: must be {Rates.EXPECTED}"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"learning_rate": "1:5, 2", "lr_scheduler": "cosine"}, "--learning_rate '1:5, 2': has its own schedule, so "),
+        ({"optimizer": "schedule_free", "ema_decay": 0.9}, "--ema_decay 0.9: --optimizer schedule_free averages"),
+        ({"optimizer": "schedule_free", "adam_beta1": 0.0}, "--adam_beta1 0: must be above 0 with --optimizer"),
+        ({"huber_c": 0.2}, "--huber_c 0.2: does nothing without --loss huber"),
+    ],
+)
+def test_settings_that_do_not_go_together(values, message):
+    with pytest.raises(InputError) as error:
+        resolve(TrainConfig(**{**OTHER, **values}))
+    assert str(error.value).startswith(message)
+
+
+def test_prodigys_rate_is_a_factor():
+    assert resolve(TrainConfig(**OTHER, optimizer="prodigy")).learning_rate == 1.0
+    assert resolve(TrainConfig(optimizer="prodigy")).learning_rate == 1.0
+    assert resolve(TrainConfig(**OTHER, optimizer="prodigy", learning_rate=0.5)).learning_rate == 0.5

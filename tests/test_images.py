@@ -71,6 +71,12 @@ def test_other_settings_stand_before_the_version():
     assert text == f"p\nSeed: 1, Step: 100, Base model: x, Version: ti_jax {ti_jax.__version__}"
 
 
+def test_clip_skip_is_told_as_automatic1111_counts_it():
+    text = parameters_text({"prompt": "p", "clip_skip": 1, "model": "m"})
+    assert text == f"p\nModel: m, Clip skip: 2, Version: ti_jax {ti_jax.__version__}"
+    assert "skip" not in parameters_text({"prompt": "p", "clip_skip": 0})
+
+
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(InputError, match="no such folder"):
         save_png(tmp_path / "missing" / "a.png", solid("red"), {})

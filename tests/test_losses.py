@@ -149,8 +149,3 @@ def test_a_plain_run_draws_what_it_did(tiny_sd, pictures, tmp_path):
     assert np.array_equal(plain.timesteps, (first + jnp.arange(4) * 1000 // 4) % 1000)
     shift = shifted.noise - plain.noise
     np.testing.assert_allclose(shift, jnp.broadcast_to(shift[:, :1, :1], shift.shape), atol=1e-6)
-
-
-def test_huber_c_without_huber_is_refused():
-    with pytest.raises(InputError, match=r"--huber_c 0.2: does nothing without --loss huber"):
-        resolve(TrainConfig(huber_c=0.2))

@@ -40,7 +40,7 @@ class Problem:
             "learning_rate": 1e-2, "gradient_accumulation_steps": 1, "overview_prompts": ("{}",),
         }  # fmt: skip
         self.config = TrainConfig(**{**settings, **changes})
-        self.sd = StableDiffusion.from_pretrained(model, dtype)
+        self.sd = StableDiffusion.from_pretrained(model, dtype, clip_skip=self.config.clip_skip)
         self.concept = prepare_concept(self.config, self.sd, print)
         self.dataset = make_dataset(self.config, self.sd, [self.concept])
         self.row_mask = {name: jnp.asarray(mask) for name, mask in self.concept.row_mask.items()}
@@ -119,13 +119,17 @@ class TorchTextEncoder:
         return self.weight[self.vocab_size :].detach().numpy().copy()
 
 
-def torch_condition(encoders, batch):
+def torch_condition(encoders, batch, clip_skip=0):
     """What the UNet is told: SD's last states; SDXL's penultimate ones, pooled text and sizes."""
     ids = {name: torch.tensor(np.asarray(batch.ids[name])).long() for name in encoders}
     if len(encoders) == 1:
-        return encoders["text_encoder"].module(ids["text_encoder"])[0], None
+        module = encoders["text_encoder"].module
+        if not clip_skip:
+            return module(ids["text_encoder"])[0], None
+        states = module(ids["text_encoder"], output_hidden_states=True).hidden_states
+        return module.final_layer_norm(states[-(clip_skip + 1)]), None
     outputs = {name: encoder.module(ids[name], output_hidden_states=True) for name, encoder in encoders.items()}
-    context = torch.cat([output.hidden_states[-2] for output in outputs.values()], dim=-1)
+    context = torch.cat([output.hidden_states[-(clip_skip + 2)] for output in outputs.values()], dim=-1)
     time_ids = torch.tensor(np.asarray(batch.time_ids))
     return context, {"text_embeds": outputs["text_encoder_2"].text_embeds, "time_ids": time_ids}
 
@@ -163,7 +167,7 @@ def torch_rows(problem, model, prediction_type, loss_of=mean_squared_error, make
             )
             timesteps = torch.tensor(np.asarray(batch.timesteps)).long()
             noisy = scheduler.add_noise(latents, noise, timesteps)
-            context, added = torch_condition(encoders, batch)
+            context, added = torch_condition(encoders, batch, config.clip_skip)
             target = {
                 "epsilon": noise,
                 "sample": latents,

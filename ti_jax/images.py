@@ -25,6 +25,7 @@ _THEIR_NAMES = {
     "seed": "Seed",
     "size": "Size",
     "model": "Model",
+    "clip_skip": "Clip skip",
     "version": "Version",
 }
 _THEIR_SAMPLERS = {"ddim": "DDIM", "euler": "Euler", "euler_a": "Euler a", "dpm++": "DPM++ 2M"}
@@ -62,10 +63,13 @@ def save_png(path: str | Path, image: Image.Image, text: Mapping[str, Any] | str
 def parameters_text(parameters: Mapping[str, Any]) -> str:
     """Settings in AUTOMATIC1111's format: the prompt, the negative prompt, and one line of ``Name: value``.
 
-    Known settings get AUTOMATIC1111's names, others are capitalised: ``step`` becomes ``Step``.
+    Known settings get AUTOMATIC1111's names, others are capitalised: ``step`` becomes ``Step``. ``clip_skip`` is
+    counted as diffusers does.
     """
     settings = {name: value for name, value in parameters.items() if name not in ("prompt", "negative_prompt")}
     settings["version"] = f"ti_jax {__version__}"
+    if skipped := settings.pop("clip_skip", 0):
+        settings["clip_skip"] = skipped + 1  # AUTOMATIC1111 calls it 1 to leave no layer out
     line = []
     for name in sorted(settings, key=lambda name: _rank(name)):
         value = str(settings[name])

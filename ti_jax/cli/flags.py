@@ -21,6 +21,7 @@ import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from ti_jax.config.fields import setting_of
+from ti_jax.config.rates import RATE, Rates
 from ti_jax.config.yaml import expected, item_hints, load_yaml, nearest, strip_optional
 from ti_jax.errors import InputError
 
@@ -109,7 +110,9 @@ class _Flag:
             if word not in typing.get_args(base):
                 raise ValueError
             return word
-        return base(word)
+        if base == RATE and ":" in word:
+            return Rates(word)
+        return float(word) if base == RATE else base(word)
 
     @staticmethod
     def _metavar(base: Any) -> str:
@@ -119,7 +122,7 @@ class _Flag:
             first, *others = typing.get_args(base)
             one = _Flag._metavar(first)
             return f"{one} [{one} ...]" if others == [...] else " ".join(map(_Flag._metavar, (first, *others)))
-        return {str: "TEXT", int: "INT", float: "FLOAT"}[base]
+        return {str: "TEXT", int: "INT", float: "FLOAT", RATE: "FLOAT"}[base]
 
     @staticmethod
     def _text(value: Any) -> str:

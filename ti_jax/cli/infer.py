@@ -79,6 +79,7 @@ def draw(config: InferConfig) -> list[Path]:
         "scheduler": sd.scheduler_name(config.scheduler),
         "guidance_scale": config.guidance_scale,
         "model": public_name(sd.name),
+        "clip_skip": config.clip_skip,
     }
     paths, grid_path = output_paths(output, len(images))
     for number, (path, prompt, image) in enumerate(zip(paths, prompts, images, strict=True)):

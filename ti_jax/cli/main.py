@@ -25,7 +25,7 @@ from ti_jax.config import (
     resolve_infer,
 )
 from ti_jax.config.fields import setting
-from ti_jax.config.rules import TEXT
+from ti_jax.config.rules import TEXT, WHOLE
 from ti_jax.config.yaml import nearest
 from ti_jax.errors import InputError, OutOfStep
 from ti_jax.startup import avoid_missing_tpu
@@ -77,6 +77,8 @@ class VerifyConfig:
     that comes with ti_jax. Single-file checkpoints are not supported here: diffusers cannot read them offline."""
     prompt: str | None = setting(None, TEXT)
     """Prompt with the word in it, or {} in its place. Left out: the word alone."""
+    clip_skip: int = setting(0, WHOLE)
+    """Last layers of the text encoder to leave out, counted as diffusers does."""
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "ti-jax") -> int:
@@ -243,7 +245,7 @@ def _verify(args: Sequence[str], prog: str) -> int:
     check_fields(config)
     from ti_jax.cli.verify import verify
 
-    report = verify(file, config.pretrained_model_name_or_path, config.prompt)
+    report = verify(file, config.pretrained_model_name_or_path, config.prompt, config.clip_skip)
     with _output():
         print(report)
     return 0 if report.ok else 1

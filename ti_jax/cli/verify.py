@@ -67,7 +67,9 @@ class VerifyReport:
         return self.summary()
 
 
-def verify(embedding_path: str | Path, model_path: str | Path | None = None, prompt: str | None = None) -> VerifyReport:
+def verify(
+    embedding_path: str | Path, model_path: str | Path | None = None, prompt: str | None = None, clip_skip: int = 0
+) -> VerifyReport:
     """Load a word's file into diffusers on PyTorch, encode a prompt with both libraries in float32, and compare.
 
     diffusers reads the file itself (``load_textual_inversion``) and encodes with its own ``encode_prompt``, with the
@@ -77,6 +79,7 @@ def verify(embedding_path: str | Path, model_path: str | Path | None = None, pro
     Args:
       model_path: a diffusers folder or a hub id; None: the embedded default.
       prompt: contains the word, or ``{}`` in its place; None: the word alone.
+      clip_skip: last layers of the text encoders to leave out, in both libraries.
 
     Raises:
       InputError: PyTorch or diffusers is missing; the file or the model cannot be read, or they do not fit each other;
@@ -92,7 +95,8 @@ def verify(embedding_path: str | Path, model_path: str | Path | None = None, pro
     embedding = Embedding.load(path)
     if embedding.stored_name is not None and is_word(embedding.stored_name):
         embedding = replace(embedding, token=embedding.stored_name)  # the name that diffusers uses
-    sd = StableDiffusion.from_pretrained(None if model_path is None else str(model_path), dtype=jnp.float32)
+    model = None if model_path is None else str(model_path)
+    sd = StableDiffusion.from_pretrained(model, dtype=jnp.float32, clip_skip=clip_skip)
     check_fits(embedding, sd.embedding_dims, path)
     for tokenizer in sd.tokenizers.values():
         tokens.check_new_word(tokenizer, embedding.token)
@@ -112,8 +116,9 @@ def verify(embedding_path: str | Path, model_path: str | Path | None = None, pro
         pipeline = _text_pipeline(sd)
         _load(pipeline, path, embedding)
         encoded = pipeline.encode_prompt(
-            prompt=prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
+            prompt=prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False,
+            clip_skip=clip_skip or None,
+        )  # fmt: skip
         # SDXL's result has the pooled text third, after the negative prompt's embeddings.
         theirs = [part.numpy() for part in (encoded[0], *encoded[2:3])]
         rows_equal = all(
@@ -173,6 +178,10 @@ def _text_pipeline(sd: StableDiffusion) -> Any:
     for name in sd.tokenizers:
         kind = CLIPTextModel if name == "text_encoder" else CLIPTextModelWithProjection
         parts[name] = kind.from_pretrained(sd.path, subfolder=name).float().eval()
+        if not hasattr(parts[name], "text_model"):
+            # diffusers 0.42 looks there for the norm after clip_skip; transformers 5 has no such part any more. It is
+            # not set as a PyTorch module, which would contain itself.
+            object.__setattr__(parts[name], "text_model", parts[name])
         tokenizer = name.replace("text_encoder", "tokenizer")
         parts[tokenizer] = CLIPTokenizer.from_pretrained(sd.path, subfolder=tokenizer)
     if len(sd.tokenizers) > 1:

@@ -59,6 +59,18 @@ def check_train(config: TrainConfig) -> None:
             f"{config.initializer_embedding!r}: the rows start from one of them; leave one out (--initializer_token "
             f"None undoes the one of a config file)"
         )
+    if isinstance(config.learning_rate, str) and config.lr_scheduler != "constant":
+        raise InputError(
+            f"--learning_rate {config.learning_rate!r}: has its own schedule, so --lr_scheduler {config.lr_scheduler} "
+            f"does not go with it; give one rate, or leave the scheduler out"
+        )
+    if config.optimizer == "schedule_free":
+        if config.ema_decay is not None:
+            raise InputError(
+                f"--ema_decay {config.ema_decay:g}: --optimizer schedule_free averages the rows itself; leave one out"
+            )
+        if config.adam_beta1 == 0:
+            raise InputError("--adam_beta1 0: must be above 0 with --optimizer schedule_free, whose average it weighs")
     if config.huber_c is not None and config.loss != "huber":
         raise InputError(f"--huber_c {config.huber_c:g}: does nothing without --loss huber; give both or neither")
     if config.process_id is not None and config.num_processes is not None and config.process_id >= config.num_processes:

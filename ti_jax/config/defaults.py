@@ -53,7 +53,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     Raises:
       InputError: a value that cannot be, or something that only the user can tell is missing.
     """
-    defaults = _model_defaults(config.pretrained_model_name_or_path)
+    defaults = _model_defaults(config.pretrained_model_name_or_path) | _optimizer_defaults(config)
     if config.concepts is not None:
         return _resolve_several(_plain(config), defaults)
     if config.pretrained_model_name_or_path is None and config.train_data_dir is not None:
@@ -104,7 +104,8 @@ def resolve_plan(config: PlanConfig) -> PlanConfig:
     Raises:
       InputError: a value that cannot be.
     """
-    config = _plain(_filled(config, _model_defaults(config.pretrained_model_name_or_path)))
+    defaults = _model_defaults(config.pretrained_model_name_or_path) | _optimizer_defaults(config)
+    config = _plain(_filled(config, defaults))
     check_train(config)
     return config
 
@@ -142,6 +143,11 @@ def _demo_settings() -> dict[str, Any]:
 
 def _model_defaults(model: str | None) -> dict[str, Any]:
     return dict(_demo_settings() if model is None else STABLE_DIFFUSION_DEFAULTS)
+
+
+def _optimizer_defaults(config: TrainConfig) -> dict[str, Any]:
+    """What suits the optimizer more than what suits the model: Prodigy's rate multiplies the one that it finds."""
+    return {"learning_rate": 1.0} if config.optimizer == "prodigy" else {}
 
 
 def _filled(config: Config, defaults: Mapping[str, Any]) -> Config:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ti_jax.config.fields import setting
-from ti_jax.config.rules import TEXT
+from ti_jax.config.rules import TEXT, WHOLE
 
 PredictionType = Literal["epsilon", "v_prediction"]
 SamplerName = Literal["ddim", "euler", "euler_a", "dpm++"]
@@ -33,6 +33,9 @@ class ModelSettings(ModelSource):
     prediction_type: PredictionType | None = None
     """What the UNet predicts, for a single checkpoint that does not say it. Left out: what the model says; else epsilon
     (noise), but an SD2.x file must be told."""
+    clip_skip: int = setting(0, WHOLE, fingerprint=True)
+    """Last layers of the text encoder to leave out, counted as diffusers does: 1 is what AUTOMATIC1111 calls clip skip
+    2, which many anime models were trained with. A word is drawn best with the number that it was trained with."""
     vae: str | None = setting(None, TEXT, path="input")
     """Folder of another autoencoder in diffusers' layout (config.json and weights), instead of the model's own."""
     mixed_precision: Literal["no", "bf16"] | None = None

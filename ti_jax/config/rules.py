@@ -6,6 +6,7 @@ import math
 import re
 
 from ti_jax.config.fields import Rule
+from ti_jax.config.rates import Rates
 from ti_jax.words import is_word
 
 COUNT = Rule("1 or more", lambda value: value >= 1, good=(1,), bad=(0, -1))
@@ -23,6 +24,12 @@ POSITIVE = Rule(
     lambda value: value > 0 and math.isfinite(value),
     good=(1e-12, 3.0),
     bad=(0.0, -1e-4, math.nan, math.inf),
+)
+LEARNING_RATE = Rule(
+    POSITIVE.allowed,
+    lambda value: isinstance(value, str) or POSITIVE.holds(value),
+    good=(*POSITIVE.good, Rates("5e-3:200, 1e-3:1000, 2e-4")),
+    bad=POSITIVE.bad,
 )
 NOT_NEGATIVE = Rule(
     "0 or more and finite",

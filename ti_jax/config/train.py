@@ -7,11 +7,13 @@ from typing import Literal
 
 from ti_jax.config.fields import setting
 from ti_jax.config.model import ModelSettings, SamplerName
+from ti_jax.config.rates import Rates
 from ti_jax.config.rules import (
     ADDRESS,
     CHANCE,
     COUNT,
     DECAY,
+    LEARNING_RATE,
     NOT_NEGATIVE,
     POSITIVE,
     RANGE,
@@ -25,6 +27,7 @@ from ti_jax.config.rules import (
 )
 
 LearnableProperty = Literal["object", "style"]
+Optimizer = Literal["adamw", "prodigy", "schedule_free"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 Checkpointing = Literal["none", "policy", "full"]
 Measure = Literal["identity", "editability", "clip_i", "clip_t"]
@@ -111,8 +114,14 @@ class TrainConfig(ModelSettings):
     """Number of this process, from 0. Left out: JAX_PROCESS_ID."""
 
     # -- the optimizer
-    learning_rate: float | None = setting(None, POSITIVE, fingerprint=True)
-    """AdamW's step size. Left out: 1e-4 (the embedded model: see configs/demo.yaml)."""
+    optimizer: Optimizer = setting("adamw", fingerprint=True)
+    """adamw, as in diffusers' script; prodigy, which finds the step size by itself, for each row its own;
+    schedule_free, AdamW whose rows are averaged as they learn, so that no schedule has to end: the average is what is
+    saved, drawn and measured. All keep what they know of a row with that row."""
+    learning_rate: float | Rates | None = setting(None, LEARNING_RATE, fingerprint=True)
+    """The optimizer's step size. Or several, as AUTOMATIC1111 writes them: "5e-3:200, 1e-3:1000, 2e-4" is 5e-3 until
+    update 200, 1e-3 until update 1000, then 2e-4. Left out: 1e-4 (prodigy: 1, a factor of the size that it finds; the
+    embedded model: see configs/demo.yaml)."""
     scale_lr: bool = setting(False, fingerprint=True)
     """Multiply the learning rate by accumulation steps, batch size per device, and devices."""
     lr_scheduler: Schedule = setting("constant", fingerprint=True)
@@ -122,13 +131,19 @@ class TrainConfig(ModelSettings):
     lr_num_cycles: int = setting(1, COUNT)
     """Hard restarts of cosine_with_restarts."""
     adam_beta1: float = setting(0.9, DECAY, fingerprint=True)
-    """Decay of AdamW's first moment."""
+    """Decay of the first moment; of schedule_free, how much of the average the gradient is taken at."""
     adam_beta2: float = setting(0.999, DECAY, fingerprint=True)
-    """Decay of AdamW's second moment."""
+    """Decay of the second moment."""
     adam_weight_decay: float = setting(0.0, NOT_NEGATIVE, fingerprint=True)
     """Weight decay of the new rows. diffusers has 1e-2, which only shrinks them; 0 here."""
     adam_epsilon: float = setting(1e-8, POSITIVE, fingerprint=True)
-    """AdamW's epsilon."""
+    """Added to the root of the second moment."""
+    max_grad_norm: float | None = setting(None, POSITIVE, fingerprint=True)
+    """Longest gradient of one row, in each text encoder; a longer one is shortened to it. (Over one row and not, as in
+    diffusers' scripts, over all, so that the words of a run do not depend on each other.) Left out: any."""
+    ema_decay: float | None = setting(None, DECAY, fingerprint=True)
+    """Save, draw and measure a moving average of the rows, of which this share stays at an update, e.g. 0.99; it rises
+    to that from 0 as in diffusers' EMAModel. Training goes on from the rows themselves. Left out: no average."""
 
     # -- the loss
     loss: Literal["l2", "huber"] = setting("l2", fingerprint=True)

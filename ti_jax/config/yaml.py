@@ -21,6 +21,7 @@ from typing import Any, Literal
 import yaml
 
 from ti_jax.config.fields import setting_of
+from ti_jax.config.rates import RATE, Rates
 from ti_jax.errors import InputError
 
 _CORE_SCALARS = (
@@ -145,7 +146,8 @@ def dump_yaml(config: Any) -> str:
     for field in dataclasses.fields(config):
         value, about = getattr(config, field.name), setting_of(field)
         if value is not None and not (about.secret or about.of_this_process):
-            values[field.name] = list(value) if isinstance(value, tuple) else value
+            plain = str(value) if isinstance(value, Rates) else value
+            values[field.name] = list(value) if isinstance(value, tuple) else plain
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -162,6 +164,9 @@ def from_yaml(value: Any, hint: Any) -> Any:
         if hints is not None:
             with contextlib.suppress(ValueError):
                 return tuple(from_yaml(item, hint) for item, hint in zip(value, hints, strict=True))
+    elif base == RATE:
+        with contextlib.suppress(ValueError):
+            return Rates(value) if isinstance(value, str) else from_yaml(value, float)
     elif base is float:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
@@ -182,6 +187,8 @@ def switched(value: Any, field: dataclasses.Field) -> Any:
 def strip_optional(hint: Any) -> tuple[Any, bool]:
     """``X | None`` -> (X, True); any other type -> (itself, False)."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        if hint in (RATE, RATE | None):
+            return RATE, hint != RATE
         rest = [arg for arg in typing.get_args(hint) if arg is not types.NoneType]
         assert len(rest) == 1, f"a field's type is one type or None, not {hint}"
         return rest[0], True
@@ -207,7 +214,9 @@ def expected(base: Any) -> str:
             return "a list of texts, like [one, two]"
         count = "a list" if others == [...] else f"{1 + len(others)} values"
         return f"{count}, each {expected(first)}"
-    return {str: "text", int: "a whole number", float: "a number", bool: "true or false"}[base]
+    return {
+        str: "text", int: "a whole number", float: "a number", bool: "true or false", RATE: Rates.EXPECTED,
+    }[base]  # fmt: skip
 
 
 def nearest(word: str, known: Iterable[str], question: str, otherwise: str) -> str:

@@ -330,6 +330,7 @@ def with_rows(checked: Sequence[CheckedConcept], sd: StableDiffusion) -> tuple[C
                 **_start_metadata(concept.config, concept.start),
                 "num_vectors": str(concept.words[concept.token]),
                 "learnable_property": concept.config.learnable_property,
+                **({"clip_skip": str(sd.clip_skip)} if sd.clip_skip else {}),
             },
         )
         for concept in checked

@@ -57,20 +57,19 @@ class CLIPOptions(Options):
 
 
 class CLIPEncoder(nn.Module):
-    """The transformer: [B, L, D] -> input and output of its last layer, [B, L, D] each."""
+    """The transformer: [B, L, D] -> its input and the output of each layer, [B, L, D] each."""
 
     config: CLIPOptions
     dtype: Any
     causal: bool
 
     @nn.compact
-    def __call__(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, hidden: jax.Array) -> list[jax.Array]:
         """Run all layers."""
-        previous = hidden
+        states = [hidden]
         for index in range(self.config.num_hidden_layers):
-            previous = hidden
-            hidden = CLIPEncoderLayer(self.config, self.dtype, self.causal, name=f"layers_{index}")(hidden)
-        return previous, hidden
+            states.append(CLIPEncoderLayer(self.config, self.dtype, self.causal, name=f"layers_{index}")(states[-1]))
+        return states
 
 
 class CLIPEncoderLayer(nn.Module):

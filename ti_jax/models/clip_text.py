@@ -73,11 +73,14 @@ class CLIPTextConfig(CLIPOptions):
 
 
 class CLIPTextOutput(NamedTuple):
-    """Output of the encoder for token ids [B, L]; P is the projection's width, or D without one."""
+    """Output of the encoder for token ids [B, L]; P is the projection's width, or D without one.
+
+    With ``clip_skip`` N the first two are of N layers before.
+    """
 
     last_hidden_state: jax.Array  # [B, L, D], after the final layer norm
     penultimate_hidden_state: jax.Array  # [B, L, D], input of the last layer, without the final layer norm
-    pooled: jax.Array  # [B, P], last_hidden_state at the first end-of-text token, projected if the model projects
+    pooled: jax.Array  # [B, P], all layers' output at the first end-of-text token, projected if the model projects
 
 
 def eos_positions(input_ids: jax.Array, config: CLIPTextConfig) -> jax.Array:
@@ -97,10 +100,12 @@ class CLIPTextModel(nn.Module):
     Attributes:
       config: sizes and options.
       dtype: of activations; layer norms and softmax are always float32 inside.
+      clip_skip: number of last layers that the hidden states leave out. XLA drops layers that nothing is taken from.
     """
 
     config: CLIPTextConfig
     dtype: Any = jnp.float32
+    clip_skip: int = 0
 
     @nn.compact
     def __call__(self, input_ids: jax.Array, rows: jax.Array | None = None) -> CLIPTextOutput:
@@ -111,12 +116,15 @@ class CLIPTextModel(nn.Module):
           rows: float32 [n, D], or None if there are no new words. Ids >= ``vocab_size + n`` encode as NaN.
         """
         hidden = CLIPTextEmbeddings(self.config, self.dtype, name="embeddings")(input_ids, rows)
-        penultimate, hidden = CLIPEncoder(self.config, self.dtype, causal=True, name="encoder")(hidden)
-        hidden = layer_norm(self.config, self.dtype, "final_layer_norm")(hidden)
+        states = CLIPEncoder(self.config, self.dtype, causal=True, name="encoder")(hidden)
+        final_layer_norm = layer_norm(self.config, self.dtype, "final_layer_norm")
+        hidden = last = final_layer_norm(states[-1])
+        if self.clip_skip:
+            last = final_layer_norm(states[-1 - self.clip_skip])
         pooled = jnp.take_along_axis(hidden, eos_positions(input_ids, self.config)[:, None, None], axis=1)[:, 0]
         if self.config.with_projection:
             pooled = Dense(self.config.projection_dim, use_bias=False, dtype=self.dtype, name="text_projection")(pooled)
-        return CLIPTextOutput(hidden, penultimate, pooled)
+        return CLIPTextOutput(last, states[-2 - self.clip_skip], pooled)
 
 
 class CLIPTextEmbeddings(nn.Module):

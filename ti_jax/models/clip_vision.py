@@ -65,7 +65,7 @@ class CLIPVisionTransformer(nn.Module):
         """Encode pictures of the config's ``image_size``."""
         hidden = CLIPVisionEmbeddings(self.config, self.dtype, name="embeddings")(pixels)
         hidden = layer_norm(self.config, self.dtype, "pre_layrnorm")(hidden)  # [sic]
-        _, hidden = CLIPEncoder(self.config, self.dtype, causal=False, name="encoder")(hidden)
+        hidden = CLIPEncoder(self.config, self.dtype, causal=False, name="encoder")(hidden)[-1]
         return layer_norm(self.config, self.dtype, "post_layernorm")(hidden[:, 0])
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ti_jax.errors import InputError
 from ti_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from ti_jax.models.components import TEXT_ENCODERS
 from ti_jax.models.shapes import param_shapes
@@ -72,8 +73,8 @@ class Networks:
     ) -> Condition:
         """Token ids int32 [B, L] by encoder -> `Condition`, with trained rows spliced in after the frozen table.
 
-        One encoder (SD1, SD2): its last hidden state, as diffusers' ``encode_prompt`` without clip_skip. Two (SDXL):
-        the penultimate states of both, concatenated, and the pooled projection of the second.
+        One encoder (SD1, SD2): its last hidden state. Two (SDXL): the penultimate states of both, concatenated, and
+        the pooled projection of the second. As diffusers' ``encode_prompt``, also with ``clip_skip``.
         """
         states, pooled = self.text_states(params, ids, rows)
         return Condition(jnp.concatenate(list(states.values()), axis=-1), pooled)
@@ -124,22 +125,28 @@ class Networks:
         return decode(unscaled) if tile is None else decode_in_tiles(decode, unscaled, tile, self.latent_factor)
 
 
-def make_networks(configs: Mapping[str, Mapping[str, Any]], dtype: Any) -> Networks:
+def make_networks(configs: Mapping[str, Mapping[str, Any]], dtype: Any, clip_skip: int = 0) -> Networks:
     """The modules of a model, from the contents of its components' ``config.json`` files.
 
     Args:
       configs: by component.
       dtype: of weights and activations.
+      clip_skip: last layers of the text encoders to leave out, counted as diffusers does: for SDXL, whose UNet is
+        always given the penultimate states, before those.
 
     Raises:
-      InputError: an option or value that is not implemented.
+      InputError: an option or value that is not implemented, or fewer layers than are to be left out.
     """
+    text_configs = {name: CLIPTextConfig.from_dict(configs[name]) for name in TEXT_ENCODERS if name in configs}
+    for name, config in text_configs.items():
+        most = config.num_hidden_layers - 1
+        if clip_skip > most:
+            raise InputError(
+                f"--clip_skip {clip_skip}: {name} of this model has {config.num_hidden_layers} layers, of which at "
+                f"most {most} can be left out"
+            )
     return Networks(
-        text_encoders=tuple(
-            (name, CLIPTextModel(CLIPTextConfig.from_dict(configs[name]), dtype))
-            for name in TEXT_ENCODERS
-            if name in configs
-        ),
+        text_encoders=tuple((name, CLIPTextModel(config, dtype, clip_skip)) for name, config in text_configs.items()),
         unet=UNet2DConditionModel(UNetConfig.from_dict(configs["unet"]), dtype),
         vae=AutoencoderKL(VAEConfig.from_dict(configs["vae"]), dtype),
     )

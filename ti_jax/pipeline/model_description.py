@@ -142,6 +142,7 @@ def open_model(
     prediction_type: str | None = None,
     token: str | None = None,
     vae: str | Path | None = None,
+    clip_skip: int = 0,
 ) -> Iterator[OpenModel]:
     """Open a model (downloading it first if it is on the hub) and read everything but its weights.
 
@@ -151,7 +152,7 @@ def open_model(
         dtype = Platform.of(jax.local_devices()[0]).dtype
     path = resolve(None if path_or_hub_id is None else str(path_or_hub_id), revision, variant, token)
     with open_source(path, variant, prediction_type, vae=None if vae is None else Path(vae)) as source:
-        networks = make_networks(source.configs, dtype)
+        networks = make_networks(source.configs, dtype, clip_skip)
         _check_family(path, networks)
         model = OpenModel(
             networks=networks,
@@ -186,6 +187,7 @@ def open_model_of(
         prediction_type=config.prediction_type,
         token=config.hub_token if isinstance(config, TrainConfig) else None,
         vae=config.vae,
+        clip_skip=config.clip_skip,
     )
 
 

@@ -53,6 +53,7 @@ class StableDiffusion(ModelDescription):
         prediction_type: str | None = None,
         token: str | None = None,
         vae: str | Path | None = None,
+        clip_skip: int = 0,
     ) -> StableDiffusion:
         """Read a diffusers folder, hub repository or single-file checkpoint; ``None`` is the embedded default.
 
@@ -66,6 +67,7 @@ class StableDiffusion(ModelDescription):
           prediction_type: ``epsilon`` or ``v_prediction``, for a single file that does not specify it.
           token: for gated repositories of the hub. ``None``: HF_TOKEN, or the token stored by ``hf auth login``.
           vae: folder of another autoencoder in diffusers' layout, instead of the model's own.
+          clip_skip: last layers of the text encoders to leave out, as in diffusers.
 
         Raises:
           InputError: no such model, an unreadable file, an option that is not implemented, or weights that do not match
@@ -79,6 +81,7 @@ class StableDiffusion(ModelDescription):
             prediction_type=prediction_type,
             token=token,
             vae=vae,
+            clip_skip=clip_skip,
         ) as model:
             return cls.load(model)
 
@@ -99,6 +102,11 @@ class StableDiffusion(ModelDescription):
         params = model.source.load(network_shapes(model.networks), model.dtype, identity)
         described = {field.name: getattr(model, field.name) for field in dataclasses.fields(ModelDescription)}
         return cls(**described, params=params, identity=identity.hexdigest())
+
+    @property
+    def clip_skip(self) -> int:
+        """Last layers of the text encoders that are left out."""
+        return self.networks.text_encoders[0][1].clip_skip
 
     @property
     def text(self) -> TextEncoders:

@@ -91,7 +91,7 @@ class LogRows(Action):
     def __call__(self, step: int, state: TrainState, reporter: Reporter) -> None:
         """See `Action`."""
         for concept in self.job.concepts:
-            for row in row_figures(concept, state.rows, self.job.usual_norms):
+            for row in row_figures(concept, state.shown_rows, self.job.usual_norms):
                 name = f"{self.job.prefix(concept)}{row['encoder']}/row_{row['row']}"
                 reporter.rows(step, {f"{name}/{key}": row[key] for key in ("distance", "cosine", "norm")})
 
@@ -105,7 +105,7 @@ class SaveEmbedding(Action):
     def __call__(self, step: int, state: TrainState, reporter: Reporter) -> None:
         """See `Action`."""
         for concept in self.job.concepts:
-            run_folder.save_embedding(concept.embedding(state.rows, step), concept.folder, step)
+            run_folder.save_embedding(concept.embedding(state.shown_rows, step), concept.folder, step)
 
     def done(self, step: int) -> bool:
         """See `Action`."""
@@ -122,7 +122,7 @@ class Validate(Action):
     def __call__(self, step: int, state: TrainState, reporter: Reporter) -> None:
         """See `Action`; a picture that cannot be drawn is a warning."""
         job = self.job
-        learned = job.embeddings(state.rows, step)
+        learned = job.embeddings(state.shown_rows, step)
         for concept, sheet in zip(job.concepts, self._sheets, strict=True):
             with job.clock.phase("pictures"):
                 draw = partial(validation.save_validation, job.sd, concept, learned, step)
@@ -147,7 +147,7 @@ class Measure(Action):
         """See `Action`; a failed measurement is a warning."""
         job = self.job
         for concept, tracker in zip(job.concepts, job.trackers, strict=True):
-            measure = partial(tracker.measure, job.sd, concept.embedding(state.rows, step), step)
+            measure = partial(tracker.measure, job.sd, concept.embedding(state.shown_rows, step), step)
             with job.clock.phase("measure"):
                 scores = or_warn(f"{concept.token} at step {step}", measure, "measured")
             if scores is not None:

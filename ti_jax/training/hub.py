@@ -82,6 +82,7 @@ def model_card(config: TrainConfig, embedding: Embedding, repository: str, folde
     sdxl = len(embedding.vectors) > 1
     kind = "StableDiffusionXLPipeline" if sdxl else "StableDiffusionPipeline"
     loader = "from_single_file" if model is not None and Path(model).is_file() else "from_pretrained"
+    skip = f", clip_skip={config.clip_skip}" if config.clip_skip else ""
     second = f"""
 pipe.load_textual_inversion(
     "{repository}",
@@ -103,7 +104,7 @@ from diffusers import {kind}
 
 pipe = {kind}.{loader}("{f"path/to/{base}" if is_local else base}")
 pipe.load_textual_inversion("{repository}", weight_name="learned_embeds.safetensors"){second if sdxl else ""}
-pipe("a picture of {embedding.token}").images[0].save("out.png")
+pipe("a picture of {embedding.token}"{skip}).images[0].save("out.png")
 ```
 {one_file if sdxl else ""}
 ![what the word draws](overview.png)

@@ -107,7 +107,7 @@ class Job:
     def save_words(self, state: TrainState) -> None:
         """Write the words of all concepts."""
         for concept in self.concepts:
-            run_folder.save_embedding(concept.embedding(state.rows, int(state.step)), concept.folder)
+            run_folder.save_embedding(concept.embedding(state.shown_rows, int(state.step)), concept.folder)
 
     @property
     def fingerprint(self) -> dict:
@@ -241,7 +241,7 @@ def _resume(job: Job) -> tuple[TrainState, Checkpointing | None]:
     state = jax.device_get(job.start if restored is None else restored)
     step = int(state.step)
     for concept, tracker in zip(job.concepts, job.trackers, strict=bool(job.trackers)):
-        tracker.resume(concept.embedding(state.rows, step), step)
+        tracker.resume(concept.embedding(state.shown_rows, step), step)
     return state, job.checkpoints.identity["gradient_checkpointing"]
 
 

@@ -245,9 +245,9 @@ def _finish(job: Job, state: TrainState, stopped: bool) -> tuple[tuple[Embedding
       The final words, and whether everything was done.
     """
     last = int(state.step)
-    embeddings = job.embeddings(state.rows, last)
+    embeddings = job.embeddings(state.shown_rows, last)
     for concept in job.concepts:
-        print_row_figures(row_figures(concept, state.rows, job.usual_norms), last, job.prefix(concept))
+        print_row_figures(row_figures(concept, state.shown_rows, job.usual_norms), last, job.prefix(concept))
     try:
         if not stopped:
             embeddings = _measure(job, embeddings, last)

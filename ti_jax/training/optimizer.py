@@ -1,15 +1,19 @@
-"""AdamW for each trained row by itself, and its learning-rate schedules."""
+"""The optimizer of each trained row by itself, its learning-rate schedules, and the rows that are shown of it."""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 
 from ti_jax.config import TrainConfig
+from ti_jax.config.rates import Rates
+from ti_jax.models.networks import Rows
 
 
 def learning_rate_schedule(config: TrainConfig, peak: float, total_steps: int) -> optax.Schedule:
@@ -17,7 +21,12 @@ def learning_rate_schedule(config: TrainConfig, peak: float, total_steps: int) -
 
     Held to ``diffusers.optimization.get_scheduler``: warm-up is linear from 0 over ``lr_warmup_steps`` for every
     schedule but ``constant``, which has none.
+
+    Args:
+      peak: the rate; of several, the factor that multiplies each.
     """
+    if isinstance(config.learning_rate, str):
+        return _stepped(Rates(config.learning_rate), peak)
     kind, warmup, cycles = config.lr_scheduler, config.lr_warmup_steps, config.lr_num_cycles
     if kind == "constant":
         return lambda count: jnp.full_like(count, peak, dtype=jnp.float32)
@@ -40,6 +49,13 @@ def learning_rate_schedule(config: TrainConfig, peak: float, total_steps: int) -
         return jnp.where(count < warmup, count / max(1, warmup), after)
 
     return lambda count: peak * factor(jnp.asarray(count, jnp.float32))
+
+
+def _stepped(rates: Rates, factor: float) -> optax.Schedule:
+    """Each rate until the update at which it ends, as in AUTOMATIC1111."""
+    schedules = [optax.constant_schedule(rate * factor) for rate, _ in rates.steps]
+    joined = optax.join_schedules(schedules, [end for _, end in rates.steps if end is not None])
+    return lambda count: jnp.asarray(joined(count), jnp.float32)
 
 
 def warmup_note(config: TrainConfig, total_steps: int) -> str | None:
@@ -106,23 +122,99 @@ def state_with_counts(old: optax.OptState, like: optax.OptState) -> optax.OptSta
     }
 
 
+class AveragedState(NamedTuple):
+    """State of `averaged`."""
+
+    inner: optax.OptState
+    made: jax.Array  # int32: number of updates made
+    average: jax.Array  # the row's
+
+
+def averaged(inner: optax.GradientTransformation, decay: float) -> optax.GradientTransformation:
+    """``inner``, with a moving average of the parameters in its state.
+
+    Held to diffusers' ``EMAModel``: at update n, from 0, ``min(decay, (1 + n) / (10 + n))`` of the average stays; at
+    the first one nothing.
+    """
+
+    def init(row: jax.Array) -> AveragedState:
+        return AveragedState(inner.init(row), jnp.zeros((), jnp.int32), jnp.copy(row))
+
+    def update(grad, state, row=None):
+        update, updated = inner.update(grad, state.inner, row)
+        stays = jnp.where(state.made == 0, 0.0, jnp.minimum(decay, (1.0 + state.made) / (10.0 + state.made)))
+        average = state.average - (1.0 - stays) * (state.average - (row + update))
+        return update, AveragedState(updated, state.made + 1, average)
+
+    return optax.GradientTransformation(init, update)
+
+
+def only_with_a_gradient(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """``inner``, to which an update whose gradient is all zeros is none: Prodigy would divide by zero at the first."""
+
+    def update(grad, state, row=None):
+        update, updated = inner.update(grad, state, row)
+        there = jnp.any(grad != 0)
+        return jnp.where(there, update, 0), jax.tree.map(lambda new, old: jnp.where(there, new, old), updated, state)
+
+    return optax.GradientTransformation(inner.init, update)
+
+
+def shown_rows(rows: Rows, opt_state: optax.OptState) -> Rows:
+    """The rows that are saved, drawn and measured, where training is at ``rows``: their average if there is one.
+
+    Args:
+      rows, opt_state: of a training state; arrays on any devices.
+    """
+    return {name: _shown(jax.device_get(table), jax.device_get(opt_state[name])) for name, table in rows.items()}
+
+
+def _shown(table: np.ndarray, state: optax.OptState) -> np.ndarray:
+    if isinstance(state, AveragedState):
+        return np.asarray(state.average)
+    if isinstance(state, optax.contrib.ScheduleFreeState):
+        return np.asarray(jax.vmap(optax.contrib.schedule_free_eval_params)(state, table))
+    return table
+
+
 def make_optimizer(
     config: TrainConfig, total_steps: int, global_factor: int
 ) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
-    """AdamW for each row and its schedule for a resolved config.
+    """The optimizer of each row and its schedule for a resolved config.
 
     Args:
       total_steps: updates in the whole run; the schedules end there.
       global_factor: accumulation steps x batch per device x devices; ``scale_lr`` multiplies the learning rate by it.
     """
-    assert config.learning_rate is not None, "the config is resolved"
-    peak = config.learning_rate * (global_factor if config.scale_lr else 1)
+    rate = config.learning_rate
+    assert rate is not None, "the config is resolved"
+    peak = (1.0 if isinstance(rate, str) else rate) * (global_factor if config.scale_lr else 1)
     schedule = learning_rate_schedule(config, peak, total_steps)
-    adamw = optax.adamw(
-        schedule,
-        b1=config.adam_beta1,
-        b2=config.adam_beta2,
-        eps=config.adam_epsilon,
-        weight_decay=config.adam_weight_decay,
-    )
-    return per_row(adamw), schedule
+    optimizer = _one_row(config, schedule)
+    if config.ema_decay is not None:
+        optimizer = averaged(optimizer, config.ema_decay)
+    return per_row(optimizer), schedule
+
+
+def _one_row(config: TrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """The optimizer of one row [D]."""
+    b1, b2, eps, decay = config.adam_beta1, config.adam_beta2, config.adam_epsilon, config.adam_weight_decay
+    clip = [] if config.max_grad_norm is None else [optax.clip_by_global_norm(config.max_grad_norm)]
+    if config.optimizer == "schedule_free":
+        # AdamW without momentum, as `optax.contrib.schedule_free_adamw`, which takes no schedule. The average's weights
+        # follow the rate of the same update: its count begins at 1.
+        base = optax.chain(
+            *clip,
+            optax.scale_by_rms(decay=b2, eps=eps, eps_in_sqrt=False, bias_correction=True),
+            optax.add_decayed_weights(decay),
+            optax.scale_by_learning_rate(schedule),
+        )
+        return optax.contrib.schedule_free(base, lambda count: schedule(count - 1), b1=b1)
+    if config.optimizer == "prodigy":
+        warms_up = config.lr_scheduler != "constant" and config.lr_warmup_steps > 0
+        optimizer = only_with_a_gradient(
+            optax.contrib.prodigy(schedule, betas=(b1, b2), eps=eps, weight_decay=decay, safeguard_warmup=warms_up)
+        )
+    else:
+        optimizer = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=decay)
+    return optax.chain(*clip, optimizer) if clip else optimizer

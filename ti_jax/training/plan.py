@@ -191,7 +191,7 @@ class Planner:
         self.config, self.mesh, self.dtype = config, make_mesh(devices), dtype
         self.concepts = concept_configs(config)
         self.vectors = sum(concept.num_vectors for concept in self.concepts)
-        self.networks = make_networks(configs, dtype)
+        self.networks = make_networks(configs, dtype, config.clip_skip)
         self.schedule = NoiseSchedule.from_config(configs["scheduler"])
         factor = self.networks.latent_factor
         self.resolution = config.resolution or self.networks.unet.config.sample_size * factor

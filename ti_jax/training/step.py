@@ -19,6 +19,7 @@ from ti_jax.diffusion.losses import Objective, elementwise, mean_over_samples, m
 from ti_jax.diffusion.schedule import NoiseSchedule, add_noise, training_target
 from ti_jax.models.networks import Condition, Networks, Rows
 from ti_jax.ops.matmul import exact_products
+from ti_jax.training.optimizer import shown_rows
 
 
 class TrainState(NamedTuple):
@@ -28,6 +29,11 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     step: jax.Array  # int32: updates made
     ok: jax.Array  # bool: false from the first non-finite loss or gradient on; rows and moments are those before it
+
+    @property
+    def shown_rows(self) -> Rows:
+        """The rows that are saved, drawn and measured; see `ti_jax.training.optimizer.shown_rows`."""
+        return shown_rows(self.rows, self.opt_state)
 
 
 class StepInputs(NamedTuple):

@@ -54,6 +54,7 @@ def _settings(config: TrainConfig, sd: StableDiffusion) -> dict[str, Any]:
         "scheduler": sd.scheduler_name(config.scheduler),
         "guidance_scale": config.validation_guidance_scale,
         "model": public_name(sd.name),
+        "clip_skip": config.clip_skip,
     }
 
 

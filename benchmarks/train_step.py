@@ -276,10 +276,9 @@ def published_peak(setting: Setting) -> float | None:
     """Published bfloat16 FLOP/s of this machine's device; None for other devices, and for float32."""
     import jax
 
-    from ti_jax.training.plan import CHIPS
+    from ti_jax.training.chips import peak_flops
 
-    chip = CHIPS.get(jax.local_devices()[0].device_kind)
-    return chip.peak if chip and setting.dtype == "bfloat16" else None
+    return peak_flops(jax.local_devices()[0].device_kind, setting.dtype)
 
 
 def main() -> None:

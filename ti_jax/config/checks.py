@@ -81,6 +81,13 @@ def check_train(config: TrainConfig) -> None:
     prompts = [("overview_prompts", prompt) for prompt in config.overview_prompts or ()]
     prompts = [*(("validation_prompt", prompt) for prompt in config.validation_prompt or ()), *prompts]
     _check_report_to(config.report_to)
+    if config.profile_steps is not None and config.max_train_steps is not None:
+        first, last = config.profile_steps
+        if last > config.max_train_steps:
+            raise InputError(
+                f"--profile_steps {first} {last}: the run ends after {config.max_train_steps} updates "
+                f"(--max_train_steps); give earlier ones"
+            )
     if config.keep_best in ("clip_i", "clip_t") and config.evaluation_clip is None:
         raise InputError(f"--keep_best {config.keep_best}: needs a CLIP model; give its folder with --evaluation_clip")
     if config.concepts_per_batch is not None and config.concepts is None:

@@ -64,6 +64,12 @@ WORD = Rule(
     good=("<cat-toy>", "sks"),
     bad=("", " ", "my cat", " cat", "cat\n"),
 )
+RANGE = Rule(
+    "two numbers, 0 or more, the first below the second",
+    lambda value: 0 <= value[0] < value[1],
+    good=((0, 1), (10, 20)),
+    bad=((-1, 3), (4, 4), (5, 2)),
+)
 ADDRESS = Rule(
     "HOST:PORT, like 10.0.0.1:1234",
     lambda value: re.fullmatch(r"\S+:\d+", value) is not None,

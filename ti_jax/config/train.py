@@ -198,6 +198,10 @@ class TrainConfig(ModelSettings):
     """Where curves and pictures go besides metrics.jsonl: one or several of these; none stands alone."""
     logging_dir: str = setting("logs", TEXT, path="output")
     """Folder of the TensorBoard logs, inside --output_dir unless absolute."""
+    profile_steps: tuple[int, int] | None = setting(None, RANGE)
+    """A B: trace the updates after A up to B, of this machine's devices and of the host around them, into
+    --logging_dir, for XProf or TensorBoard (pip install xprof). The first few of a run are slower than the rest: 20 25
+    is a good choice."""
     logging_steps: int = setting(10, COUNT)
     """Updates in one dispatch to the device, after which loss and speed are shown and logged."""
 

@@ -64,16 +64,19 @@ def make_actions(job: Job) -> Sequence[Action]:
 class Timetable:
     """The steps at which the host is needed: at every action's interval, and every ``longest`` updates to log losses.
 
+    Also at ``stops``.
+
     It depends on the actions and the config only, so that it is the same on every process.
     """
 
-    def __init__(self, actions: Sequence[Action], longest: int, total: int):
-        self._actions, self._longest, self._total = actions, longest, total
+    def __init__(self, actions: Sequence[Action], longest: int, total: int, stops: Sequence[int] = ()):
+        self._actions, self._longest, self._total, self._stops = actions, longest, total, stops
 
     def next(self, step: int) -> int:
         """The first such step after ``step``, at most the last step of the run."""
         intervals = [self._longest, *(action.every for action in self._actions if action.every is not None)]
-        return min(self._total, *((step // every + 1) * every for every in intervals))
+        stops = (stop for stop in self._stops if stop > step)
+        return min(self._total, *((step // every + 1) * every for every in intervals), *stops)
 
     def due(self, step: int) -> list[Action]:
         """The actions to call at ``step``, in order; empty if only losses are logged there."""

@@ -1,4 +1,4 @@
-"""The least number of FLOPs of a training step, counted on the jaxpr."""
+"""The least number of FLOPs of a function or a training step, counted on the jaxpr."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+from ti_jax.models.networks import Networks, Rows
+from ti_jax.ops.platform import PLAIN
+from ti_jax.training.step import StepInputs
 
 
 def least_flops(jaxpr: ClosedJaxpr, trained: Sequence[bool]) -> float:
@@ -23,6 +29,33 @@ def least_flops(jaxpr: ClosedJaxpr, trained: Sequence[bool]) -> float:
       FLOPs; infinite if there is a Pallas kernel. (Trace for `ti_jax.ops.platform.PLAIN`, which uses none.)
     """
     return _count(jaxpr.jaxpr, list(trained))[0]
+
+
+def batch_flops(networks: Networks, frozen: StepInputs, rows: Rows, batch: int) -> float:
+    """The least FLOPs of the loss of a batch and of its gradient with respect to the rows.
+
+    Attention within a kernel is counted as the two products that it is, as in the plain implementation. Each prompt is
+    encoded once if there are fewer of them than samples. Rematerialisation is not counted: it is no necessary work.
+
+    Args:
+      frozen, rows: arrays or `jax.ShapeDtypeStruct`; only shapes and dtypes are used.
+      batch: number of samples.
+    """
+    networks = networks.compiled_for(PLAIN)
+    height, width, moments = frozen.dataset.moments.shape[-3:]
+    prompts = min(batch, *(ids.shape[0] for ids in frozen.dataset.ids.values()))
+
+    def predict(rows: Any, params: Any, ids: Any, noisy: jax.Array, timesteps: jax.Array) -> jax.Array:
+        condition = networks.encode_text(params, ids, rows)
+        condition = jax.tree.map(lambda each: each[jnp.arange(batch) % prompts], condition)
+        return networks.predict_noise(params, noisy, timesteps, condition)
+
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (rows, frozen.params))
+    ids = {name: jax.ShapeDtypeStruct((prompts, ids.shape[1]), jnp.int32) for name, ids in frozen.dataset.ids.items()}
+    noisy = jax.ShapeDtypeStruct((batch, height, width, moments // 2), jnp.float32)
+    arguments = (*shapes, ids, noisy, jax.ShapeDtypeStruct((batch,), jnp.int32))
+    trained = [[index == 0] * len(jax.tree.leaves(tree)) for index, tree in enumerate(arguments)]
+    return least_flops(jax.make_jaxpr(predict)(*arguments), [each for part in trained for each in part])
 
 
 def _count(jaxpr: Jaxpr, trained: list[bool]) -> tuple[float, list[bool]]:

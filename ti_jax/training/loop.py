@@ -22,12 +22,15 @@ from ti_jax.files import write_atomically
 from ti_jax.machine import enable_compilation_cache, free_memory
 from ti_jax.training import multihost, run_folder, validation
 from ti_jax.training.actions import Action, Timetable, make_actions, or_warn, save_state
+from ti_jax.training.chips import peak_flops
 from ti_jax.training.compile import CompiledStep, checked, compile_fitting
 from ti_jax.training.cpu_devices import use_cores
+from ti_jax.training.flops import batch_flops
 from ti_jax.training.job import Job, agree, prepare
 from ti_jax.training.multihost import StopRequests, all_or_raise, is_leader, on_leader
 from ti_jax.training.parallel import replicate
-from ti_jax.training.report import Reporter, print_row_figures
+from ti_jax.training.profiling import Profiler
+from ti_jax.training.report import Reporter, Work, print_row_figures
 from ti_jax.training.rows import row_figures
 from ti_jax.training.step import TrainState
 
@@ -114,9 +117,13 @@ def _loop(job: Job, step: CompiledStep) -> tuple[TrainState, list[float], bool]:
     """Run the updates and the actions between them; returns (state, losses, stopped before the end)."""
     state, now = replicate(job.start, job.mesh), int(job.start.step)
     actions = make_actions(job)
-    timetable = Timetable(actions, job.builder.longest_chunk, job.total)
+    profiled = job.config.profile_steps
+    timetable = Timetable(actions, job.builder.longest_chunk, job.total, profiled or ())
+    profiler = Profiler(profiled if is_leader() else None, job.folder / job.config.logging_dir)
     pace, losses, unlogged = Pace(job.builder.longest_chunk), [], []
-    reporter = all_or_raise(lambda: Reporter(job.config, job.folder, now, job.total) if is_leader() else None)
+    reporter = all_or_raise(
+        lambda: Reporter(job.config, job.folder, now, job.total, work_of(job)) if is_leader() else None
+    )
 
     def read(start: int, end: int, chunk: jax.Array, dispatched: float) -> None:
         """Wait for a chunk's losses, and log them at the steps of the timetable."""
@@ -138,23 +145,26 @@ def _loop(job: Job, step: CompiledStep) -> tuple[TrainState, list[float], bool]:
     with contextlib.ExitStack() as closing:
         if reporter is not None:
             closing.enter_context(contextlib.closing(reporter))
+        closing.callback(profiler.close)
         if now:
             on_leader(partial(_act, [each for each in timetable.due(now) if not each.done(now)], now, state, reporter))
         while now < job.total and not stopping:
             end = min(timetable.next(now), now + pace.steps)
             requests.send(interrupts.requested())
+            profiler.next_from(now)
             with job.clock.phase("train"):
                 dispatched, count = time.perf_counter(), replicate(np.int32(end - now), job.mesh)
-                with jax.transfer_guard("disallow"):  # everything is on the devices already
+                with profiler.step(now), jax.transfer_guard("disallow"):  # everything is on the devices already
                     state, chunk = step.program(job.frozen, state, count)
                 if pending is not None:
                     read(*pending)
             pending, now = (now, end, chunk, dispatched), end
             due = timetable.due(now)
-            if due or now == job.total:
+            if due or now == job.total or now in (profiled or ()):
                 with job.clock.phase("train"):
                     read(*pending)
                 pending = None
+                profiler.reached(now)
             if due:
                 on_leader(partial(_act, due, now, state, reporter))
             stopping = requests.received(interrupts.requested())
@@ -164,6 +174,16 @@ def _loop(job: Job, step: CompiledStep) -> tuple[TrainState, list[float], bool]:
         if stopping and reporter is not None:
             reporter.print_line(f"asked to stop: a checkpoint of step {now} is saved")
     return state, losses, now < job.total
+
+
+def work_of(job: Job) -> Work | None:
+    """The work of an update on each device; None where the device's peak is unknown. Traces the networks: seconds."""
+    builder = job.builder
+    peak = peak_flops(job.mesh.devices.flat[0].device_kind, job.sd.dtype)
+    if peak is None:
+        return None
+    flops = batch_flops(job.sd.networks, job.frozen, job.start.rows, builder.batch_size)
+    return Work(flops * builder.accumulation, peak)
 
 
 class Pace:

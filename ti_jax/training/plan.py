@@ -24,11 +24,12 @@ from ti_jax.diffusion.losses import Objective
 from ti_jax.diffusion.schedule import NoiseSchedule
 from ti_jax.errors import InputError
 from ti_jax.machine import SPARE, free_memory
-from ti_jax.models.networks import Condition, make_networks, network_shapes
-from ti_jax.ops.platform import PLAIN, Platform
+from ti_jax.models.networks import make_networks, network_shapes
+from ti_jax.ops.platform import Platform
 from ti_jax.text.templates import load_templates
+from ti_jax.training.chips import CHIPS, TERA, Chip, peak_flops
 from ti_jax.training.compile import StepBuilder, compile_fitting
-from ti_jax.training.flops import least_flops
+from ti_jax.training.flops import batch_flops
 from ti_jax.training.optimizer import make_optimizer
 from ti_jax.training.parallel import make_mesh
 from ti_jax.training.step import StepInputs, TrainState
@@ -37,7 +38,7 @@ from ti_jax.weights.reference_configs import PUBLISHED
 from ti_jax.weights.sources import open_source
 
 PICTURES = 4  # of a concept; their moments are kilobytes, so that the number hardly matters
-GIGA, TERA = 1e9, 1e12
+GIGA = 1e9
 # Share of a chip's published peak that well-tuned diffusion models reach.
 USUAL_UTILISATION = 0.4
 BATCHES_TRIED = 8  # in looking for the largest that fits
@@ -51,27 +52,6 @@ LIBTPU_SETTINGS = {
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_STDERR_LOG_LEVEL": "3",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
-
-
-@dataclass(frozen=True)
-class Chip:
-    """A device's published specification: name, memory in bytes, and peak FLOP/s in bfloat16."""
-
-    name: str
-    memory: float
-    peak: float
-
-
-# By JAX's `device_kind`. https://cloud.google.com/tpu/docs, https://www.nvidia.com/en-us/data-center/h100/ and /a100/
-CHIPS = {
-    "TPU v5 lite": Chip("TPU v5e", 16 * 2**30, 197 * TERA),
-    "TPU v5": Chip("TPU v5p", 95 * 2**30, 459 * TERA),
-    "TPU v6 lite": Chip("TPU v6e", 32 * 2**30, 918 * TERA),
-    "NVIDIA A100-SXM4-40GB": Chip("A100", 40e9, 312 * TERA),
-    "NVIDIA A100-SXM4-80GB": Chip("A100", 80e9, 312 * TERA),
-    "NVIDIA H100 80GB HBM3": Chip("H100", 80e9, 989 * TERA),
-    "NVIDIA H200": Chip("H200", 141e9, 989 * TERA),
 }
 
 
@@ -200,7 +180,7 @@ class Planner:
         self.on_cpu = devices[0].platform == "cpu"
         chip = CHIPS.get(devices[0].device_kind)
         self.memory = self._memory_for_the_step(devices, chip)
-        self.peak = chip.peak if chip and dtype == jnp.bfloat16 else None
+        self.peak = peak_flops(devices[0].device_kind, dtype)
         kind = chip.name if chip else devices[0].device_kind
         self.devices = f"{len(devices)} x {kind}, {np.dtype(dtype).name}, {self.resolution} px"
 
@@ -311,20 +291,7 @@ class Planner:
 
     def least_flops(self, batch: int) -> float:
         """Least FLOPs of the loss and its gradient with respect to the rows, for a batch."""
-        frozen, config = self._frozen(), self.networks.vae.config
-        networks = self.networks.compiled_for(PLAIN)  # FLOPs of kernels cannot be counted
-        side = self.resolution // self.networks.latent_factor
-        noisy = array((batch, side, side, config.latent_channels), jnp.float32)
-        timesteps = array((batch,), jnp.int32)
-        ids = {name: array((batch, ids.shape[1]), jnp.int32) for name, ids in frozen.dataset.ids.items()}
-
-        def predict(rows: Any, params: Any, ids: Any, noisy: jax.Array, timesteps: jax.Array) -> jax.Array:
-            condition: Condition = networks.encode_text(params, ids, rows)
-            return networks.predict_noise(params, noisy, timesteps, condition)
-
-        arguments = (self._rows(), frozen.params, ids, noisy, timesteps)
-        trained = [[index == 0] * len(jax.tree.leaves(tree)) for index, tree in enumerate(arguments)]
-        return least_flops(jax.make_jaxpr(predict)(*arguments), [each for part in trained for each in part])
+        return batch_flops(self.networks, self._frozen(), self._rows(), batch)
 
 
 _SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}

@@ -6,7 +6,8 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,16 @@ from tqdm import tqdm
 from ti_jax.config import TrainConfig
 from ti_jax.errors import InputError
 from ti_jax.files import append, disk_errors, write_atomically
+from ti_jax.training.chips import TERA
 from ti_jax.training.tensorboard import Board
+
+
+@dataclass(frozen=True)
+class Work:
+    """What relates speed to the device: the least FLOPs of an update on each device, and a device's peak in FLOP/s."""
+
+    flops: float
+    peak: float
 
 
 class Reporter:
@@ -26,12 +36,14 @@ class Reporter:
     Figures that cannot be logged are a warning: on a full disk the word may still find its place.
     """
 
-    def __init__(self, config: TrainConfig, output_dir: Path, first_step: int, total_steps: int):
+    def __init__(
+        self, config: TrainConfig, output_dir: Path, first_step: int, total_steps: int, work: Work | None = None
+    ):
         self._metrics_path = output_dir / "metrics.jsonl"
         with disk_errors(self._metrics_path):
             self._cut_back(first_step)
         append(self._metrics_path, b"")
-        self._warned = False
+        self._warned, self._work = False, work
         self._board: Board | None = None
         if "tensorboard" in config.report_to:
             self._board = Board(output_dir / config.logging_dir, first_step)  # an absolute logging_dir stands alone
@@ -51,7 +63,7 @@ class Reporter:
         kept = [json.dumps(line) + "\n" for line in read_lines(self._metrics_path) if line["step"] <= first_step]
         write_atomically(self._metrics_path, "".join(kept).encode())
 
-    def chunk(self, step: int, losses: list[float], learning_rate: float, samples: int) -> None:
+    def chunk(self, step: int, losses: Sequence[float], learning_rate: float, samples: int) -> None:
         """Log the updates since the last call.
 
         Args:
@@ -65,7 +77,12 @@ class Reporter:
             "steps_per_second": len(losses) / seconds,
             "samples_per_second": samples / seconds,
         }
-        self._bar.set_postfix(loss=f"{figures['loss']:.4f}", refresh=False)
+        shown = {"loss": f"{figures['loss']:.4f}", "samples/s": f"{figures['samples_per_second']:.1f}"}
+        if self._work is not None:
+            speed = self._work.flops * len(losses) / seconds
+            figures |= {"tflops_per_device": speed / TERA, "mfu": speed / self._work.peak}
+            shown |= {"TFLOP/s": f"{speed / TERA:.0f}", "MFU": f"{figures['mfu']:.1%}"}
+        self._bar.set_postfix(shown, refresh=False)
         self._write({"step": step, **figures, "losses": losses})
         self._scalars(figures, step)
 

@@ -1,4 +1,4 @@
-"""``ti-jax embedding convert|inspect|merge|prune``: tools for files of learned words.
+"""``ti-jax embedding convert|inspect|merge|prune|transfer``: tools for files of learned words.
 
 Modules that are slow to import are imported inside the commands, after the command line has been checked.
 """
@@ -57,6 +57,17 @@ examples:
 """
 
 
+TRANSFER_EXAMPLES = """\
+examples:
+  {prog} cat.safetensors --to sdxl
+      writes cat-sdxl.safetensors and cat-sdxl_2.safetensors, for train.py --initializer_embedding cat-sdxl.safetensors
+  {prog} cat.safetensors cat-xl.safetensors --to sdxl --pretrained_model_name_or_path ./my-sdxl
+  {prog} cat-xl.safetensors --to sd15
+"""
+
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+
+
 @dataclass(frozen=True)
 class ConvertConfig:
     """Read the learned word in FILE, of any known format, and write it to OUT in another format."""
@@ -107,6 +118,24 @@ class PruneConfig(ModelSource):
     """Indices of the vectors to drop, counted from 0, instead of --keep."""
     prompt: str = setting("a photo of {}", TEXT)
     """Prompt for the text encoder, with the word in it or {} in its place."""
+    token: str | None = setting(None, WORD)
+    """The word in OUT. Left out: as in FILE. If FILE has several words, the one to read."""
+    format: FormatName | None = None
+    """Format of OUT, as in convert."""
+
+
+@dataclass(frozen=True)
+class TransferConfig(ModelSource):
+    """Make of the word in FILE, of SD1.x or SDXL, the start of a word for the other family, and write it to OUT (left
+    out: FILE's name with the family). It is a start, not the word: train.py --initializer_embedding OUT goes on from
+    there. For SDXL the vectors are used for its first text encoder, which is that of SD1.x; the second starts from the
+    rows of the tokens that are nearest to them in the first."""
+
+    pretrained_model_name_or_path: str | None = setting(None, TEXT, path="model", first=True)
+    """The SDXL model whose tokens and text encoders' tables are read for --to sdxl: a diffusers folder, a hub id or a
+    single checkpoint. Left out: stabilityai/stable-diffusion-xl-base-1.0."""
+    to: Literal["sdxl", "sd15"] | None = setting(None, first=True)
+    """The family to start for. Required."""
     token: str | None = setting(None, WORD)
     """The word in OUT. Left out: as in FILE. If FILE has several words, the one to read."""
     format: FormatName | None = None
@@ -293,6 +322,32 @@ def _prune(paths: Sequence[Path], config: PruneConfig, usage: str) -> str:
     return f"{written}\n{dropped} dropped: for {prompt!r} {loss}"
 
 
+def _transfer(paths: Sequence[Path], config: TransferConfig, usage: str) -> str:
+    _expect(paths, 1, 2, usage)
+    if config.to is None:
+        raise InputError("--to is missing: the family to start a word for, sdxl or sd15")
+    check_fields(config)
+    source = paths[0]
+    target = paths[1] if len(paths) > 1 else source.with_name(f"{source.stem}-{config.to}.safetensors")
+    from ti_jax.embeddings import transfer
+
+    embedding = _load(source, config.token)
+    if config.to == "sd15":
+        return _write(transfer.to_sd15(embedding), target, config.format)
+    from ti_jax.text.text_encoders import TextEncoders
+
+    model = config.pretrained_model_name_or_path or SDXL
+    encoders = TextEncoders.from_pretrained(model, config.revision, config.variant)
+    if len(encoders.modules) != 2:
+        raise InputError(f"--pretrained_model_name_or_path {model}: it has one text encoder; give an SDXL model")
+    tables = [
+        transfer.TokenTable(encoders.tokenizers[name].get_vocab(), encoders.token_table(name))
+        for name in (transfer.FIRST, transfer.SECOND)
+    ]
+    moved, nearest = transfer.to_sdxl(embedding, *tables, model)
+    return f"{_write(moved, target, config.format)}\n{transfer.report(nearest)}"
+
+
 def _number(flag: str, word: str, kind: type[int] | type[float]) -> Any:
     try:
         return kind(word)
@@ -308,4 +363,5 @@ COMMANDS: dict[str, Command] = {
     "inspect": (_inspect, InspectConfig, "FILE ...", INSPECT_EXAMPLES),
     "merge": (_merge, MergeConfig, "FILE FILE ... OUT", MERGE_EXAMPLES),
     "prune": (_prune, PruneConfig, "FILE OUT", PRUNE_EXAMPLES),
+    "transfer": (_transfer, TransferConfig, "FILE [OUT]", TRANSFER_EXAMPLES),
 }

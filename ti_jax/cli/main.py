@@ -280,5 +280,8 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str], str], int], str]] = {
     ),
     "plan": (_plan, "Estimate memory and time of a training run, on this machine or a TPU slice, without running it."),
     "verify": (_verify, "Check that diffusers on PyTorch loads a learned word and encodes it as ti_jax does."),
-    "embedding": (_embedding, "Convert, inspect, merge and prune files of learned words, of any known format."),
+    "embedding": (
+        _embedding,
+        "Convert, inspect, merge, prune or transfer files of learned words, of any known format.",
+    ),
 }

@@ -1,4 +1,4 @@
-"""Logs of a run: the progress bar, ``metrics.jsonl`` and TensorBoard."""
+"""Logs of a run: the progress bar, ``metrics.jsonl``, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from ti_jax.errors import InputError
 from ti_jax.files import append, disk_errors, write_atomically
 from ti_jax.training.chips import TERA
 from ti_jax.training.tensorboard import Board
+from ti_jax.training.wandb_board import WandbBoard
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,12 @@ class Reporter:
             self._cut_back(first_step)
         append(self._metrics_path, b"")
         self._warned, self._work = False, work
-        self._board: Board | None = None
+        logs = output_dir / config.logging_dir  # an absolute logging_dir stands alone
+        self._boards: list[Board | WandbBoard] = []
         if "tensorboard" in config.report_to:
-            self._board = Board(output_dir / config.logging_dir, first_step)  # an absolute logging_dir stands alone
+            self._boards.append(Board(logs, first_step))
+        if "wandb" in config.report_to:
+            self._log(lambda: self._boards.append(WandbBoard(config, logs, first_step)))
         self._bar = tqdm(
             total=total_steps,
             initial=first_step,
@@ -96,10 +100,9 @@ class Reporter:
         self._scalars(figures, step)
 
     def picture(self, name: str, image: Image.Image, step: int) -> None:
-        """Show a PIL picture in TensorBoard."""
-        board = self._board
-        if board is not None:
-            self._log(lambda: board.image(name, image, step))
+        """Show a PIL picture in TensorBoard and on Weights & Biases."""
+        for board in self._boards:
+            self._log(partial(board.image, name, image, step))
 
     def pause(self) -> None:
         """Exclude the time since the last chunk (saving, drawing) from the speed of the next one."""
@@ -113,8 +116,7 @@ class Reporter:
         self._log(lambda: append(self._metrics_path, (json.dumps(record) + "\n").encode()))
 
     def _scalars(self, figures: dict[str, float], step: int) -> None:
-        board = self._board
-        if board is not None:
+        for board in self._boards:
             for name, value in figures.items():
                 self._log(partial(board.scalar, name, value, step))
 
@@ -127,8 +129,10 @@ class Reporter:
             self._warned = True
 
     def close(self) -> None:
-        """Finish the bar."""
+        """Finish the bar and the logs."""
         self._bar.close()
+        for board in self._boards:
+            self._log(board.close)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -127,6 +127,7 @@ _RESULTS: tuple[tuple[str, Callable[[Path], bool]], ...] = (
     ("samples/step-*.png", _always),
     ("samples/overview-*.png", _always),
     ("logs/events.out.tfevents.*", _always),
+    ("logs/wandb", lambda path: (path / "run-id.txt").is_file()),
     ("logs/plugins/profile/*", lambda path: any(path.glob("*.xplane.pb"))),
     ("metrics.jsonl", _is_a_log),
     ("scores.jsonl", _is_a_log),

@@ -45,6 +45,9 @@ class Board:
         """One picture."""
         self._write(Event(step=step, summary=summary.image(name, np.asarray(image), dataformats="HWC")))
 
+    def close(self) -> None:
+        """Nothing is left to be written."""
+
     def _write(self, event: Event) -> None:
         event.wall_time = time.time()
         content = event.SerializeToString()

@@ -174,6 +174,11 @@ def torch_rows(problem, model, prediction_type, loss_of=mean_squared_error, make
                 "v_prediction": scheduler.get_velocity(latents, noise, timesteps),
             }[prediction_type]
             predicted = unet(noisy, timesteps, context, added_cond_kwargs=added).sample
+            if problem.dataset.negative is not None:
+                word = {name: np.repeat(ids, size, axis=0) for name, ids in problem.dataset.negative.ids.items()}
+                context, added = torch_condition(encoders, batch._replace(ids=word))
+                unwanted = unet(noisy, timesteps, context, added_cond_kwargs=added).sample
+                predicted = unwanted + config.negative_guidance_scale * (predicted.detach() - unwanted)
             loss = loss_of(predicted, target, timesteps)
             (loss / problem.accumulation).backward()
             total += loss.item() / problem.accumulation
@@ -191,6 +196,7 @@ def torch_rows(problem, model, prediction_type, loss_of=mean_squared_error, make
         ("v_prediction", {"adam_weight_decay": 1e-2}),
         ("sample", {}),
         ("epsilon", {"gradient_accumulation_steps": 3, "flip_probability": 0.0}),
+        ("epsilon", {"learn_negative": True, "negative_class": "a person", "negative_guidance_scale": 0.5}),
     ],
 )
 def test_twenty_steps_equal_a_pytorch_loop(make_tiny_sd, pictures, tmp_path, prediction_type, changes):
@@ -220,7 +226,14 @@ def wide_pictures(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2, "flip_probability": 0.0}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gradient_accumulation_steps": 2, "flip_probability": 0.0},
+        {"learn_negative": True, "negative_class": "a person", "negative_guidance_scale": 3.0},
+    ],
+)
 def test_twenty_steps_of_sdxl_equal_a_pytorch_loop(tiny_sdxl, wide_pictures, tmp_path, changes):
     problem = Problem(tiny_sdxl, wide_pictures, tmp_path, **changes)
     state, losses = problem.run(num_devices=1, batch_size=2)

@@ -93,6 +93,14 @@ def fill(template: str, word: str) -> str:
     return template.replace("{}", word)
 
 
+def without_word(prompt: str, word: str, count: int, instead: str) -> str:
+    """The prompt with another text wherever a word of ``count`` vectors, or one of its vectors, stands."""
+    rest, end = "", 0
+    for found in find_words(prompt, {word: count}):
+        rest, end = rest + prompt[end : found.start] + instead, found.end
+    return rest + prompt[end:]
+
+
 def _pattern(counts: Mapping[str, int]) -> re.Pattern[str]:
     """A pattern that matches each word in folded text, longest first; ``counts``: vectors of each folded word."""
     alternatives = []

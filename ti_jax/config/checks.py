@@ -80,6 +80,7 @@ def check_train(config: TrainConfig) -> None:
     _check_negative_prompt(config, "validation_negative_prompt", "validation_guidance_scale")
     prompts = [("overview_prompts", prompt) for prompt in config.overview_prompts or ()]
     prompts = [*(("validation_prompt", prompt) for prompt in config.validation_prompt or ()), *prompts]
+    _check_negative(config)
     _check_report_to(config.report_to)
     if config.profile_steps is not None and config.max_train_steps is not None:
         first, last = config.profile_steps
@@ -104,6 +105,35 @@ def check_train(config: TrainConfig) -> None:
                 f"--{name} {prompt!r}: the new word {word} is not in it; write it, or {{}} in its place (in a shell, "
                 f"quote the prompt: < and > mean something there)"
             )
+
+
+def _check_negative(config: TrainConfig) -> None:
+    """Check the settings of a word for the negative prompt."""
+    if not config.learn_negative:
+        for name in ("negative_class", "negative_guidance_scale"):
+            if getattr(config, name) is not None:
+                raise InputError(
+                    f"--{name} {getattr(config, name)}: only a word for the negative prompt has it; give "
+                    f"--learn_negative, too, or leave it out"
+                )
+        return
+    if config.keep_best is not None:
+        raise InputError(
+            f"--keep_best {config.keep_best}: pictures with the word of --learn_negative should not be like those that "
+            f"it is learned from, so that no score says which word is best; leave one of the two out"
+        )
+    scale = config.validation_guidance_scale
+    if scale is not None and scale <= 1:
+        raise InputError(
+            f"--validation_guidance_scale {scale:g}: without guidance there is no negative prompt, which "
+            f"--learn_negative learns a word for; give one above 1"
+        )
+    prompt = config.validation_negative_prompt
+    if prompt is not None and "{}" not in prompt and not contains_word(prompt, config.placeholder_token or ""):
+        raise InputError(
+            f"--validation_negative_prompt {prompt!r}: the new word {config.placeholder_token} is not in it; write it, "
+            f"or {{}} in its place, or leave the negative prompt out"
+        )
 
 
 def _check_report_to(places: Sequence[str]) -> None:

@@ -37,6 +37,12 @@ NOT_NEGATIVE = Rule(
     good=(0.0, 12.0),
     bad=(-0.1, math.nan, math.inf),
 )
+NOT_ONE = Rule(
+    "finite and not 1",
+    lambda value: math.isfinite(value) and value != 1,
+    good=(0.5, 0.0, 3.0, -1.0),
+    bad=(1.0, math.nan, math.inf),
+)
 CHANCE = Rule("from 0 to 1", lambda value: 0 <= value <= 1, good=(0.0, 1.0), bad=(-0.1, 1.1, math.nan))
 RANGE = Rule(
     "two whole numbers from 0 on, the first below the second",

@@ -15,6 +15,7 @@ from ti_jax.config.rules import (
     DECAY,
     LEARNING_RATE,
     NOT_NEGATIVE,
+    NOT_ONE,
     POSITIVE,
     RANGE,
     SEED,
@@ -76,6 +77,21 @@ class TrainConfig(ModelSettings):
     and templates may have several of the words. A word's results are in --output_dir, in a folder of its name."""
     concepts_per_batch: int | None = setting(None, COUNT, fingerprint=True)
     """How many of the concepts a batch has, with as many samples each; the next batch has the next ones."""
+
+    # -- a word for the negative prompt
+    learn_negative: bool = setting(False, fingerprint=True)
+    """Learn a word for the negative prompt: used there, it keeps pictures away from those in --train_data_dir, for
+    instance of bad hands. The loss goes through classifier-free guidance, with the word alone on the unconditional side
+    and the prompt, which has --negative_class in the word's place, on the other. Pictures of the run are drawn with
+    the word in the negative prompt; {} in their prompts is --negative_class."""
+    negative_class: str | None = setting(None, TEXT, fingerprint=True)
+    """With --learn_negative: what the pictures show, in the model's own words and without what is to be avoided, e.g. a
+    hand. Left out: --initializer_token (the embedded model: a person)."""
+    negative_guidance_scale: float | None = setting(None, NOT_ONE, fingerprint=True)
+    """With --learn_negative: the guidance scale in the loss. Below 1 the word learns what the pictures have and the
+    prompt lacks, so that it leads away from them in a negative prompt; the nearer to 1, the more of the difference.
+    Above 1, as in DreamArtist, guidance away from the word must give the pictures, so that it leads towards them.
+    Left out: 0.5."""
 
     # -- the run
     output_dir: str = setting("output", TEXT, path="output")
@@ -194,8 +210,9 @@ class TrainConfig(ModelSettings):
     last; clip_i and clip_t need --evaluation_clip."""
     evaluation_steps: int = setting(50, COUNT)
     """Updates between two measurements for --keep_best."""
-    report_to: tuple[Literal["tensorboard", "none"], ...] = setting(("tensorboard",), one=True)
-    """Where curves and pictures go besides metrics.jsonl: one or several of these; none stands alone."""
+    report_to: tuple[Literal["tensorboard", "wandb", "none"], ...] = setting(("tensorboard",), one=True)
+    """Where curves and pictures go besides metrics.jsonl: one or several of these; none stands alone. wandb is Weights
+    & Biases (pip install 'ti_jax[wandb]'; WANDB_MODE=offline keeps the run in --logging_dir, to be sent later)."""
     logging_dir: str = setting("logs", TEXT, path="output")
     """Folder of the TensorBoard logs, inside --output_dir unless absolute."""
     profile_steps: tuple[int, int] | None = setting(None, RANGE)

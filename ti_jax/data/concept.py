@@ -16,6 +16,7 @@ import numpy as np
 from ti_jax.config import TrainConfig
 from ti_jax.data.folder import Pictures, load_images, picture_paths
 from ti_jax.embeddings import Embedding, check_fits
+from ti_jax.embeddings.embedding import NEGATIVE_CLASS
 from ti_jax.embeddings.naming import load_given
 from ti_jax.embeddings.warn import capital_fault
 from ti_jax.errors import InputError
@@ -25,7 +26,7 @@ from ti_jax.pipeline.model_description import ModelDescription
 from ti_jax.text import tokens
 from ti_jax.text.templates import load_templates
 from ti_jax.weights.hub import is_cached
-from ti_jax.words import fill, find_words, same_word
+from ti_jax.words import fill, find_words, same_word, without_word
 
 LogLine = Callable[[str], None]
 
@@ -91,6 +92,30 @@ class CheckedConcept:
         return [*self.others, *([self.start] if self.start is not None else [])]
 
     @property
+    def negative_class(self) -> str | None:
+        """For a word of the negative prompt: what stands in its place in prompts. None for any other word."""
+        return self.config.negative_class if self.config.learn_negative else None
+
+    @property
+    def negative_prompt(self) -> str | None:
+        """What its pictures are drawn with; a word of the negative prompt is in it."""
+        given = self.config.validation_negative_prompt
+        return given if self.negative_class is None else fill(given or "{}", self.token)
+
+    @property
+    def negative_prompt_before_training(self) -> str | None:
+        """`negative_prompt` without the word, if it would be in it."""
+        if self.negative_class is None:
+            return self.negative_prompt
+        return without_word(str(self.negative_prompt), self.token, self.words[self.token], "").strip(" ,") or None
+
+    def in_prompts(self, prompt: str) -> str:
+        """A prompt with the word as it is drawn and learned: a word of the negative prompt is its class there."""
+        if self.negative_class is None:
+            return prompt
+        return without_word(prompt, self.token, self.words[self.token], self.negative_class)
+
+    @property
     def prompts_of(self) -> np.ndarray:
         """Each picture's equally likely prompts, indices into ``prompts``: int32 [N, K]."""
         return np.tile(np.arange(len(self.prompts), dtype=np.int32), (len(self.pictures.pixels), 1))
@@ -103,7 +128,8 @@ class CheckedConcept:
     @property
     def first_prompt_before_training(self) -> str:
         """The first training prompt with the initializer in the word's place."""
-        return fill(self.templates[0], self.start.token if self.start else str(self.initializer))
+        before = self.start.token if self.start else str(self.initializer)
+        return fill(self.templates[0], self.negative_class or before)
 
 
 @dataclass(frozen=True)
@@ -225,6 +251,10 @@ def check_concepts(
                 f"placeholder {config.placeholder_token!r} is also the word of one of --embeddings; choose another"
             )
     words = {str(config.placeholder_token): config.num_vectors for config in configs} | others
+    if len(configs) > 1 and configs[0].learn_negative:
+        raise InputError(
+            "--learn_negative: a run of several words cannot learn them for the negative prompt; learn each alone"
+        )
     return [check_concept(config, model, each, words, log) for config, each in zip(configs, inputs, strict=True)]
 
 
@@ -257,7 +287,7 @@ def check_concept(
     _check_room(config, model, prompts, words)
     check_holds(model, prompts, words, token, weighted=False)
     pictures = inputs.pictures or _load_pictures(config, config.resolution or model.default_resolution, log)
-    return CheckedConcept(
+    checked = CheckedConcept(
         config=replace(config, resolution=pictures.pixels.shape[1]),
         token=token,
         words=words,
@@ -269,6 +299,14 @@ def check_concept(
         validation_prompts=[fill(prompt, token) for prompt in config.validation_prompt or ()],
         pictures=pictures,
         initializer=config.initializer_token,
+    )
+    if checked.negative_class is None:
+        return checked
+    model.tokenize([token, *map(checked.in_prompts, prompts)], words)  # of which none may be too long
+    return replace(
+        checked,
+        overview_prompts=[checked.in_prompts(prompt) for prompt in checked.overview_prompts],
+        validation_prompts=[checked.in_prompts(prompt) for prompt in checked.validation_prompts],
     )
 
 
@@ -331,6 +369,7 @@ def with_rows(checked: Sequence[CheckedConcept], sd: StableDiffusion) -> tuple[C
                 "num_vectors": str(concept.words[concept.token]),
                 "learnable_property": concept.config.learnable_property,
                 **({"clip_skip": str(sd.clip_skip)} if sd.clip_skip else {}),
+                **({} if concept.negative_class is None else {NEGATIVE_CLASS: concept.negative_class}),
             },
         )
         for concept in checked

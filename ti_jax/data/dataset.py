@@ -40,6 +40,14 @@ class Dataset(NamedTuple):
     # picture; None: all weigh the same
     masks: jax.Array | None = None
     sharing: Sharing | None = None  # of a run with several concepts
+    negative: Negative | None = None  # of a run that learns a word for the negative prompt
+
+
+class Negative(NamedTuple):
+    """The unconditional side of classifier-free guidance in the loss; the dataset's prompts are the other side."""
+
+    ids: Mapping[str, jax.Array]  # int32 [1, L] for each text encoder: the word alone
+    guidance_scale: jax.Array  # float32 scalar
 
 
 def make_dataset(config: TrainConfig, sd: StableDiffusion, concepts: Sequence[Concept], in_batch: int = 1) -> Dataset:
@@ -50,7 +58,12 @@ def make_dataset(config: TrainConfig, sd: StableDiffusion, concepts: Sequence[Co
     """
     vae = sd.networks.vae.config
     pixels = np.concatenate([concept.pictures.pixels for concept in concepts])
-    prompts = [prompt for concept in concepts for prompt in concept.prompts]
+    prompts = [concept.in_prompts(prompt) for concept in concepts for prompt in concept.prompts]
+    negative = None
+    if config.learn_negative:
+        (concept,) = concepts
+        ids = jax.tree.map(jnp.asarray, sd.tokenize([concept.token], concept.words))
+        negative = Negative(ids, jnp.float32(config.negative_guidance_scale))
     return Dataset(
         moments=encode_moments(sd, pixels, with_mirrored=config.flip_probability > 0),
         ids=jax.tree.map(jnp.asarray, sd.tokenize(prompts, concepts[0].words)),
@@ -61,6 +74,7 @@ def make_dataset(config: TrainConfig, sd: StableDiffusion, concepts: Sequence[Co
         latent_scale=jnp.float32(vae.scaling_factor),
         latent_shift=jnp.float32(vae.shift_factor or 0.0),
         sharing=sharing([len(each.entries) for each in concepts], in_batch) if len(concepts) > 1 else None,
+        negative=negative,
     )
 
 

@@ -14,8 +14,9 @@ from ti_jax.files import write_together
 from ti_jax.models.components import TEXT_ENCODERS
 from ti_jax.words import check_token
 
-# Metadata entry in which a format's reader says what was lost.
-CAVEAT = "caveat"
+# Metadata entries: what a format's reader says was lost; of a word for the negative prompt, what is in its place in
+# prompts.
+CAVEAT, NEGATIVE_CLASS = "caveat", "negative_class"
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -14,6 +14,7 @@ from PIL import Image
 from ti_jax.config import EMBEDDED_STEPS, PAPER_STEPS, EvaluateConfig, TrainConfig
 from ti_jax.data.folder import as_uint8, load_images
 from ti_jax.embeddings import Embedding, check_fits
+from ti_jax.embeddings.embedding import NEGATIVE_CLASS
 from ti_jax.embeddings.naming import load_given
 from ti_jax.errors import InputError
 from ti_jax.evaluation.avatar_judge import FOLDER, Judge
@@ -51,9 +52,13 @@ class Evaluator:
 
         Args:
           sd: the frozen model.
-          embedding: the word. others: other learned words that prompts may use.
+          embedding: the word. others: other learned words that prompts may use. A word for the negative prompt is used
+            there, and what stands for it in the prompts is in its metadata; it is good if the identity is low.
         """
         height, width = self.pictures.shape[1:3]
+        subject = embedding.metadata.get(NEGATIVE_CLASS)
+        negative_prompt = None if subject is None else embedding.token
+        subject = subject or embedding.token
 
         def draw(prompts: Sequence[str]) -> list[Image.Image]:
             # A prompt's seeds do not depend on the other prompts, so that scores of two words are comparable.
@@ -65,6 +70,7 @@ class Evaluator:
             return sd.generate(
                 prompts,
                 embeddings=[embedding, *others],
+                negative_prompt=negative_prompt,
                 num_inference_steps=self.num_inference_steps,
                 guidance_scale=self.guidance_scale,
                 scheduler=self.scheduler,
@@ -76,14 +82,12 @@ class Evaluator:
 
         if isinstance(self.measure, Judge):
             return judge_scores(
-                self.measure, draw, embedding.token, self.pictures, self.images or JUDGE_IMAGES, self.distractors
+                self.measure, draw, subject, self.pictures, self.images or JUDGE_IMAGES, self.distractors
             )
         pictures, *distractors = (
             [Image.fromarray(picture) for picture in concept] for concept in (self.pictures, *self.distractors)
         )
-        return clip_scores(
-            self.measure, draw, embedding.token, pictures, self.images or CLIP_IMAGES, distractors=distractors
-        )
+        return clip_scores(self.measure, draw, subject, pictures, self.images or CLIP_IMAGES, distractors=distractors)
 
 
 def sampler_steps(config: TrainConfig) -> int:

@@ -45,10 +45,18 @@ def batch_flops(networks: Networks, frozen: StepInputs, rows: Rows, batch: int) 
     height, width, moments = frozen.dataset.moments.shape[-3:]
     prompts = min(batch, *(ids.shape[0] for ids in frozen.dataset.ids.values()))
 
-    def predict(rows: Any, params: Any, ids: Any, noisy: jax.Array, timesteps: jax.Array) -> jax.Array:
-        condition = networks.encode_text(params, ids, rows)
-        condition = jax.tree.map(lambda each: each[jnp.arange(batch) % prompts], condition)
-        return networks.predict_noise(params, noisy, timesteps, condition)
+    negative = frozen.dataset.negative
+
+    def predict(rows: Any, params: Any, ids: Any, noisy: jax.Array, timesteps: jax.Array) -> Any:
+        def of(ids: Any, rows: Any) -> jax.Array:
+            condition = networks.encode_text(params, ids, rows)
+            condition = jax.tree.map(lambda each: each[jnp.arange(batch) % each.shape[0]], condition)
+            return networks.predict_noise(params, noisy, timesteps, condition)
+
+        if negative is None:
+            return of(ids, rows)
+        # No gradient goes through the prompts.
+        return of(ids, None), of({name: jnp.zeros(each.shape, each.dtype) for name, each in negative.ids.items()}, rows)
 
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (rows, frozen.params))
     ids = {name: jax.ShapeDtypeStruct((prompts, ids.shape[1]), jnp.int32) for name, ids in frozen.dataset.ids.items()}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ti_jax.config import TrainConfig
 from ti_jax.embeddings import Embedding
+from ti_jax.embeddings.embedding import NEGATIVE_CLASS
 from ti_jax.errors import InputError, one_line, utf8
 from ti_jax.files import write_atomically
 from ti_jax.training.run_folder import ONE_FILE
@@ -90,13 +91,18 @@ pipe.load_textual_inversion(
     text_encoder=pipe.text_encoder_2,
     tokenizer=pipe.tokenizer_2,
 )"""
+    subject = embedding.metadata.get(NEGATIVE_CLASS)
+    example = f'"a picture of {embedding.token}"'
+    if subject is not None:
+        example = f'"a picture of {subject}", negative_prompt="{embedding.token}"'
+    kind_of_word = "word" if subject is None else "word for negative prompts"
     one_file = f"\nAUTOMATIC1111 and ComfyUI read `{ONE_FILE}` instead of the two.\n"
     return f"""---
 {_front_matter(config, embedding, None if is_local else base, sdxl, folder)}---
 
 # `{embedding.token}`
 
-A word for Stable Diffusion ({base}), learned with Textual Inversion: {embedding.metadata["steps"]} steps on
+A {kind_of_word} for Stable Diffusion ({base}), learned with Textual Inversion: {embedding.metadata["steps"]} steps on
 {embedding.num_vectors} row(s) of the token-embedding table, starting from {start}.
 
 ```python
@@ -104,7 +110,7 @@ from diffusers import {kind}
 
 pipe = {kind}.{loader}("{f"path/to/{base}" if is_local else base}")
 pipe.load_textual_inversion("{repository}", weight_name="learned_embeds.safetensors"){second if sdxl else ""}
-pipe("a picture of {embedding.token}"{skip}).images[0].save("out.png")
+pipe({example}{skip}).images[0].save("out.png")
 ```
 {one_file if sdxl else ""}
 ![what the word draws](overview.png)
@@ -123,12 +129,15 @@ def _front_matter(config: TrainConfig, embedding: Embedding, base: str | None, s
     lines += [f"instance_prompt: {quoted(embedding.token)}", "pipeline_tag: text-to-image"]
     lines += ["tags:", "- textual_inversion", f"- {'stable-diffusion-xl' if sdxl else 'stable-diffusion'}"]
     lines += ["- text-to-image"]
+    subject = embedding.metadata.get(NEGATIVE_CLASS)
     widgets = [
-        (fill(prompt, embedding.token), f"samples/overview-{OVERVIEW_COLUMNS * (row + 1):02d}.png")
+        (fill(prompt, subject or embedding.token), f"samples/overview-{OVERVIEW_COLUMNS * (row + 1):02d}.png")
         for row, prompt in enumerate(config.overview_prompts or ())
     ]
     widgets = [(prompt, picture) for prompt, picture in widgets if (folder / picture).is_file()]
     lines += ["widget:"] if widgets else []
     for prompt, picture in widgets:
-        lines += [f"- text: {quoted(prompt)}", "  output:", f"    url: {picture}"]
+        lines += [f"- text: {quoted(prompt)}"]
+        lines += ["  parameters:", f"    negative_prompt: {quoted(embedding.token)}"] if subject is not None else []
+        lines += ["  output:", f"    url: {picture}"]
     return "\n".join([*lines, ""])

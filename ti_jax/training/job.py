@@ -37,6 +37,7 @@ from ti_jax.training.parallel import make_mesh, replicate, without_copies
 from ti_jax.training.rows import usual_norms
 from ti_jax.training.step import StepInputs, TrainState
 from ti_jax.training.validation import check_pictures_to_draw
+from ti_jax.training.wandb_board import check_wandb
 
 
 class Clock:
@@ -148,6 +149,8 @@ def prepare(
     """
     clock = Clock()
     configs = concept_configs(config)
+    if is_leader() and "wandb" in config.report_to:
+        check_wandb()
     run_folder.check_apart(config)
     folder = Path(config.output_dir)
     if is_leader():

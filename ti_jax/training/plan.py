@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ti_jax.config import PlanConfig, concept_configs, resolve_plan
-from ti_jax.data.dataset import Dataset, sharing
+from ti_jax.data.dataset import Dataset, Negative, sharing
 from ti_jax.diffusion.losses import Objective
 from ti_jax.diffusion.schedule import NoiseSchedule
 from ti_jax.errors import InputError
@@ -283,11 +283,19 @@ class Planner:
                 latent_scale=number,
                 latent_shift=number,
                 sharing=jax.eval_shape(lambda: sharing([PICTURES] * several, 1)) if several > 1 else None,
+                negative=self._negative(),
             ),
             row_mask={name: array((self.vectors,), jnp.bool_) for name, _ in networks.text_encoders},
             key=jax.eval_shape(lambda: jax.random.key(0)),
             objective=Objective.of(self.config, self.schedule),
         )
+
+    def _negative(self) -> Negative | None:
+        if not self.config.learn_negative:
+            return None
+        encoders = self.networks.text_encoders
+        ids = {name: array((1, module.config.max_position_embeddings), jnp.int32) for name, module in encoders}
+        return Negative(ids, array((), jnp.float32))
 
     def least_flops(self, batch: int) -> float:
         """Least FLOPs of the loss and its gradient with respect to the rows, for a batch."""

@@ -143,6 +143,8 @@ def diffusion_loss(
     if condition.pooled is not None:
         condition = condition._replace(time_ids=batch.time_ids)
     prediction = networks.predict_noise(frozen.params, noisy, batch.timesteps, condition)
+    if frozen.dataset.negative is not None:
+        prediction = guided_away(networks, frozen, rows, noisy, batch, prediction)
     losses = elementwise(frozen.objective, prediction, target)
     if batch.masks is not None:
         losses = losses * batch.masks[..., None]
@@ -160,6 +162,30 @@ def samples_with(networks: Networks, rows: Rows, ids: Mapping[str, jax.Array]) -
         present = (ids[name][:, :, None] == numbers).any(axis=1)
         counts[name] = present.sum(axis=0).astype(jnp.float32)
     return counts
+
+
+def guided_away(
+    networks: Networks, frozen: StepInputs, rows: Rows, noisy: jax.Array, batch: Batch, prediction: jax.Array
+) -> jax.Array:
+    """``negative + w (prediction - negative)`` with the word of the negative prompt, float32 [B, h, w, c].
+
+    This is `ti_jax.pipeline.sampling`'s classifier-free guidance with the word alone as the negative prompt; gradients
+    go to its rows only. DreamArtist (Dong et al. 2022, arXiv 2211.11337) has it with w > 1, and learns a second word
+    in the prompt, which is fixed here. For the least loss the word's prediction is
+    ``prediction + (target - prediction) / (1 - w)``: with w < 1 beyond the pictures, with w > 1 on their other side.
+
+    Args:
+      noisy: latents [B, h, w, c]. prediction: of the batch's prompts.
+    """
+    negative = frozen.dataset.negative
+    assert negative is not None, "the run learns a word for the negative prompt"
+    encoded = networks.encode_text(frozen.params, negative.ids, rows)
+    condition = jax.tree.map(lambda each: jnp.repeat(each, noisy.shape[0], axis=0), encoded)
+    if condition.pooled is not None:
+        condition = condition._replace(time_ids=batch.time_ids)
+    unwanted = networks.predict_noise(frozen.params, noisy, batch.timesteps, condition).astype(jnp.float32)
+    wanted = lax.stop_gradient(prediction.astype(jnp.float32))
+    return unwanted + negative.guidance_scale * (wanted - unwanted)
 
 
 def encode_once(

@@ -25,7 +25,12 @@ OVERVIEW_COLUMNS = 4
 
 
 def _draw(
-    sd: StableDiffusion, concept: Concept, prompts: list[str], learned: Sequence[Embedding], seeds: list[int]
+    sd: StableDiffusion,
+    concept: Concept,
+    prompts: list[str],
+    learned: Sequence[Embedding],
+    seeds: list[int],
+    negative_prompt: str | list[str] | None,
 ) -> list[Image.Image]:
     config = concept.config
     assert config.validation_inference_steps is not None and config.validation_guidance_scale is not None
@@ -34,7 +39,7 @@ def _draw(
         sd.generate,
         prompts,
         embeddings=[*learned, *concept.embeddings],
-        negative_prompt=config.validation_negative_prompt,
+        negative_prompt=negative_prompt,
         num_inference_steps=config.validation_inference_steps,
         guidance_scale=config.validation_guidance_scale,
         scheduler=config.scheduler,
@@ -46,10 +51,10 @@ def _draw(
     return interruptible(draw)
 
 
-def _settings(config: TrainConfig, sd: StableDiffusion) -> dict[str, Any]:
+def _settings(config: TrainConfig, sd: StableDiffusion, negative_prompt: str | None) -> dict[str, Any]:
     """Settings stored in a picture's file, besides its prompt and seed."""
     return {
-        "negative_prompt": config.validation_negative_prompt,
+        "negative_prompt": negative_prompt,
         "num_inference_steps": config.validation_inference_steps,
         "scheduler": sd.scheduler_name(config.scheduler),
         "guidance_scale": config.validation_guidance_scale,
@@ -83,11 +88,12 @@ def save_validation(
     prompts, config = concept.validation_prompts, concept.config
     count = config.num_validation_images
     repeated = [prompt for prompt in prompts for _ in range(count)]
-    images = _draw(sd, concept, repeated, learned, _seeds(config, count) * len(prompts))
+    negative = concept.negative_prompt
+    images = _draw(sd, concept, repeated, learned, _seeds(config, count) * len(prompts), negative)
     by_prompt = [images[first : first + count] for first in range(0, len(images), count)]
     grids = [grid(pictures, min(count, OVERVIEW_COLUMNS)) for pictures in by_prompt]
     for path, prompt, picture in zip(validation_paths(concept, step), prompts, grids, strict=True):
-        settings = {"prompt": prompt, "seed": config.seed, "step": step, **_settings(config, sd)}
+        settings = {"prompt": prompt, "seed": config.seed, "step": step, **_settings(config, sd, negative)}
         save_png(path, picture, settings)
     return grids
 
@@ -106,12 +112,16 @@ def save_overview(sd: StableDiffusion, concept: Concept, learned: Sequence[Embed
     drawn_prompts = [prompt for prompt in (before, *prompts) for _ in range(columns)]
     # The same seeds in every row, so that within a column only the prompt differs.
     seeds = _seeds(config, columns) * (1 + len(prompts))
-    drawn = _draw(sd, concept, drawn_prompts, learned, seeds)
+    # Before training there is no word: one of the negative prompt is not in it.
+    negatives = [concept.negative_prompt_before_training] * columns + [concept.negative_prompt] * columns * len(prompts)
+    given = None if concept.negative_prompt is None else [negative or "" for negative in negatives]
+    drawn = _draw(sd, concept, drawn_prompts, learned, seeds, given)
     shown = [Image.fromarray(pixels) for pixels in as_uint8(concept.pictures.pixels[:columns])]
-    rows = [(f"the pictures of {concept.token}", shown), (f"{concept.prompts[0]}, before training", drawn[:columns])]
+    first = concept.in_prompts(concept.prompts[0])
+    rows = [(f"the pictures of {concept.token}", shown), (f"{first}, before training", drawn[:columns])]
     rows += [(prompt, drawn[columns * (i + 1) : columns * (i + 2)]) for i, prompt in enumerate(prompts)]
-    for index, (prompt, image) in enumerate(zip(drawn_prompts, drawn, strict=True)):
-        settings = {"prompt": prompt, "seed": seeds[index], **_settings(config, sd)}
+    for index, (prompt, negative, image) in enumerate(zip(drawn_prompts, negatives, drawn, strict=True)):
+        settings = {"prompt": prompt, "seed": seeds[index], **_settings(config, sd, negative)}
         save_png(folder / "samples" / f"overview-{index:02d}.png", image, settings)
     path = folder / OVERVIEW_FILE
     save_png(path, overview(rows), {"token": concept.token, "seed": config.seed})
@@ -137,8 +147,10 @@ def check_pictures_to_draw(model: ModelDescription, concept: CheckedConcept, log
         check_measure(model, config.evaluation_clip)
     words = {**concept.words, **{word.token: word.num_vectors for word in concept.embeddings}}
     prompts = [*concept.overview_prompts, *concept.validation_prompts]
-    check_holds(model, prompts, words, concept.token, weighted=True)
-    prompts += [concept.first_prompt_before_training, config.validation_negative_prompt or ""]
+    negative = concept.negative_prompt or ""
+    holding = prompts if concept.negative_class is None else [negative]
+    check_holds(model, holding, words, concept.token, weighted=True)
+    prompts += [concept.first_prompt_before_training, negative]
     for _ in model.prompt_tokenizers.groups(prompts, None, words, weighted=True):
         pass
     for word in model.unprovided([*concept.prompts, *prompts], words):

@@ -234,7 +234,8 @@ def test_help_tells_every_flag_with_its_doc_and_default(capsys, monkeypatch, com
         flag = text.index(f" --{field.name}")
         doc = text.index(field_docs(cls)[field.name], flag)
         if field.default not in (None, (), False):
-            assert text[doc:].startswith(f"{field_docs(cls)[field.name]} (default: {field.default})")
+            default = " ".join(map(repr, field.default)) if isinstance(field.default, tuple) else field.default
+            assert text[doc:].startswith(f"{field_docs(cls)[field.name]} (default: {default})")
     assert re.search(rf" examples?: ti-jax {' '.join(words)} ", text[doc:])
 
 

@@ -8,11 +8,11 @@ from words import sdxl_word, word
 
 from ti_jax.cli import main
 from ti_jax.config import resolve
-from ti_jax.data.concept import prepare_concept
 from ti_jax.embeddings import Embedding
 from ti_jax.embeddings.transfer import TokenTable, to_sd15, to_sdxl
 from ti_jax.errors import InputError
 from ti_jax.pipeline import StableDiffusion
+from ti_jax.training.job import prepare_concept
 
 IDS = {"red</w>": 0, "green</w>": 1, "re": 2, "<|startoftext|>": 3, "only-here</w>": 4}
 FIRST = TokenTable(IDS, np.array([[2, 0, 0], [0, 3, 0], [1, 1, 0.0], [0, 0, 1], [0, 0, 1]], np.float32))

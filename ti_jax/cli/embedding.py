@@ -340,11 +340,11 @@ def _transfer(paths: Sequence[Path], config: TransferConfig, usage: str) -> str:
     encoders = TextEncoders.from_pretrained(model, config.revision, config.variant)
     if len(encoders.modules) != 2:
         raise InputError(f"--pretrained_model_name_or_path {model}: it has one text encoder; give an SDXL model")
-    tables = [
+    first, second = (
         transfer.TokenTable(encoders.tokenizers[name].get_vocab(), encoders.token_table(name))
         for name in (transfer.FIRST, transfer.SECOND)
-    ]
-    moved, nearest = transfer.to_sdxl(embedding, *tables, model)
+    )
+    moved, nearest = transfer.to_sdxl(embedding, first, second, model)
     return f"{_write(moved, target, config.format)}\n{transfer.report(nearest)}"
 
 

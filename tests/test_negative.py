@@ -1,5 +1,6 @@
 """A word for the negative prompt: its settings, where it stands in prompts, and what is drawn and told of it."""
 
+import shutil
 from dataclasses import replace
 
 import jax
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 
 import ti_jax
-from ti_jax.config import TrainConfig, resolve
+from ti_jax.config import ASSETS, TrainConfig, resolve
 from ti_jax.data.concept import read_inputs
 from ti_jax.data.dataset import make_dataset
 from ti_jax.embeddings import Embedding
@@ -161,8 +162,8 @@ def test_the_model_card_says_how_to_use_it(tmp_path):
     assert '- text: "a photo of a hand"\n  parameters:\n    negative_prompt: "<bad>"\n  output:' in card
 
 
-def test_several_words_are_not_learned_for_the_negative_prompt_at_once(config):
-    configs = [resolve(config), resolve(replace(config, placeholder_token="<other>"))]
-    inputs = [read_inputs(each, print) for each in configs]
-    with pytest.raises(InputError, match=r"^--learn_negative: a run of several words cannot learn them for the negat"):
-        load_model_and_concepts(configs, inputs, print)
+def test_it_is_learned_alone(tmp_path):
+    for name in ("ana", "ben"):
+        shutil.copytree(ASSETS / "concepts" / name, tmp_path / name)
+    with pytest.raises(InputError, match=r"^--concepts .* and --learn_negative: a word for the negative prompt is lea"):
+        resolve(TrainConfig(concepts=str(tmp_path), learn_negative=True))

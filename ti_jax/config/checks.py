@@ -117,6 +117,11 @@ def _check_negative(config: TrainConfig) -> None:
                     f"--learn_negative, too, or leave it out"
                 )
         return
+    if config.concepts is not None:
+        raise InputError(
+            f"--concepts {config.concepts} and --learn_negative: a word for the negative prompt is learned alone; "
+            f"leave one of the two out"
+        )
     if config.keep_best is not None:
         raise InputError(
             f"--keep_best {config.keep_best}: pictures with the word of --learn_negative should not be like those that "

@@ -251,10 +251,6 @@ def check_concepts(
                 f"placeholder {config.placeholder_token!r} is also the word of one of --embeddings; choose another"
             )
     words = {str(config.placeholder_token): config.num_vectors for config in configs} | others
-    if len(configs) > 1 and configs[0].learn_negative:
-        raise InputError(
-            "--learn_negative: a run of several words cannot learn them for the negative prompt; learn each alone"
-        )
     return [check_concept(config, model, each, words, log) for config, each in zip(configs, inputs, strict=True)]
 
 

@@ -34,6 +34,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _CACHE = tempfile.TemporaryDirectory(prefix="ti_jax-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+# Not the user's own moments.
+os.environ.setdefault("TI_JAX_CACHE", os.environ["JAX_COMPILATION_CACHE_DIR"] + "-ti_jax")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 NO_OPTIMISATIONS = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 

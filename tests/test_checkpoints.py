@@ -140,7 +140,7 @@ def test_a_checkpoint_from_before_a_setting_was_an_entry_has_its_default(tmp_pat
 def test_the_fingerprint_has_what_the_rows_depend_on(short_run):
     def of(config):
         return fingerprint(
-            config, model_identity="m", prediction_type="epsilon", dtype=np.float32, pixels=np.zeros(3),
+            config, model_identity="m", prediction_type="epsilon", dtype=np.float32, pictures="p", masks=None,
             prompts=["a"], words={"<x>": 1}, initializer_embedding=None, embeddings=None, global_batch=1,
             total_steps=10,
         )  # fmt: skip

@@ -13,7 +13,7 @@ import pytest
 
 from ti_jax.cli import embedding, main
 from ti_jax.cli.flags import NO_COUNTERPART, field_docs, parse
-from ti_jax.config import EvaluateConfig, InferConfig, PlanConfig, TrainConfig
+from ti_jax.config import DataConfig, EvaluateConfig, InferConfig, PlanConfig, TrainConfig
 from ti_jax.config.rates import RATE
 from ti_jax.config.yaml import strip_optional
 from ti_jax.errors import InputError
@@ -21,6 +21,7 @@ from ti_jax.errors import InputError
 ROOT = Path(__file__).parents[1]
 COMMANDS = {
     "train": TrainConfig, "infer": InferConfig, "evaluate FILE": EvaluateConfig, "plan": PlanConfig,
+    "data DIR": DataConfig,
     "verify FILE": main.VerifyConfig,
     **{f"embedding {name} {files}": cls for name, (_, cls, files, _) in embedding.COMMANDS.items()},
 }  # fmt: skip
@@ -292,12 +293,13 @@ def test_help_into_a_closed_pipe_is_quiet():
     [
         (
             "-m ti_jax",
-            "ti-jax: error: no command given; one of train, infer, evaluate, plan, verify, embedding, or ti-jax --help",
+            "ti-jax: error: no command given; one of train, infer, evaluate, plan, data, verify, embedding, or ti-jax "
+            "--help",
         ),
         ("-m ti_jax trian", "ti-jax: error: unknown command 'trian'; did you mean train?"),
         (
             "-m ti_jax xyz --seed",
-            "ti-jax: error: unknown command 'xyz'; known are train, infer, evaluate, plan, verify, embedding",
+            "ti-jax: error: unknown command 'xyz'; known are train, infer, evaluate, plan, data, verify, embedding",
         ),
         ("-m ti_jax train --sed 1", "ti-jax: error: unknown flag --sed; did you mean --seed?"),
         (

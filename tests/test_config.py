@@ -15,6 +15,7 @@ from ti_jax.config import (
     ASSETS,
     DEMO_CONFIG,
     STABLE_DIFFUSION_DEFAULTS,
+    DataConfig,
     EvaluateConfig,
     InferConfig,
     PlanConfig,
@@ -23,6 +24,7 @@ from ti_jax.config import (
     dump_yaml,
     load_yaml,
     resolve,
+    resolve_data,
     resolve_evaluate,
     resolve_infer,
     resolve_plan,
@@ -158,6 +160,7 @@ def test_infer_defaults_follow_the_model():
 CONFIGS_OF = {  # of each config class what checks it, and values that it must have
     TrainConfig: (resolve, OTHER),
     PlanConfig: (resolve_plan, {"pretrained_model_name_or_path": "some/model"}),
+    DataConfig: (resolve_data, {}),
     # With a model, because the embedded one has no revision or variant.
     InferConfig: (resolve_infer, {"prompt": ("a",), "pretrained_model_name_or_path": "some/model"}),
     EvaluateConfig: (resolve_evaluate, {"train_data_dir": "cat", "pretrained_model_name_or_path": "some/model"}),
@@ -234,7 +237,8 @@ def test_paths_have_their_home_folder_and_any_bytes(cls, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     paths = {name for name, about in settings_of(cls).items() if about.path is not None}
     hints = typing.get_type_hints(cls)
-    for name in paths - {"output", "output_dir"}:  # which have a suffix, or must be UTF-8 for a library
+    # These have a suffix, or must be UTF-8 for a library.
+    for name in paths - {"output", "output_dir", "contact_sheet"}:
         many = typing.get_origin(strip_optional(hints[name])[0]) is tuple
         value = getattr(resolved(cls, **{name: ("~/a\udce9",) if many else "~/a\udce9"}), name)
         if CONFIGS_OF[cls][0] is not None:

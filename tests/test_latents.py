@@ -26,7 +26,7 @@ def test_large_pictures_are_encoded_one_at_a_time(resolution, count, batches):
     """SDXL's: four at 1024 pixels would need seven times the memory of one."""
     pixels = np.random.default_rng(0).uniform(-1, 1, (count, resolution, resolution, 3)).astype(np.float32)
     encoder = Encoder()
-    moments = np.asarray(encode_moments(encoder, pixels, with_mirrored=True))
+    moments = np.asarray(encode_moments(encoder, [pixels], with_mirrored=True))
     assert encoder.batches == batches and encode_batch(resolution, 2 * count) == batches[0]
     assert moments.shape == (count, 2, resolution // 8, resolution // 8, 4)
     for index in range(count):
@@ -37,7 +37,7 @@ def test_large_pictures_are_encoded_one_at_a_time(resolution, count, batches):
 def test_the_size_of_a_batch_changes_nothing_but_rounding():
     sd = StableDiffusion.from_pretrained()
     pixels = np.random.default_rng(0).uniform(-1, 1, (2, 32, 32, 3)).astype(np.float32)
-    moments = np.asarray(encode_moments(sd, pixels, with_mirrored=True))
+    moments = np.asarray(encode_moments(sd, [pixels], with_mirrored=True))
     assert encode_batch(32, 4) == ENCODE_BATCH
     alone = np.concatenate([np.asarray(sd.encode_image(picture[None])) for picture in pixels])
     assert moments.shape == (2, 2, 4, 4, 8)

@@ -113,17 +113,27 @@ def enable_compilation_cache() -> None:
     joined = jax.distributed.is_initialized()
     if not may_cache(jax.process_count() if joined else 1, jax.default_backend() if joined else None):
         return
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ti_jax" / "xla"
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_oldest(folder, CACHE_BYTES)
-    except (OSError, RuntimeError):  # no home folder, or it cannot be written: no cache
-        return
-    if not os.access(folder, os.W_OK):
+    folder = cache_folder("xla", CACHE_BYTES)
+    if folder is None:
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def cache_folder(name: str, limit: int) -> Path | None:
+    """The folder ``~/.cache/ti_jax/NAME``, reduced to ``limit`` bytes; None if it cannot be written.
+
+    ``~/.cache`` is another folder where XDG_CACHE_HOME says so, ``~/.cache/ti_jax`` where TI_JAX_CACHE does.
+    """
+    try:
+        general = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(os.environ.get("TI_JAX_CACHE") or Path(general) / "ti_jax") / name
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_oldest(folder, limit)
+    except (OSError, RuntimeError):  # no home folder, or another process removes the same files: no cache
+        return None
+    return folder if os.access(folder, os.W_OK) else None
 
 
 def may_cache(processes: int, platform: str | None) -> bool:

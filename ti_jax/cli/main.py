@@ -1,5 +1,5 @@
-"""The commands: ``ti-jax train`` (``train.py``), ``infer`` (``infer.py``), ``evaluate``, ``plan``, ``verify`` and
-``embedding``.
+"""The commands: ``ti-jax train`` (``train.py``), ``infer`` (``infer.py``), ``evaluate``, ``plan``, ``data``,
+``verify`` and ``embedding``.
 
 JAX is imported inside the commands, after the command line has been checked.
 """
@@ -11,16 +11,18 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ti_jax import __version__
 from ti_jax.config import (
+    DataConfig,
     EvaluateConfig,
     InferConfig,
     PlanConfig,
     TrainConfig,
     check_fields,
     resolve,
+    resolve_data,
     resolve_evaluate,
     resolve_infer,
 )
@@ -68,6 +70,13 @@ examples:
 """
 
 
+DATA_EXAMPLES = """\
+examples:
+  ti-jax data me/
+  ti-jax data cat/ --resolution 512 --alpha_mask --contact_sheet cat.png
+"""
+
+
 @dataclass(frozen=True)
 class VerifyConfig:
     """Load a learned word into diffusers on PyTorch, and compare a prompt's encoding with ti_jax's."""
@@ -89,8 +98,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "ti-jax") -> int:
       prog: the program's name in messages; for a script, such as ``train.py``, the command is left out.
 
     Returns:
-      0; 1 if ``verify`` finds a difference; 2 after an `InputError`, which is printed on one line of stderr; 130 if
-      interrupted.
+      0; 1 if ``verify`` finds a difference, or ``data`` a picture that a run would stop at; 2 after an `InputError`,
+      which is printed on one line of stderr; 130 if interrupted.
 
     Raises:
       SystemExit: with status 0 after a command's ``--help``, with 141 when the reader of stdout has left.
@@ -225,6 +234,23 @@ def _plan(args: Sequence[str], prog: str) -> int:
     return 0
 
 
+def _data(args: Sequence[str], prog: str) -> int:
+    from ti_jax.cli.flags import NO_COUNTERPART, parse
+
+    folder, flags = _file_and_flags(args)
+    with _output():
+        config = parse(DataConfig, flags, prog=f"{prog} DIR", examples=DATA_EXAMPLES, no_counterpart=NO_COUNTERPART)
+    config = replace(config, train_data_dir=folder or config.train_data_dir)
+    if config.train_data_dir is None:
+        raise InputError(f"the folder is missing: {prog} DIR, with the flags after it")
+    from ti_jax.cli.data import survey
+
+    found = survey(resolve_data(config))
+    with _output():
+        print(*found.lines(), sep="\n")
+    return 1 if found.refused else 0
+
+
 def _file_and_flags(args: Sequence[str]) -> tuple[str, Sequence[str]]:
     """The embedding file, which comes first ("" if there is none), and the flags after it."""
     return ("", args) if not args or args[0].startswith("-") else (args[0], args[1:])
@@ -279,6 +305,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str], str], int], str]] = {
         "Score a learned word: is it the concept, and are prompts still followed?",
     ),
     "plan": (_plan, "Estimate memory and time of a training run, on this machine or a TPU slice, without running it."),
+    "data": (_data, "Show what a run would see in a folder of pictures: a table and a contact sheet, without a model."),
     "verify": (_verify, "Check that diffusers on PyTorch loads a learned word and encodes it as ti_jax does."),
     "embedding": (
         _embedding,

@@ -13,6 +13,7 @@ from ti_jax.config.defaults import (
     PAPER_STEPS,
     STABLE_DIFFUSION_DEFAULTS,
     resolve,
+    resolve_data,
     resolve_evaluate,
     resolve_infer,
     resolve_plan,
@@ -20,7 +21,7 @@ from ti_jax.config.defaults import (
 from ti_jax.config.evaluate import EvaluateConfig
 from ti_jax.config.infer import InferConfig, VaeTiling
 from ti_jax.config.model import ModelSettings, ModelSource
-from ti_jax.config.train import Checkpointing, PlanConfig, TrainConfig
+from ti_jax.config.train import Checkpointing, DataConfig, PlanConfig, TrainConfig
 from ti_jax.config.yaml import dump_yaml, load_yaml
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "PAPER_STEPS",
     "STABLE_DIFFUSION_DEFAULTS",
     "Checkpointing",
+    "DataConfig",
     "EvaluateConfig",
     "InferConfig",
     "ModelSettings",
@@ -42,6 +44,7 @@ __all__ = [
     "dump_yaml",
     "load_yaml",
     "resolve",
+    "resolve_data",
     "resolve_evaluate",
     "resolve_infer",
     "resolve_plan",

@@ -18,7 +18,7 @@ from ti_jax.config.concepts import concept_configs, slug
 from ti_jax.config.evaluate import EvaluateConfig
 from ti_jax.config.fields import setting_of
 from ti_jax.config.infer import InferConfig
-from ti_jax.config.train import PlanConfig, TrainConfig
+from ti_jax.config.train import DataConfig, PlanConfig, TrainConfig
 from ti_jax.config.yaml import load_yaml, switched
 from ti_jax.errors import InputError
 
@@ -119,6 +119,19 @@ def resolve_plan(config: PlanConfig) -> PlanConfig:
     defaults = _model_defaults(config.pretrained_model_name_or_path) | _optimizer_defaults(config)
     config = _plain(_filled(config, defaults))
     check_train(config)
+    return config
+
+
+def resolve_data(config: DataConfig) -> DataConfig:
+    """As `resolve`, for looking at pictures: neither model nor words are needed. A resolution that is left out is the
+    embedded model's, or with another model 512.
+
+    Raises:
+      InputError: a value that cannot be.
+    """
+    resolution = 64 if config.pretrained_model_name_or_path is None else 512
+    config = _plain(_filled(config, {"resolution": resolution}))
+    check_fields(config)
     return config
 
 

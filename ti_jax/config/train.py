@@ -16,6 +16,7 @@ from ti_jax.config.rules import (
     LEARNING_RATE,
     NOT_NEGATIVE,
     NOT_ONE,
+    PNG,
     POSITIVE,
     RANGE,
     SEED,
@@ -68,6 +69,20 @@ class TrainConfig(ModelSettings):
     """Chance that a picture is mirrored when it is drawn; 0 for subjects that have a left and a right."""
     skip_bad_images: bool = False
     """Go on without pictures that cannot be read, naming each, instead of stopping."""
+    augment: bool = setting(False, fingerprint=True)
+    """Learn from eight views of each picture, the plain one and seven that are cropped a little and have slightly other
+    brightness, contrast and colour. Against learning a picture's frame and light with the concept."""
+
+    # -- masks: white is learned from; NAME.mask.png or NAME-masklabel.png beside a picture NAME is used if it is there
+    mask_dir: str | None = setting(None, TEXT, path="input")
+    """Folder with masks: NAME.png for a picture NAME."""
+    alpha_mask: bool = False
+    """Take the pictures' own alpha channels as masks, where there is no file with one."""
+    auto_mask: bool = False
+    """Cut out the subjects of pictures without a mask; needs the extra `rembg`, which fetches its model once."""
+    unmasked_weight: float = setting(0.0, CHANCE, fingerprint=True)
+    """Weight of the loss outside the masks, from 0 to 1, where it has 1 inside. A little lets the word keep a sense of
+    the whole picture."""
 
     # -- concepts
     concepts: str | None = setting(None, TEXT, path="input")
@@ -254,3 +269,12 @@ class PlanConfig(TrainConfig):
     largest_batch: bool = False
     """Also look for the largest --train_batch_size that fits, with --gradient_checkpointing full where that is left
     out; this compiles the step several times."""
+
+
+@dataclass(frozen=True)
+class DataConfig(TrainConfig):
+    """What would a training run see? A table of the pictures with size, crop, caption, mask and problems, and a contact
+    sheet. Takes the settings of train.py, of which those about pictures count; no model is read."""
+
+    contact_sheet: str = setting("contact_sheet.png", PNG, path="output")
+    """Where the contact sheet is written, a .png file."""

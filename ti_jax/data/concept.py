@@ -15,6 +15,7 @@ import numpy as np
 
 from ti_jax.config import TrainConfig
 from ti_jax.data.folder import Pictures, load_images, picture_paths
+from ti_jax.data.masks import make_mask_reader
 from ti_jax.embeddings import Embedding, check_fits
 from ti_jax.embeddings.embedding import NEGATIVE_CLASS
 from ti_jax.embeddings.naming import load_given
@@ -206,12 +207,15 @@ def read_all_inputs(configs: Sequence[TrainConfig], log: LogLine) -> list[Inputs
 
 def _load_pictures(config: TrainConfig, resolution: int, log: LogLine) -> Pictures:
     assert config.train_data_dir is not None, "the config is resolved"
+    paths = picture_paths(config.train_data_dir)
     return load_images(
         config.train_data_dir,
         resolution,
         center_crop=config.center_crop,
         skip_bad=config.skip_bad_images,
         on_skip=log,
+        masks=make_mask_reader(config, Path(config.train_data_dir), paths),
+        augment=config.seed if config.augment else None,
     )
 
 

@@ -12,8 +12,10 @@ import numpy as np
 
 from ti_jax.config import TrainConfig
 from ti_jax.data.concept import Concept
-from ti_jax.data.folder import Pictures, crop_box
+from ti_jax.data.folder import Pictures
 from ti_jax.data.latents import encode_moments
+from ti_jax.data.masks import Masks
+from ti_jax.data.moments_cache import MomentsCache
 from ti_jax.pipeline import StableDiffusion
 
 
@@ -50,14 +52,19 @@ class Negative(NamedTuple):
     guidance_scale: jax.Array  # float32 scalar
 
 
-def make_dataset(config: TrainConfig, sd: StableDiffusion, concepts: Sequence[Concept], in_batch: int = 1) -> Dataset:
+def make_dataset(
+    config: TrainConfig,
+    sd: StableDiffusion,
+    concepts: Sequence[Concept],
+    in_batch: int = 1,
+    cache: MomentsCache | None = None,
+) -> Dataset:
     """Encode the pictures of a run's concepts with the VAE, and tokenize the prompts.
 
     Args:
-      in_batch: number of concepts in a batch.
+      in_batch: number of concepts in a batch. cache: of moments; None: all pictures are encoded.
     """
     vae = sd.networks.vae.config
-    pixels = np.concatenate([concept.pictures.pixels for concept in concepts])
     prompts = [concept.in_prompts(prompt) for concept in concepts for prompt in concept.prompts]
     negative = None
     if config.learn_negative:
@@ -65,7 +72,9 @@ def make_dataset(config: TrainConfig, sd: StableDiffusion, concepts: Sequence[Co
         ids = jax.tree.map(jnp.asarray, sd.tokenize([concept.token], concept.words))
         negative = Negative(ids, jnp.float32(config.negative_guidance_scale))
     return Dataset(
-        moments=encode_moments(sd, pixels, with_mirrored=config.flip_probability > 0),
+        moments=jnp.asarray(
+            encode_moments(sd, [concept.pictures.pixels for concept in concepts], config.flip_probability > 0, cache)
+        ),
         ids=jax.tree.map(jnp.asarray, sd.tokenize(prompts, concepts[0].words)),
         prompts_of=jnp.asarray(joined([(len(each.prompts), each.prompts_of) for each in concepts])),
         entries=jnp.asarray(joined([(len(each.pictures.pixels), each.entries[:, None]) for each in concepts])[:, 0]),
@@ -73,6 +82,7 @@ def make_dataset(config: TrainConfig, sd: StableDiffusion, concepts: Sequence[Co
         flip_probability=jnp.float32(config.flip_probability),
         latent_scale=jnp.float32(vae.scaling_factor),
         latent_shift=jnp.float32(vae.shift_factor or 0.0),
+        masks=mask_weights(config, sd, [concept.pictures for concept in concepts]),
         sharing=sharing([len(each.entries) for each in concepts], in_batch) if len(concepts) > 1 else None,
         negative=negative,
     )
@@ -82,6 +92,22 @@ def sharing(entries: Sequence[int], in_batch: int) -> Sharing:
     """The sharing of batches by concepts with so many entries each, ``in_batch`` of them in a batch."""
     start = np.cumsum([0, *entries[:-1]])
     return Sharing(jnp.asarray(start, jnp.int32), jnp.asarray(entries, jnp.int32), jnp.int32(in_batch))
+
+
+def mask_weights(config: TrainConfig, sd: StableDiffusion, sets: Sequence[Pictures]) -> jax.Array | None:
+    """Weights of the loss for pictures of one size, float32 [N, 2, h, w], see `Dataset`; None if none has a mask."""
+    if all(pictures.masks is None for pictures in sets):
+        return None
+    masks = [pictures.masks or Masks(pictures.pixels.shape[1:3], [None] * len(pictures.names)) for pictures in sets]
+    weights = np.concatenate([each.weights(sd.networks.latent_factor, config.unmasked_weight) for each in masks])
+    return jnp.asarray(np.stack([weights, weights[:, :, ::-1]], axis=1))
+
+
+def digest_of_masks(sets: Sequence[Pictures]) -> str | None:
+    """A hash of the masks of all pictures; None if none has one."""
+    if all(pictures.masks is None for pictures in sets):
+        return None
+    return " ".join("none" if pictures.masks is None else pictures.masks.digest for pictures in sets)
 
 
 def joined(tables: Sequence[tuple[int, np.ndarray]]) -> np.ndarray:
@@ -105,7 +131,7 @@ def time_ids(pictures: Pictures) -> np.ndarray:
     """
     sizes, offsets, target = pictures.original_sizes, pictures.crop_offsets, pictures.pixels.shape[1:3]
     # If the overhang is odd, one pixel more is cut on the right than on the left; mirrored, on the left.
-    boxes = np.array([crop_box((width, height), target) for height, width in sizes.tolist()])
+    boxes = pictures.crop_boxes
     right = np.round((sizes[:, 1] - boxes[:, 2]) * target[1] / (boxes[:, 2] - boxes[:, 0])).astype(offsets.dtype)
     mirrored = np.stack([offsets[:, 0], right], axis=1)
     targets = np.full((len(sizes), 2), target)

@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from ti_jax.data.augment import PLAIN, Variation, variations
 from ti_jax.data.buckets import Shape, nearest_shape, shape_name
 from ti_jax.data.formats import format_by_content, format_by_suffix, readable_suffixes, remedy
+from ti_jax.data.masks import WHITE, MaskReader, Masks, cropped_mask, orphans, picture_of
+from ti_jax.data.on_demand import IN_MEMORY, OnDemand, Pixels, digest_of
 from ti_jax.data.reading import read_picture
 from ti_jax.errors import InputError, listed
 
@@ -28,20 +33,31 @@ class Pictures(NamedTuple):
     """Pictures of one size: squares, or those of a bucket.
 
     Attributes:
-      pixels: float32 [N, H, W, 3] in [-1, 1].
+      pixels: float32 [N, H, W, 3] in [-1, 1]; those of a large set are read again whenever they are needed.
       names: the files' names.
       original_sizes: int32 [N, 2], height and width in pixels before scaling, upright.
       crop_offsets: int32 [N, 2], what the crop cut at the top and at the left, in pixels after scaling.
+      crop_boxes: int32 [N, 4], left, top, right and bottom of the crop, in pixels before scaling.
+      masks: which parts are learned from; None: all of every picture.
       buckets: the same pictures in their buckets; empty if they are learned from as squares.
+      views: views of each file: the plain pictures come first, then each file's second view, and so on.
 
     Sizes and offsets are inputs of SDXL (``original_size`` and ``crops_coords_top_left``).
     """
 
-    pixels: np.ndarray
+    pixels: Pixels
     names: tuple[str, ...]
     original_sizes: np.ndarray
     crop_offsets: np.ndarray
+    crop_boxes: np.ndarray
+    masks: Masks | None = None
     buckets: tuple[Bucket, ...] = ()
+    views: int = 1
+
+    @property
+    def files(self) -> int:
+        """Number of different pictures, of which each has one view or several."""
+        return len(self.names) // self.views
 
 
 class Bucket(NamedTuple):
@@ -62,6 +78,8 @@ def load_images(
     skip_bad: bool = False,
     on_skip: Callable[[str], None] = _say,
     shapes: Sequence[Shape] = (),
+    masks: MaskReader | None = None,
+    augment: int | None = None,
 ) -> Pictures:
     """Load every picture directly in ``folder``, sorted by name, as squares of ``resolution`` pixels.
 
@@ -79,18 +97,24 @@ def load_images(
         are enlarged a lot, and one for those that are mostly cropped away. With ``shapes`` also one for the buckets,
         and every picture that is enlarged is named.
       shapes: of the buckets; each picture is also cropped, as above, to the one with the nearest aspect ratio.
+      masks: reads the pictures' masks; files named like masks are never pictures, with or without it.
+      augment: seed of further views of each picture (`ti_jax.data.augment`); None: only the plain one.
 
     Raises:
       InputError: no such folder, or it cannot be read; no picture in it; a file that cannot be read, is truncated, is
         not a picture, has a side of less than `MIN_SIDE` pixels, or more pixels than twice
-        ``PIL.Image.MAX_IMAGE_PIXELS`` (179 million by default), which is checked before decoding.
+        ``PIL.Image.MAX_IMAGE_PIXELS`` (179 million by default), which is checked before decoding. A mask that has no
+        white pixel or another size than its picture.
     """
-    paths = picture_paths(folder)
+    paths = [path for path in picture_paths(folder) if masks is None or not masks.holds(path)]
     if unread := unread_pictures(folder):
         on_skip(f"left out: {unread}")
-    squares: list[_Cropped] = []
-    in_bucket: dict[Shape, list[int]] = {shape: [] for shape in shapes}
-    in_shape: list[_Cropped] = []
+    if lost := orphans(_files(folder), paths):
+        on_skip(lost)
+    views = 1 if augment is None else len(variations(augment, ""))
+    keep = len(paths) * views * resolution**2 * 12 <= IN_MEMORY
+    squares: list[list[_Cropped]] = [[] for _ in range(views)]
+    in_shape: list[list[_Cropped]] = [[] for _ in range(views)]
     for path in paths:
         try:
             image = read_picture(path)
@@ -104,19 +128,29 @@ def load_images(
                 raise InputError(f"{error}; mend or remove it, or go on without it with --skip_bad_images") from error
             on_skip(f"left out: {error}")
             continue
-        squares.append(_cropped(path.name, image, (resolution, resolution), center_crop))
-        if shapes:
-            shape = nearest_shape(*image.size, shapes)
-            in_bucket[shape].append(len(in_shape))
-            in_shape.append(_cropped(path.name, image, shape, center_crop))
-    if not squares:
+        mask = None if masks is None else masks.read(path, image)
+        for view, variation in enumerate([PLAIN] if augment is None else variations(augment, path.name)):
+            crop = _Crop(path, center_crop, variation)
+            squares[view].append(_cropped(crop, image, mask, (resolution, resolution), keep))
+            if shapes:
+                in_shape[view].append(_cropped(crop, image, mask, nearest_shape(*image.size, shapes), keep))
+    if not squares[0]:
         raise InputError(f"{folder}: not one of its {len(paths)} pictures can be used")
-    pictures = _together(squares)
+    pictures = _together(list(chain(*squares)), views)
+    if pictures.masks is not None:
+        plain = len(squares[0])
+        found = sum(each.mask is not None for each in squares[0])
+        rest = "" if found == plain else "; the others are learned from as a whole"
+        on_skip(f"masks: used for {found} of {plain} pictures{rest}")
     if not shapes:
         _report_sizes(pictures, resolution, on_skip)
         return pictures
+    in_bucket: dict[Shape, list[int]] = {shape: [] for shape in shapes}
+    all_in_shape = list(chain(*in_shape))
+    for index, each in enumerate(all_in_shape):
+        in_bucket[each.shape].append(index)
     buckets = tuple(
-        Bucket(np.array(indices, np.int32), _together([in_shape[index] for index in indices]))
+        Bucket(np.array(indices, np.int32), _together([all_in_shape[index] for index in indices], views))
         for indices in in_bucket.values()
         if indices
     )
@@ -124,30 +158,72 @@ def load_images(
     return pictures._replace(buckets=buckets)
 
 
+class _Crop(NamedTuple):
+    """How a view of a picture is made."""
+
+    path: Path
+    center_crop: bool
+    variation: Variation
+
+    def pixels(self, image: Image.Image, shape: Shape) -> np.ndarray:
+        """Of the picture that was read, float32 [H, W, 3]."""
+        cropped, _ = cropped_to(image, shape, self.center_crop, self.variation.box(crop_box(image.size, shape)))
+        # In float64, as in diffusers; rounded once, at the end.
+        return (np.asarray(self.variation.jittered(cropped)) / 127.5 - 1.0).astype(np.float32)
+
+    def read(self, shape: Shape) -> np.ndarray:
+        """Read the picture again."""
+        return self.pixels(read_picture(self.path), shape)
+
+
 class _Cropped(NamedTuple):
-    """One picture of `Pictures`."""
+    """One view of `Pictures`; its pixels if they are kept in memory, else their hash."""
 
-    pixels: np.ndarray
-    name: str
+    crop: _Crop
+    shape: Shape
+    pixels: np.ndarray | None
+    digest: str
     original_size: tuple[int, int]
-    crop_offset: tuple[int, int]
+    box: tuple[int, int, int, int]
+    mask: bytes | None
 
 
-def _cropped(name: str, image: Image.Image, shape: Shape, center_crop: bool) -> _Cropped:
-    cropped, offset = cropped_to(image, shape, center_crop)
-    # In float64, as in diffusers; rounded once, at the end.
-    pixels = (np.asarray(cropped) / 127.5 - 1.0).astype(np.float32)
-    return _Cropped(pixels, name, (image.height, image.width), offset)
+def _cropped(crop: _Crop, image: Image.Image, mask: Image.Image | None, shape: Shape, keep: bool) -> _Cropped:
+    box = crop.variation.box(crop_box(image.size, shape))
+    packed = None
+    if mask is not None:
+        part = cropped_mask(mask, box, shape)
+        if part.max() < WHITE and crop.variation != PLAIN:  # the little that is white is at the edge
+            return _cropped(crop._replace(variation=PLAIN), image, mask, shape, keep)
+        if part.max() < WHITE:
+            raise InputError(
+                f"{crop.path}: nothing is white in the part of its mask that is left after cropping to "
+                f"{shape_name(shape)} pixels; crop the picture and its mask to the part that matters"
+            )
+        packed = Masks.pack(part)
+    pixels = crop.pixels(image, shape)
+    kept, digest = (pixels, "") if keep else (None, digest_of(pixels))
+    return _Cropped(crop, shape, kept, digest, (image.height, image.width), box, packed)
 
 
-def _together(pictures: list[_Cropped]) -> Pictures:
-    pixels, names, sizes, offsets = zip(*pictures, strict=True)
-    return Pictures(np.stack(pixels), names, np.array(sizes, np.int32), np.array(offsets, np.int32))
+def _together(crops: list[_Cropped], views: int) -> Pictures:
+    shape = crops[0].shape
+    kept = [each.pixels for each in crops if each.pixels is not None]
+    make = [partial(each.crop.read, shape) for each in crops]
+    return Pictures(
+        pixels=np.stack(kept) if kept else OnDemand(make, (*shape, 3), [each.digest for each in crops]),
+        names=tuple(each.crop.path.name for each in crops),
+        original_sizes=np.array([each.original_size for each in crops], np.int32),
+        crop_offsets=np.array([offset_of(each.box, shape) for each in crops], np.int32),
+        crop_boxes=np.array([each.box for each in crops], np.int32),
+        masks=Masks(shape, [each.mask for each in crops]) if any(each.mask for each in crops) else None,
+        views=views,
+    )
 
 
 def _report_sizes(pictures: Pictures, resolution: int, report: Callable[[str], None]) -> None:
     """Report the pictures that are too small for ``resolution``, and those that are too narrow."""
-    sides = list(zip(pictures.names, pictures.original_sizes, strict=True))
+    sides = list(zip(pictures.names, pictures.original_sizes, strict=True))[: pictures.files]
     small = [name for name, size in sides if min(size) * MAX_SCALE < resolution]
     narrow = [name for name, size in sides if min(size) * MAX_SCALE < max(size)]
     if small:
@@ -167,13 +243,15 @@ def _report_buckets(buckets: Sequence[Bucket], report: Callable[[str], None]) ->
     enlarged, narrow = [], []
     for bucket in buckets:
         shape = bucket.pictures.pixels.shape[1:3]
-        for name, (height, width) in zip(bucket.pictures.names, bucket.pictures.original_sizes.tolist(), strict=True):
+        plain = bucket.pictures.files
+        sizes = bucket.pictures.original_sizes[:plain].tolist()
+        for name, (height, width) in zip(bucket.pictures.names[:plain], sizes, strict=True):
             left, top, right, bottom = crop_box((width, height), shape)
             if shape[1] > right - left:
                 enlarged.append(f"{name} {shape[1] / (right - left):.1f} times")
             if 2 * (right - left) * (bottom - top) < width * height:
                 narrow.append(name)
-    counts = (f"{len(each.indices)} of {shape_name(each.pictures.pixels.shape[1:3])}" for each in buckets)
+    counts = (f"{each.pictures.files} of {shape_name(each.pictures.pixels.shape[1:3])}" for each in buckets)
     report(f"pictures in buckets: {', '.join(counts)} pixels")
     if enlarged:
         report(
@@ -204,7 +282,7 @@ def picture_paths(folder: str | Path) -> list[Path]:
     """
     suffixes = readable_suffixes()
     # A broken link is kept, so that reading it is an error: it once pointed to a picture.
-    paths = [path for path in _files(folder) if path.suffix.lower() in suffixes]
+    paths = [path for path in _files(folder) if path.suffix.lower() in suffixes and picture_of(path.name) is None]
     if not paths:
         unread = unread_pictures(folder)
         raise InputError(
@@ -272,12 +350,23 @@ def crop_box(size: tuple[int, int], shape: Shape) -> tuple[int, int, int, int]:
     return left, top, left + cut_width, top + cut_height
 
 
-def cropped_to(image: Image.Image, shape: Shape, center_crop: bool) -> tuple[Image.Image, tuple[int, int]]:
+def offset_of(box: tuple[int, int, int, int], shape: Shape) -> tuple[int, int]:
+    """What a crop to ``box`` cuts at the top and at the left, in pixels after it is scaled to ``shape``."""
+    left, top, right, bottom = box
+    return round(top * shape[0] / (bottom - top)), round(left * shape[1] / (right - left))
+
+
+def cropped_to(
+    image: Image.Image, shape: Shape, center_crop: bool, box: tuple[int, int, int, int] | None = None
+) -> tuple[Image.Image, tuple[int, int]]:
     """Crop the centred part of a picture that has a shape's aspect ratio and resize it to the shape, see `load_images`;
     also returns its (top, left) in pixels after scaling.
+
+    Args:
+      box: another part: left, top, right and bottom.
     """
     rows, columns = shape
-    left, top, right, bottom = box = crop_box(image.size, shape)
+    left, _, right, _ = box = box or crop_box(image.size, shape)
     if center_crop:
         cropped = image.crop(box).resize((columns, rows), Image.Resampling.BICUBIC)
     else:
@@ -285,4 +374,4 @@ def cropped_to(image: Image.Image, shape: Shape, center_crop: bool) -> tuple[Ima
         down = right - left > columns
         kind = Image.Resampling.LANCZOS if down else Image.Resampling.BICUBIC
         cropped = image.resize((columns, rows), kind, box=box)
-    return cropped, (round(top * rows / (bottom - top)), round(left * columns / (right - left)))
+    return cropped, offset_of(box, shape)

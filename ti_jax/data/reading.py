@@ -7,7 +7,7 @@ import io
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -46,6 +46,9 @@ _UPRIGHT = {
 }
 
 
+_NONE = Image.new("1", (1, 1))
+
+
 def read_picture(path: Path) -> Image.Image:
     """Read a picture in 8-bit sRGB, upright, with transparent parts on white; of an animation, the first frame.
 
@@ -55,16 +58,31 @@ def read_picture(path: Path) -> Image.Image:
     Raises:
       InputError: it cannot be read. The message has no remedy, because that depends on the caller.
     """
+    return _read(path, to_rgb)
+
+
+def read_alpha(path: Path) -> Image.Image | None:
+    """The alpha channel of a picture, upright, in 8-bit grey; None if it has none.
+
+    Raises:
+      InputError: as `read_picture`.
+    """
+    # An image of mode "1" says that there is none: a mask of mode "L" is read in the same pass.
+    found = _read(path, lambda image: image.convert("RGBA").getchannel("A") if image.has_transparency_data else _NONE)
+    return None if found.mode == "1" else found
+
+
+def _read(path: Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     readable_suffixes()  # registers the formats
     try:
         try:
-            return _decoded(path)
+            return _decoded(path, convert)
         except (Image.DecompressionBombError, PermissionError, FileNotFoundError):
             raise
         except _BROKEN:
             for content in _without_metadata(path.read_bytes()):
                 with contextlib.suppress(*_BROKEN):
-                    return _decoded(io.BytesIO(content))
+                    return _decoded(io.BytesIO(content), convert)
             raise
     except Image.DecompressionBombError as error:
         # Pillow warns above its limit and refuses above twice the limit. Pictures of phones with 108 megapixels are
@@ -87,16 +105,16 @@ def read_picture(path: Path) -> Image.Image:
         raise InputError(f"{path}: broken, cut short or of a kind that is not read ({one_line(error)})") from error
 
 
-def _decoded(file: Path | IO[bytes]) -> Image.Image:
+def _decoded(file: Path | IO[bytes], convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     # Pillow warns about large pictures (see `read_picture`) and about metadata that does not affect the pixels.
     with warnings.catch_warnings(action="ignore"), Image.open(file) as image:
         image.load()
         turn = _UPRIGHT.get(_orientation(image))
-        rgb = to_rgb(image)
+        converted = convert(image)
         if turn is not None:
-            rgb = rgb.transpose(turn)
-        rgb.info = {}  # or the picture, saved again, would carry a colour profile that no longer applies
-        return rgb
+            converted = converted.transpose(turn)
+        converted.info = {}  # or the picture, saved again, would carry a colour profile that no longer applies
+        return converted
 
 
 def _orientation(image: Image.Image) -> int:

@@ -138,7 +138,7 @@ def evaluate(file: str, config: EvaluateConfig) -> Scores:
             print(f"note: {note}", file=sys.stderr)
         model.make_sampler(config.scheduler, config.num_inference_steps)
         resolution = model.default_resolution
-        pictures, *distractors = (as_uint8(load_images(folder, resolution).pixels) for folder in folders)
+        pictures, *distractors = (as_uint8(load_images(folder, resolution).pixels[:]) for folder in folders)
         measure = load_measure(model, config.evaluation_clip)
         sd = StableDiffusion.load(model)
     evaluator = Evaluator(

@@ -55,7 +55,8 @@ def fingerprint(
     model_identity: str,
     prediction_type: str,
     dtype: Any,
-    pixels: np.ndarray,
+    pictures: str,
+    masks: str | None,
     prompts: Sequence[str],
     words: Mapping[str, int],
     initializer_embedding: str | None,
@@ -68,6 +69,7 @@ def fingerprint(
 
     A setting on which they depend as it is has ``fingerprint=True`` beside it; here is what is made of several, or
     counts only with others.
+    ``pictures`` and ``masks`` are hashes of all of them, None without masks.
     ``initializer_embedding`` is a hash of the rows that the word starts from, or None if it starts from a token;
     ``embeddings`` one of the vectors of the other words that the prompts may use, or None if there are none.
     ``gradient_checkpointing`` is None until the memory has decided it.
@@ -79,7 +81,8 @@ def fingerprint(
         "base model": model_identity,
         "prediction_type": prediction_type,  # which a single-file checkpoint may not say, and the user does
         "precision": np.dtype(dtype).name,
-        "pictures": hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest(),
+        "pictures": pictures,
+        "masks": masks,
         "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
         "words": [[word, count] for word, count in words.items()],
         "initializer_embedding": initializer_embedding,
@@ -221,7 +224,7 @@ class Checkpoints:
         found |= dict(zip(ADAM, found.pop("adam", ()), strict=False))
         # What an older checkpoint does not have: a setting was as it is by default, and an entry added later cannot
         # differ.
-        found = FIELDS | {name: wanted.get(name) for name in ADDED_LATER} | found
+        found = FIELDS | {"masks": None} | {name: wanted.get(name) for name in ADDED_LATER} | found
         if wanted.get("gradient_checkpointing") is None:
             wanted["gradient_checkpointing"] = found["gradient_checkpointing"]
         different = [name for name in wanted if found.get(name) != wanted[name]]
@@ -253,6 +256,6 @@ def _options(limit: int | None, read_only: bool = False) -> ocp.CheckpointManage
 
 
 def _difference(name: str, found: Any, wanted: Any) -> str:
-    if name in ("base model", "pictures", "prompts"):
+    if name in ("base model", "pictures", "masks", "prompts"):
         return f"other {name}"
     return f"{name} {found} there, {wanted} here"

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from ti_jax.config import Checkpointing, TrainConfig, concept_configs
 from ti_jax.data.concept import Concept, Inputs, LogLine, check_concepts, hash_of_vectors, read_all_inputs, with_rows
-from ti_jax.data.dataset import make_dataset
+from ti_jax.data.dataset import digest_of_masks, make_dataset
+from ti_jax.data.moments_cache import open_cache
+from ti_jax.data.on_demand import digest_of_all
 from ti_jax.diffusion.losses import Objective
 from ti_jax.embeddings import Embedding
 from ti_jax.files import ensure_writable_folder
@@ -119,7 +120,8 @@ class Job:
             model_identity=self.sd.identity,
             prediction_type=self.sd.schedule.prediction_type,
             dtype=self.sd.dtype,
-            pixels=np.concatenate([concept.pictures.pixels for concept in self.concepts]),
+            pictures=digest_of_all([concept.pictures.pixels for concept in self.concepts]),
+            masks=digest_of_masks([concept.pictures for concept in self.concepts]),
             prompts=[prompt for concept in self.concepts for prompt in concept.prompts],
             words=first.words,
             initializer_embedding=first.metadata.get("initializer_embedding_hash"),
@@ -172,9 +174,10 @@ def prepare(
     measured = concepts if is_leader() and measures(config) else ()
     trackers = tuple(make_score_tracker(sd, concept) for concept in measured)
     with clock.phase("encode"):
-        dataset = make_dataset(config, sd, concepts, mixing.in_batch)
+        dataset = make_dataset(config, sd, concepts, mixing.in_batch, open_cache())
 
-    total = total_updates(config, sum(len(each.entries) for each in concepts), samples_per_step)
+    shown = sum(len(each.entries) // each.pictures.views for each in concepts)
+    total = total_updates(config, shown, samples_per_step)
     updates = mixing.updates(total)
     optimizer, schedule = make_optimizer(config, updates, samples_per_step)
     if (note := warmup_note(config, updates)) is not None:

@@ -228,7 +228,7 @@ def _summary(job: Job, step: CompiledStep) -> str:
     checkpointing = "" if policy == "none" else f"gradient checkpointing {policy}; "
     words = f"{len(job.concepts)} words, " if len(job.concepts) > 1 else ""
     mixed = f" of {job.mixing.in_batch} words" if len(job.concepts) > 1 else ""
-    pictures = sum(len(concept.pictures.pixels) for concept in job.concepts)
+    pictures = sum(concept.pictures.files for concept in job.concepts)
     prompts = sum(len(concept.prompts) for concept in job.concepts)
     return (
         f"{job.sd.name}, {job.mesh.size} x {job.mesh.devices.flat[0].device_kind}{on_hosts}, "

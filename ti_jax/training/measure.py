@@ -126,7 +126,7 @@ def make_score_tracker(sd: StableDiffusion, concept: Concept) -> ScoreTracker:
     assert config.validation_guidance_scale is not None, "the config is resolved"
     evaluator = Evaluator(
         load_measure(sd, config.evaluation_clip),
-        as_uint8(concept.pictures.pixels),
+        as_uint8(concept.pictures.pixels[: concept.pictures.files]),
         images=config.evaluation_images,
         num_inference_steps=sampler_steps(config),
         guidance_scale=config.validation_guidance_scale,

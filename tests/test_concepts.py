@@ -11,11 +11,10 @@ from PIL import Image
 from ti_jax.cli.main import main
 from ti_jax.config import TrainConfig, concept_configs, dump_yaml, load_yaml, resolve
 from ti_jax.data.concept import read_all_inputs
-from ti_jax.data.dataset import Dataset, sharing
+from ti_jax.data.sharing import next_entry, share, weight
 from ti_jax.errors import InputError
 from ti_jax.training import run_folder
 from ti_jax.training.mixing import Mixing, mixing_of
-from ti_jax.training.step import _entry
 
 
 @pytest.fixture
@@ -223,11 +222,8 @@ def test_the_numbers_of_a_batch(family):
 def test_every_word_has_as_many_samples_and_sees_each_of_its_pictures_as_often(in_batch, batch):
     """Concepts of 2, 1 and 5 entries: a batch has as many of each of its concepts, dealt out in turn."""
     counts, steps = [2, 1, 5], 60
-    dataset = Dataset(
-        **{**dict.fromkeys(Dataset._fields), "entries": np.arange(8), "sharing": sharing(counts, in_batch)}
-    )
-    key = jax.random.key(0)
-    draw = jax.jit(jax.vmap(jax.vmap(lambda s, p: _entry(dataset, key, s, p, batch), (None, 0)), (0, None)))
+    sharing, key = share(counts, in_batch), jax.random.key(0)
+    draw = jax.jit(jax.vmap(jax.vmap(lambda s, p: next_entry(sharing, 8, key, s, p, batch), (None, 0)), (0, None)))
     drawn = np.asarray(draw(np.arange(steps), np.arange(batch)))
     concept = np.repeat(np.arange(3), counts)[drawn]
     for step, row in enumerate(concept):
@@ -241,3 +237,27 @@ def test_every_word_has_as_many_samples_and_sees_each_of_its_pictures_as_often(i
         epochs = own[: len(own) // count * count].reshape(-1, count)
         assert (np.sort(epochs) == np.arange(count)).all()
         assert count < 3 or len({tuple(epoch) for epoch in epochs}) > 5, "every epoch has the same order"
+
+
+def test_every_word_has_as_many_samples_where_its_pictures_are_of_several_shapes():
+    """Two datasets: all of the first concept and some of the others; the rest of these."""
+    of, there = [2, 4, 6], [[2, 1, 2], [0, 3, 4]]
+    weights = np.array([weight(sizes, of) for sizes in there])
+    np.testing.assert_allclose(weights, [1 + 1 / 4 + 1 / 3, 3 / 4 + 2 / 3])
+    samples, in_batch, batch = np.zeros(3), 2, 4
+    for sizes, used in zip(there, weights, strict=True):
+        sharing, key = share(sizes, in_batch, of), jax.random.key(0)
+        updates = len(sharing.turns) * 6
+        draw = jax.jit(
+            jax.vmap(jax.vmap(lambda t, p: next_entry(sharing, sum(sizes), key, t, p, batch), (None, 0)), (0, None))  # noqa: B023
+        )
+        drawn = np.asarray(draw(np.arange(updates), np.arange(batch))).ravel()
+        owner = np.repeat(np.arange(3), sizes)
+        shares = np.bincount(owner[drawn], minlength=3) / len(drawn)
+        np.testing.assert_allclose(shares, np.array(sizes) / of / used)
+        each = np.bincount(drawn, minlength=sum(sizes))
+        for concept in set(owner):
+            own = each[owner == concept]
+            assert own.max() - own.min() <= 1, "a picture is seen more often than another"
+        samples += used * shares
+    np.testing.assert_allclose(samples, samples[0])

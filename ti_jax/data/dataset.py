@@ -16,15 +16,8 @@ from ti_jax.data.folder import Pictures
 from ti_jax.data.latents import encode_moments
 from ti_jax.data.masks import Masks
 from ti_jax.data.moments_cache import MomentsCache
+from ti_jax.data.sharing import Sharing, share
 from ti_jax.pipeline import StableDiffusion
-
-
-class Sharing(NamedTuple):
-    """How several concepts share the batches; their entries in the dataset follow each other."""
-
-    start: jax.Array  # int32 [C]: the first of each concept's entries
-    size: jax.Array  # int32 [C]: their number
-    in_batch: jax.Array  # int32 scalar, at most C: concepts in a batch
 
 
 class Dataset(NamedTuple):
@@ -83,15 +76,9 @@ def make_dataset(
         latent_scale=jnp.float32(vae.scaling_factor),
         latent_shift=jnp.float32(vae.shift_factor or 0.0),
         masks=mask_weights(config, sd, [concept.pictures for concept in concepts]),
-        sharing=sharing([len(each.entries) for each in concepts], in_batch) if len(concepts) > 1 else None,
+        sharing=share([len(each.entries) for each in concepts], in_batch) if len(concepts) > 1 else None,
         negative=negative,
     )
-
-
-def sharing(entries: Sequence[int], in_batch: int) -> Sharing:
-    """The sharing of batches by concepts with so many entries each, ``in_batch`` of them in a batch."""
-    start = np.cumsum([0, *entries[:-1]])
-    return Sharing(jnp.asarray(start, jnp.int32), jnp.asarray(entries, jnp.int32), jnp.int32(in_batch))
 
 
 def mask_weights(config: TrainConfig, sd: StableDiffusion, sets: Sequence[Pictures]) -> jax.Array | None:

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ti_jax.config import PlanConfig, concept_configs, resolve_plan
-from ti_jax.data.dataset import Dataset, Negative, sharing
+from ti_jax.data.dataset import Dataset, Negative
+from ti_jax.data.sharing import share
 from ti_jax.diffusion.losses import Objective
 from ti_jax.diffusion.schedule import NoiseSchedule
 from ti_jax.errors import InputError
@@ -282,7 +283,7 @@ class Planner:
                 flip_probability=number,
                 latent_scale=number,
                 latent_shift=number,
-                sharing=jax.eval_shape(lambda: sharing([PICTURES] * several, 1)) if several > 1 else None,
+                sharing=jax.eval_shape(lambda: share([PICTURES] * several, 1)) if several > 1 else None,
                 negative=self._negative(),
             ),
             row_mask={name: array((self.vectors,), jnp.bool_) for name, _ in networks.text_encoders},

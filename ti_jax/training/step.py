@@ -15,6 +15,7 @@ import optax
 from jax import lax
 
 from ti_jax.data.dataset import Dataset
+from ti_jax.data.sharing import next_entry
 from ti_jax.diffusion.losses import Objective, elementwise, mean_over_samples, min_snr_weights, offset_noise
 from ti_jax.diffusion.schedule import NoiseSchedule, add_noise, training_target
 from ti_jax.models.networks import Condition, Networks, Rows
@@ -102,25 +103,13 @@ def draw_sample(frozen: StepInputs, step: jax.Array, position: jax.Array, global
 def _entry(
     dataset: Dataset, order_key: jax.Array, step: jax.Array, position: jax.Array, global_batch: int
 ) -> jax.Array:
-    """The entry of a sample, int32 scalar, see `draw_sample`.
-
-    Several concepts take turns: a batch has the samples of the next ``in_batch`` of them, as many of each, dealt out in
-    turn, so that the timesteps of each cover the schedule. Each concept has epochs of its own.
-    """
+    """The entry of a sample, int32 scalar, see `draw_sample`; several concepts take turns."""
     num_entries = dataset.entries.shape[0]
-    if dataset.sharing is None:
-        turn = step * global_batch + position
-        shuffled = jax.random.permutation(jax.random.fold_in(order_key, turn // num_entries), num_entries)
-        return shuffled[turn % num_entries]
-    start, size, in_batch = dataset.sharing
-    place = step * in_batch + position % in_batch
-    concept, round_ = place % len(start), place // len(start)
-    turn = round_ * (global_batch // in_batch) + position // in_batch
-    epoch_key = jax.random.fold_in(jax.random.fold_in(order_key, concept), turn // size[concept])
-    # A permutation of the concept's entries, whose number is not known to the compiler: the others are sorted behind.
-    at_random = jax.random.uniform(epoch_key, (num_entries,))
-    shuffled = jnp.argsort(jnp.where(jnp.arange(num_entries) < size[concept], at_random, 2.0))
-    return start[concept] + shuffled[turn % size[concept]]
+    if dataset.sharing is not None:
+        return next_entry(dataset.sharing, num_entries, order_key, step, position, global_batch)
+    turn = step * global_batch + position
+    shuffled = jax.random.permutation(jax.random.fold_in(order_key, turn // num_entries), num_entries)
+    return shuffled[turn % num_entries]
 
 
 def draw_batch(frozen: StepInputs, step: jax.Array, positions: jax.Array, global_batch: int) -> Batch:

@@ -91,7 +91,8 @@ class TrainConfig(ModelSettings):
     initializer_token, num_vectors, learnable_property and templates; what an entry leaves out is the run's. Captions
     and templates may have several of the words. A word's results are in --output_dir, in a folder of its name."""
     concepts_per_batch: int | None = setting(None, COUNT, fingerprint=True)
-    """How many of the concepts a batch has, with as many samples each; the next batch has the next ones."""
+    """How many of the concepts a batch has, with as many samples each; the next batch has the next ones. Left out: 2;
+    with more, a word's updates are more and of fewer samples each, and need a lower --learning_rate."""
 
     # -- a word for the negative prompt
     learn_negative: bool = setting(False, fingerprint=True)
@@ -119,7 +120,8 @@ class TrainConfig(ModelSettings):
     gradient_accumulation_steps: int = setting(1, COUNT, fingerprint=True)
     """Batches whose gradients are averaged for one update."""
     max_train_steps: int | None = setting(None, COUNT)
-    """Updates in all; overrides --num_train_epochs. Left out: 5000 (the embedded model: see configs/demo.yaml)."""
+    """Updates in all; overrides --num_train_epochs. Left out: 5000 (the embedded model: see configs/demo.yaml), for
+    each of --concepts."""
     num_train_epochs: int | None = setting(None, COUNT)
     """Passes over the pictures, each pass showing every picture --repeats times; used where --max_train_steps is
     left out."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from ti_jax.config import TrainConfig
 from ti_jax.errors import InputError
 
-# Chosen by measurement (benchmarks/NOTES.md): each word has as many samples in one of its updates as a batch has places
-# for it, so that fewer concepts in a batch make a word's steps less noisy, and fewer.
+# Chosen by measurement (benchmarks/NOTES.md). With as many samples of each word in all, more concepts in a batch mean
+# more and noisier updates of each: with four, words were learned worse than in runs of their own.
 CONCEPTS_IN_A_BATCH = 2
 
 

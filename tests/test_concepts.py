@@ -25,6 +25,8 @@ def family(tmp_path):
         (folder / name).mkdir(parents=True)
         for number in range(2):
             Image.new("RGB", (16, 16), (number, 0, 0)).save(folder / name / f"{number}.png")
+    (folder / "My Cat").rename(tmp_path / "elsewhere")
+    (folder / "My Cat").symlink_to(tmp_path / "elsewhere")  # the word is the link's name
     (folder / ".hidden").mkdir()
     (folder / "README.md").write_text("our family")
     return folder

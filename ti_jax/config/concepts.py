@@ -45,7 +45,7 @@ def concept_configs(config: TrainConfig) -> tuple[TrainConfig, ...]:
         if entry.get("train_data_dir") is None:
             raise InputError(f"{where}: no train_data_dir; give the folder with the concept's pictures")
         folder = os.path.expanduser(entry["train_data_dir"])
-        token = entry.get("placeholder_token") or f"<{slug(Path(folder).resolve().name)}>"
+        token = entry.get("placeholder_token") or f"<{slug(Path(os.path.abspath(folder)).name)}>"
         name = folder_name(token, where)
         other = found.setdefault(fold(name), (token, where))
         if other[1] != where:

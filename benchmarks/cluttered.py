@@ -85,7 +85,7 @@ def main() -> None:
     enable_compilation_cache()
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
     everyone = people("dev")
-    bench = Bench(arguments.results.parent / "cluttered-strips")
+    bench = Bench(arguments.results.parent / "cluttered-strips", everyone)
     bench.strips.mkdir(exist_ok=True)
     lines = read_results(arguments.results)
     done = {(line["person"], line["way"]) for line in lines}

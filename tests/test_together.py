@@ -20,6 +20,7 @@ from ti_jax.pipeline import StableDiffusion
 from ti_jax.training import parallel
 from ti_jax.training.job import prepare_concepts
 from ti_jax.training.optimizer import make_optimizer
+from ti_jax.training.plan import crossing_bytes
 from ti_jax.training.step import StepInputs, TrainState, draw_batch, make_train_step
 
 STEPS, BATCH = 20, 8
@@ -87,6 +88,7 @@ class Problem:
         def run(in_batch):
             return run_steps(*parallel.replicate((self.frozen(in_batch), self.state()), mesh), jnp.int32(STEPS))
 
+        run.lower = lambda: run_steps.lower(*parallel.replicate((self.frozen(1), self.state()), mesh), jnp.int32(STEPS))
         return run
 
 
@@ -156,9 +158,12 @@ def test_twenty_steps_equal_a_pytorch_loop(problem, on_one, tiny_sd, in_batch):
 
 def test_eight_devices_end_with_the_rows_of_one(problem, on_one):
     one, losses_of_one = on_one(2)
-    eight, losses_of_eight = problem.program(8)(2)
+    on_eight = problem.program(8)
+    eight, losses_of_eight = on_eight(2)
     assert relative(eight.rows["text_encoder"], one.rows["text_encoder"]) < 1e-6
     assert relative(losses_of_eight, losses_of_one) < 1e-6
+    # Rows of 32 numbers, of each its number of samples, and the loss.
+    assert crossing_bytes(on_eight.lower().compile().as_text()) == {"all-reduce": 4 * (4 * 32 + 4 + 1)}
 
 
 # -- whole runs

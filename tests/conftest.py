@@ -43,6 +43,7 @@ NO_OPTIMISATIONS = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 # these modules and tests look at programs, memory or the last bits, or compute for so long that optimising takes less.
 OPTIMISED = {
     "test_attention",
+    "test_caption_training::test_eight_devices_with_captions_end_with_the_rows_of_one",
     "test_embedded_model",
     "test_memory",
     "test_plan::test_for_a_tpu_slice",
@@ -151,12 +152,13 @@ def pytest_terminal_summary(terminalreporter):
 # Modules that compile next to nothing. Of their tests, those that are slow, have a model of PyTorch's, or start a
 # process are not quick.
 QUICK = {
-    "test_agreement", "test_batches", "test_buckets", "test_cli", "test_config", "test_embedding_cards",
-    "test_embedding_formats", "test_embedding_names", "test_embedding_tools", "test_embeddings",
-    "test_embeddings_refused", "test_files", "test_flops", "test_folder", "test_images", "test_imports",
-    "test_launchers", "test_memory", "test_model_card", "test_picture_folders", "test_picture_metadata",
-    "test_progress", "test_run_folder", "test_schedule", "test_single_file_refused", "test_templates",
-    "test_tensorboard", "test_tokenizer_files", "test_tokens", "test_weights", "test_weights_refusals", "test_words",
+    "test_agreement", "test_batches", "test_buckets", "test_caption_files", "test_cli", "test_config",
+    "test_embedding_cards", "test_embedding_formats", "test_embedding_names", "test_embedding_tools",
+    "test_embeddings", "test_embeddings_refused", "test_files", "test_flops", "test_folder", "test_images",
+    "test_imports", "test_launchers", "test_memory", "test_model_card", "test_picture_folders",
+    "test_picture_metadata", "test_picture_prompts", "test_progress", "test_run_folder", "test_schedule",
+    "test_single_file_refused", "test_templates", "test_tensorboard", "test_tokenizer_files", "test_tokens",
+    "test_weights", "test_weights_refusals", "test_words",
 }  # fmt: skip
 MODELS = {"make_tiny_sd", "tiny_sd", "tiny_sdxl"}
 for _name in QUICK | OPTIMISED:

@@ -172,7 +172,7 @@ WITHOUT_RULE = {"report_to", "negative_prompt", "validation_negative_prompt", "w
 # What a setting does nothing without.
 NEEDED_BY = {
     "huber_c": {"loss": "huber"}, "initializer_embedding": {"initializer_token": None},
-    "concepts_per_batch": {"concepts": "family"},
+    "concepts_per_batch": {"concepts": "family"}, "dataset_name": {"train_data_dir": None},
     "negative_class": {"learn_negative": True}, "negative_guidance_scale": {"learn_negative": True},
 }  # fmt: skip
 

@@ -71,6 +71,7 @@ def test_everything_on_such_consoles_with_such_paths(tiny_sd, pictures, short_ru
     shutil.copytree(tiny_sd, model)
     shutil.copytree(pictures, concept)
     os.rename(concept / "0.png", concept / f"{NO_UTF8}.png")
+    os.rename(concept / "1.png", concept / "caf\u00e9 \u4f60.png")
     (concept / "caf\u00e9 \u4f60.txt").write_text("x")
     out = tmp_path / "out \u4f60"
     config = replace(

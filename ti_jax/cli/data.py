@@ -11,7 +11,16 @@ from PIL import Image
 
 from ti_jax.config import DataConfig
 from ti_jax.data.buckets import Shape, nearest_shape, shape_name
-from ti_jax.data.folder import MIN_SIDE, crop_box, cropped_to, picture_paths, unread_pictures
+from ti_jax.data.captions import read_captions, report_captions
+from ti_jax.data.folder import (
+    MIN_SIDE,
+    crop_box,
+    cropped_to,
+    name_in,
+    picture_paths,
+    report_repeats,
+    unread_pictures,
+)
 from ti_jax.data.masks import WHITE, MaskReader, cropped_mask, make_mask_reader
 from ti_jax.data.reading import read_picture
 from ti_jax.errors import InputError
@@ -79,24 +88,35 @@ def survey(config: DataConfig) -> Survey:
     """
     assert config.train_data_dir is not None and config.resolution is not None, "the config is resolved"
     folder, output = Path(config.train_data_dir), Path(config.contact_sheet)
-    paths = picture_paths(folder)
+    paths = picture_paths(folder, config.recursive)
     masks = make_mask_reader(config, folder, paths)
     ensure_writable_folder(output.parent)
     shapes = [(config.resolution, config.resolution)]
-    remarks = [f"left out: {unread}"] if (unread := unread_pictures(folder)) else []
+    remarks = [f"left out: {unread}"] if (unread := unread_pictures(folder, config.recursive)) else []
+    names = [name_in(folder, path) for path in paths]
+    report_repeats(names, remarks.append)
+    captions = {}
+    if not config.no_captions:
+        captions = read_captions(folder, config.recursive, config.caption_column, config.templates)
+    report_captions(config, captions, names, remarks.append)
     rows: list[Row] = []
     cells: list[tuple[str, Image.Image]] = []
     for path in [path for path in paths if masks is None or not masks.holds(path)]:
-        row = Row(path.name)
+        row = Row(name_in(folder, path), caption=_shown(captions.get(name_in(folder, path), "")))
         cell = _look(path, row, masks, shapes, config.center_crop)
         rows.append(row)
         if cell is not None and len(cells) < MOST:
-            cells.append((path.name, cell))
+            cells.append((row.name, cell))
     if len(rows) > MOST:
         remarks.append(f"the contact sheet has the first {len(cells)}")
     if cells:
         save_png(output, _contact_sheet(cells), f"the pictures of {folder.name}")
     return Survey(rows, remarks, output if cells else None)
+
+
+def _shown(caption: str) -> str:
+    """A caption for a column of the table."""
+    return caption if len(caption) <= 60 else caption[:57] + "..."
 
 
 def _look(

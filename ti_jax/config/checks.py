@@ -77,6 +77,7 @@ def check_train(config: TrainConfig) -> None:
         raise InputError(
             f"--process_id {config.process_id}: must be from 0 to {config.num_processes - 1}, one below --num_processes"
         )
+    _check_captions(config)
     _check_negative_prompt(config, "validation_negative_prompt", "validation_guidance_scale")
     prompts = [("overview_prompts", prompt) for prompt in config.overview_prompts or ()]
     prompts = [*(("validation_prompt", prompt) for prompt in config.validation_prompt or ()), *prompts]
@@ -169,6 +170,19 @@ def check_evaluate(config: EvaluateConfig) -> None:
         raise InputError("--train_data_dir is missing: the folder with pictures of the concept to compare with")
     check_fields(config)
     _check_model(config)
+
+
+def _check_captions(config: TrainConfig) -> None:
+    if config.dataset_name is not None and config.train_data_dir is not None:
+        raise InputError(
+            f"--dataset_name {config.dataset_name} and --train_data_dir {config.train_data_dir}: pictures come from "
+            f"one of them; leave one out (--train_data_dir None undoes the one of a config file)"
+        )
+    if config.keep_tags and not config.shuffle_tags and not config.tag_dropout:
+        raise InputError(
+            f"--keep_tags {config.keep_tags}: does nothing without --shuffle_tags or --tag_dropout; add one of them, "
+            f"or leave it out"
+        )
 
 
 def _check_negative_prompt(config: ModelSettings, prompt: str, guidance_scale: str) -> None:

@@ -62,9 +62,12 @@ def resolve(config: TrainConfig) -> TrainConfig:
     defaults = _model_defaults(config.pretrained_model_name_or_path) | _optimizer_defaults(config)
     if config.concepts is not None:
         return _resolve_several(_plain(config), defaults)
-    if config.pretrained_model_name_or_path is None and config.train_data_dir is not None:
+    own = config.train_data_dir or config.dataset_name
+    if config.pretrained_model_name_or_path is None and own is not None:
         # The user's own pictures deserve a word of their own, not the example's.
-        defaults["placeholder_token"] = f"<{slug(Path(config.train_data_dir).expanduser().resolve().name)}>"
+        defaults["placeholder_token"] = f"<{slug(Path(own).expanduser().resolve().name)}>"
+    if config.dataset_name is not None:
+        defaults.pop("train_data_dir", None)
     if config.initializer_embedding is not None:
         defaults.pop("initializer_token", None)
     if config.num_train_epochs is not None:
@@ -77,7 +80,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
     if config.learn_negative:
         _require(config, "negative_class")
     start = () if config.initializer_embedding is not None else ("initializer_token",)
-    _require(config, "train_data_dir", "placeholder_token", *start)
+    pictures = () if config.dataset_name is not None else ("train_data_dir",)
+    _require(config, *pictures, "placeholder_token", *start)
     config = _plain(config)
     check_train(config)
     return config

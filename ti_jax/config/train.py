@@ -84,6 +84,33 @@ class TrainConfig(ModelSettings):
     """Weight of the loss outside the masks, from 0 to 1, where it has 1 inside. A little lets the word keep a sense of
     the whole picture."""
 
+    # -- captions
+    recursive: bool = False
+    """Also read the pictures in sub-folders. Those in a sub-folder like 10_name are shown ten times as often, as
+    kohya's scripts do."""
+    dataset_name: str | None = setting(None, TEXT, path="model")
+    """Instead of --train_data_dir: a dataset with pictures on the Hugging Face hub, or a folder or parquet file of one;
+    needs the extra `datasets`. Its split "train" is read."""
+    image_column: str = setting("image", TEXT)
+    """The column of --dataset_name with the pictures."""
+    caption_column: str | None = setting(None, TEXT)
+    """The column of --dataset_name, or the key in metadata.jsonl, with the captions. Left out: text."""
+    no_captions: bool = False
+    """Ignore captions. Otherwise they are used: NAME.txt or NAME.caption beside a picture, or metadata.jsonl with
+    file_name and text. A caption with the new word (or {} in its place) is the prompt; any other is put into a template
+    that has {caption}: one of --templates, or "a photo of {}, {caption}" ("{caption}, in the style of {}")."""
+    shuffle_tags: bool = False
+    """Show the parts of a caption between its commas in ever other order. What is random about captions is settled
+    before the first step: each picture has 32 variants of its prompt to draw from (of more than 1250 pictures
+    fewer)."""
+    keep_tags: int = setting(0, WHOLE)
+    """How many tags at the start of a caption neither --shuffle_tags nor --tag_dropout touches."""
+    tag_dropout: float = setting(0.0, CHANCE)
+    """Chance that a tag of a caption is left out. The new word never is."""
+    caption_dropout: float = setting(0.0, CHANCE)
+    """Share of the prompts that have no caption, but are a plain template, so that the word alone carries the concept,
+    too."""
+
     # -- concepts
     concepts: str | None = setting(None, TEXT, path="input")
     """Several words in one run, instead of --train_data_dir: a folder with a sub-folder of pictures for each (ana/ is

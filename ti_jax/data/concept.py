@@ -14,18 +14,21 @@ from pathlib import Path
 import numpy as np
 
 from ti_jax.config import TrainConfig
-from ti_jax.data.folder import Pictures, load_images, picture_paths
+from ti_jax.data.captions import read_captions, report_captions
+from ti_jax.data.folder import Pictures, load_images, name_in, picture_paths, repeats_of, report_repeats
+from ti_jax.data.hub_dataset import as_folder
 from ti_jax.data.masks import make_mask_reader
+from ti_jax.data.prompts import picture_prompts, with_placeholder
 from ti_jax.embeddings import Embedding, check_fits
 from ti_jax.embeddings.embedding import NEGATIVE_CLASS
 from ti_jax.embeddings.naming import load_given
 from ti_jax.embeddings.warn import capital_fault
-from ti_jax.errors import InputError
+from ti_jax.errors import InputError, listed
 from ti_jax.models.networks import Rows
 from ti_jax.pipeline import StableDiffusion
 from ti_jax.pipeline.model_description import ModelDescription
 from ti_jax.text import tokens
-from ti_jax.text.templates import load_templates
+from ti_jax.text.templates import CAPTION, for_captions, load_templates
 from ti_jax.weights.hub import is_cached
 from ti_jax.words import fill, find_words, same_word, without_word
 
@@ -37,11 +40,14 @@ class Inputs:
     """The inputs of a run that do not depend on its model.
 
     Attributes:
+      folder: of the pictures. captions: of pictures that have one, by the pictures' names.
       templates: prompts with ``{}`` in the word's place. others: learned words that are not trained.
       start: the word whose vectors initialise the rows; None: they are initialised from a token.
       pictures: from `load_images`; None if their size is the model's default.
     """
 
+    folder: Path
+    captions: dict[str, str]
     templates: list[str]
     others: tuple[Embedding, ...]
     start: Embedding | None
@@ -58,7 +64,9 @@ class CheckedConcept:
         the other learned words; with their numbers of vectors.
       others: learned words that are not trained.
       start: the learned word that initialises the rows, under another name; None: they are initialised from a token.
-      templates: with ``{}`` in the word's place. prompts: with the word filled in. pictures: from `load_images`.
+      templates: those without ``{caption}``, with ``{}`` in the word's place. pictures: from `load_images`.
+      prompts: all that are learned with, with the word filled in. prompts_of: each picture's equally likely prompts,
+        indices into ``prompts``, int32 [N, K].
       overview_prompts, validation_prompts: to draw, with the word filled in.
       initializer: text of the tokens that initialise the rows, unless there is a ``start``.
     """
@@ -70,6 +78,7 @@ class CheckedConcept:
     start: Embedding | None
     templates: list[str]
     prompts: list[str]
+    prompts_of: np.ndarray
     overview_prompts: list[str]
     validation_prompts: list[str]
     pictures: Pictures
@@ -117,18 +126,19 @@ class CheckedConcept:
         return without_word(prompt, self.token, self.words[self.token], self.negative_class)
 
     @property
-    def prompts_of(self) -> np.ndarray:
-        """Each picture's equally likely prompts, indices into ``prompts``: int32 [N, K]."""
-        return np.tile(np.arange(len(self.prompts), dtype=np.int32), (len(self.pictures.pixels), 1))
-
-    @property
     def entries(self) -> np.ndarray:
         """The pictures that an epoch shows, int32 [M]; a repeated one is in it several times."""
-        return np.arange(len(self.pictures.pixels), dtype=np.int32)
+        names = self.pictures.names
+        return np.repeat(np.arange(len(names), dtype=np.int32), [repeats_of(name) for name in names])
+
+    @property
+    def first_prompt(self) -> str:
+        """The first training prompt that has no caption."""
+        return fill(self.templates[0], self.token)
 
     @property
     def first_prompt_before_training(self) -> str:
-        """The first training prompt with the initializer in the word's place."""
+        """`first_prompt` with the initializer in the word's place."""
         before = self.start.token if self.start else str(self.initializer)
         return fill(self.templates[0], self.negative_class or before)
 
@@ -154,7 +164,7 @@ class Concept(CheckedConcept):
 
 
 def read_inputs(config: TrainConfig, log: LogLine) -> Inputs:
-    """Read templates, learned words and pictures.
+    """Read templates, learned words, captions and pictures.
 
     If the pictures' size is the model's default and the model is yet to be downloaded, they are read here once at a
     small size, so that an unreadable one is reported before gigabytes are downloaded.
@@ -162,9 +172,19 @@ def read_inputs(config: TrainConfig, log: LogLine) -> Inputs:
     Raises:
       InputError: one of the files is missing or wrong.
     """
-    assert config.train_data_dir is not None, "the config is resolved"
-    picture_paths(config.train_data_dir)
+    folder = _folder(config)
+    picture_names = [name_in(folder, path) for path in picture_paths(folder, config.recursive)]
+    report_repeats(picture_names, log)
+    captions = {}
+    if not config.no_captions:
+        captions = read_captions(folder, config.recursive, config.caption_column, config.templates)
+    report_captions(config, captions, picture_names, log)
     templates = load_templates(config.learnable_property, config.templates)
+    if not captions and all(CAPTION in template for template in templates):
+        raise InputError(
+            f"--templates {config.templates}: each template has {CAPTION}, and no picture has a caption; add a "
+            f"template without it, or captions"
+        )
     others = tuple(load_given(config.embeddings))
     for path, other in zip(config.embeddings, others, strict=True):
         for remark in other.remarks:
@@ -174,11 +194,12 @@ def read_inputs(config: TrainConfig, log: LogLine) -> Inputs:
         log(f"warning: {fault}")
     start = _load_start(config, log)
     if config.resolution is not None:
-        return Inputs(templates, others, start, _load_pictures(config, config.resolution, log))
+        pictures = _load_pictures(config, folder, config.resolution, log)
+        return Inputs(folder, captions, templates, others, start, pictures)
     model = config.pretrained_model_name_or_path
     if model is not None and not Path(model).exists() and not is_cached(model, config.revision):
-        _load_pictures(config, 8, lambda line: None)
-    return Inputs(templates, others, start, None)
+        _load_pictures(config, folder, 8, lambda line: None)
+    return Inputs(folder, captions, templates, others, start, None)
 
 
 def read_all_inputs(configs: Sequence[TrainConfig], log: LogLine) -> list[Inputs]:
@@ -205,17 +226,25 @@ def read_all_inputs(configs: Sequence[TrainConfig], log: LogLine) -> list[Inputs
     return inputs
 
 
-def _load_pictures(config: TrainConfig, resolution: int, log: LogLine) -> Pictures:
+def _folder(config: TrainConfig) -> Path:
+    """The folder with the pictures: the user's, or that of a dataset of the hub."""
+    if config.dataset_name is not None:
+        return as_folder(config)
     assert config.train_data_dir is not None, "the config is resolved"
-    paths = picture_paths(config.train_data_dir)
+    return Path(config.train_data_dir)
+
+
+def _load_pictures(config: TrainConfig, folder: Path, resolution: int, log: LogLine) -> Pictures:
+    paths = picture_paths(folder, config.recursive)
     return load_images(
-        config.train_data_dir,
+        folder,
         resolution,
         center_crop=config.center_crop,
         skip_bad=config.skip_bad_images,
         on_skip=log,
-        masks=make_mask_reader(config, Path(config.train_data_dir), paths),
+        masks=make_mask_reader(config, folder, paths),
         augment=config.seed if config.augment else None,
+        recursive=config.recursive,
     )
 
 
@@ -283,18 +312,31 @@ def check_concept(
         check_fits(start, model.embedding_dims, f"--initializer_embedding {config.initializer_embedding}")
         start = Embedding(_name_of_start(token, words), start.vectors, start.metadata)
 
-    prompts = [fill(template, token) for template in inputs.templates]
+    size = config.resolution or model.default_resolution
+    pictures = inputs.pictures or _load_pictures(config, inputs.folder, size, log)
+    plain, captioned = for_captions(inputs.templates, config.learnable_property)
+    captions = [inputs.captions.get(name) for name in pictures.names]
+    made = picture_prompts(
+        [None if caption is None else with_placeholder(caption, token, words) for caption in captions],
+        plain, captioned, config, fits=lambda template: _fits(model, fill(template, token), words),
+    )  # fmt: skip
+    if made.cut:
+        log(
+            f"captions: {len(made.cut)} longer than the text encoder reads, and cut at the end, tag by tag: "
+            f"{listed([pictures.names[index] for index in made.cut], 3)}"
+        )
+    prompts = [fill(template, token) for template in made.templates]
     _check_room(config, model, prompts, words)
     check_holds(model, prompts, words, token, weighted=False)
-    pictures = inputs.pictures or _load_pictures(config, config.resolution or model.default_resolution, log)
     checked = CheckedConcept(
         config=replace(config, resolution=pictures.pixels.shape[1]),
         token=token,
         words=words,
         others=inputs.others,
         start=start,
-        templates=inputs.templates,
+        templates=plain,
         prompts=prompts,
+        prompts_of=made.prompts_of,
         overview_prompts=[fill(prompt, token) for prompt in config.overview_prompts],
         validation_prompts=[fill(prompt, token) for prompt in config.validation_prompt or ()],
         pictures=pictures,
@@ -316,6 +358,16 @@ def _name_of_start(token: str, words: Mapping[str, int]) -> str:
     while same_word(name, words):
         name += "-"
     return name
+
+
+def _fits(model: ModelDescription, prompt: str, words: Mapping[str, int]) -> bool:
+    """Whether the text encoders read all of a prompt."""
+    return all(
+        # No token is shorter than a letter.
+        (prompt.isascii() and len(prompt) * max(words.values()) <= reader.max_length - 2)
+        or len(tokens.prompt_ids(reader.tokenizer, prompt, words, reader.vocab_size)) <= reader.max_length - 2
+        for reader in model.prompt_tokenizers.readers().values()
+    )
 
 
 def _check_room(config: TrainConfig, model: ModelDescription, prompts: list[str], words: Mapping[str, int]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -108,6 +110,19 @@ def joined(tables: Sequence[tuple[int, np.ndarray]]) -> np.ndarray:
     starts = np.cumsum([0, *(length for length, _ in tables)])
     rows = [np.tile(table, width // table.shape[1]) + start for (_, table), start in zip(tables, starts, strict=False)]
     return np.concatenate(rows).astype(np.int32)
+
+
+def hash_of_what_is_shown(concepts: Sequence[Concept]) -> str | None:
+    """A hash of which picture has which prompts and how often an epoch shows it, 16 hexadecimal digits; None if each is
+    shown once, with all prompts of its concept.
+    """
+    usual = all(
+        np.array_equal(concept.prompts_of, [range(len(concept.prompts))] * len(concept.prompts_of))
+        and np.array_equal(concept.entries, range(len(concept.prompts_of)))
+        for concept in concepts
+    )
+    tables = [[concept.prompts_of.tolist(), concept.entries.tolist()] for concept in concepts]
+    return None if usual else hashlib.sha256(json.dumps(tables).encode()).hexdigest()[:16]
 
 
 def time_ids(pictures: Pictures) -> np.ndarray:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -80,6 +82,7 @@ def load_images(
     shapes: Sequence[Shape] = (),
     masks: MaskReader | None = None,
     augment: int | None = None,
+    recursive: bool = False,
 ) -> Pictures:
     """Load every picture directly in ``folder``, sorted by name, as squares of ``resolution`` pixels.
 
@@ -99,6 +102,7 @@ def load_images(
       shapes: of the buckets; each picture is also cropped, as above, to the one with the nearest aspect ratio.
       masks: reads the pictures' masks; files named like masks are never pictures, with or without it.
       augment: seed of further views of each picture (`ti_jax.data.augment`); None: only the plain one.
+      recursive: also load the pictures in sub-folders; their names have the path from ``folder`` on, with slashes.
 
     Raises:
       InputError: no such folder, or it cannot be read; no picture in it; a file that cannot be read, is truncated, is
@@ -106,10 +110,10 @@ def load_images(
         ``PIL.Image.MAX_IMAGE_PIXELS`` (179 million by default), which is checked before decoding. A mask that has no
         white pixel or another size than its picture.
     """
-    paths = [path for path in picture_paths(folder) if masks is None or not masks.holds(path)]
-    if unread := unread_pictures(folder):
+    paths = [path for path in picture_paths(folder, recursive) if masks is None or not masks.holds(path)]
+    if unread := unread_pictures(folder, recursive):
         on_skip(f"left out: {unread}")
-    if lost := orphans(_files(folder), paths):
+    if lost := orphans(files_in(folder, recursive), paths):
         on_skip(lost)
     views = 1 if augment is None else len(variations(augment, ""))
     keep = len(paths) * views * resolution**2 * 12 <= IN_MEMORY
@@ -128,9 +132,10 @@ def load_images(
                 raise InputError(f"{error}; mend or remove it, or go on without it with --skip_bad_images") from error
             on_skip(f"left out: {error}")
             continue
+        name = name_in(folder, path)
         mask = None if masks is None else masks.read(path, image)
-        for view, variation in enumerate([PLAIN] if augment is None else variations(augment, path.name)):
-            crop = _Crop(path, center_crop, variation)
+        for view, variation in enumerate([PLAIN] if augment is None else variations(augment, name)):
+            crop = _Crop(path, name, center_crop, variation)
             squares[view].append(_cropped(crop, image, mask, (resolution, resolution), keep))
             if shapes:
                 in_shape[view].append(_cropped(crop, image, mask, nearest_shape(*image.size, shapes), keep))
@@ -162,6 +167,7 @@ class _Crop(NamedTuple):
     """How a view of a picture is made."""
 
     path: Path
+    name: str
     center_crop: bool
     variation: Variation
 
@@ -212,7 +218,7 @@ def _together(crops: list[_Cropped], views: int) -> Pictures:
     make = [partial(each.crop.read, shape) for each in crops]
     return Pictures(
         pixels=np.stack(kept) if kept else OnDemand(make, (*shape, 3), [each.digest for each in crops]),
-        names=tuple(each.crop.path.name for each in crops),
+        names=tuple(each.crop.name for each in crops),
         original_sizes=np.array([each.original_size for each in crops], np.int32),
         crop_offsets=np.array([offset_of(each.box, shape) for each in crops], np.int32),
         crop_boxes=np.array([each.box for each in crops], np.int32),
@@ -274,26 +280,32 @@ def as_uint8(pixels: np.ndarray) -> np.ndarray:
     return np.round((pixels + 1.0) * 127.5).astype(np.uint8)
 
 
-def picture_paths(folder: str | Path) -> list[Path]:
-    """Files of ``folder`` that `load_images` reads, sorted by name.
+def picture_paths(folder: str | Path, recursive: bool = False) -> list[Path]:
+    """Files of ``folder``, or also of its sub-folders, that `load_images` reads, sorted by name.
 
     Raises:
       InputError: no such folder, a file instead of a folder, no permission, or no picture in it.
     """
     suffixes = readable_suffixes()
     # A broken link is kept, so that reading it is an error: it once pointed to a picture.
-    paths = [path for path in _files(folder) if path.suffix.lower() in suffixes and picture_of(path.name) is None]
+    paths = [
+        path
+        for path in files_in(folder, recursive)
+        if path.suffix.lower() in suffixes and picture_of(path.name) is None
+    ]
     if not paths:
-        unread = unread_pictures(folder)
+        unread = unread_pictures(folder, recursive)
+        if not recursive and (deeper := [path for path in files_in(folder, True) if path.suffix.lower() in suffixes]):
+            raise InputError(f"{folder}: no pictures in this folder, but {len(deeper)} in sub-folders; add --recursive")
         raise InputError(
             f"{folder}: no pictures in this folder; looked for {', '.join(COMMON_SUFFIXES)} and "
-            f"{len(suffixes.difference(COMMON_SUFFIXES))} rarer suffixes, not in sub-folders"
+            f"{len(suffixes.difference(COMMON_SUFFIXES))} rarer suffixes{', in sub-folders, too' if recursive else ''}"
             + (f". Not read: {unread}" if unread else "")
         )
     return paths
 
 
-def unread_pictures(folder: str | Path) -> str | None:
+def unread_pictures(folder: str | Path, recursive: bool = False) -> str | None:
     """A message on the pictures in ``folder`` that cannot be read: how many, which, and what to do; None if none.
 
     They are recognised by their suffix or, if that is unknown, by their first bytes.
@@ -303,7 +315,7 @@ def unread_pictures(folder: str | Path) -> str | None:
     """
     suffixes = readable_suffixes()
     found: dict[str, list[str]] = {}
-    for path in _files(folder):
+    for path in files_in(folder, recursive):
         if path.suffix.lower() in suffixes:
             continue
         name = format_by_suffix(path) or format_by_content(path)
@@ -316,16 +328,54 @@ def unread_pictures(folder: str | Path) -> str | None:
     return f"{total} of the pictures in {folder}: {'; '.join(parts)}"
 
 
-def _files(folder: str | Path) -> list[Path]:
-    """Files of a folder that are not hidden, and broken links, sorted by name."""
+def name_in(folder: str | Path, path: Path) -> str:
+    """A file's name from ``folder`` on, with slashes, as `Pictures` has it."""
+    return path.relative_to(folder).as_posix()
+
+
+def repeats_of(name: str) -> int:
+    """How often an epoch shows a picture: ten times in a sub-folder ``10_name``, as in kohya's scripts, else once.
+
+    Raises:
+      InputError: it is in a folder such as ``0_name``.
+    """
+    for folder in reversed(name.split("/")[:-1]):
+        if (found := re.match(r"(\d+)_", folder)) is not None:
+            if int(found[1]) == 0:
+                raise InputError(f"{name}: its folder {folder} says to show it 0 times; move it away, or rename it")
+            return int(found[1])
+    return 1
+
+
+def report_repeats(names: Sequence[str], report: Callable[[str], None]) -> None:
+    """Report how often an epoch shows the pictures, unless each is shown once."""
+    counts = collections.Counter(map(repeats_of, names))
+    if set(counts) != {1}:
+        parts = (f"{number} of the pictures {repeats} times" for repeats, number in sorted(counts.items()))
+        report(f"folders: by their names an epoch shows {', '.join(parts)}")
+
+
+def files_in(folder: str | Path, recursive: bool = False, above: frozenset[str] = frozenset()) -> list[Path]:
+    """Files of a folder, or also of its sub-folders, that are not hidden, and broken links; sorted by name.
+
+    Args:
+      above: where the folders that it is in really are; a link that leads back to one of them is not followed.
+
+    Raises:
+      InputError: no such folder, or it cannot be read.
+    """
     folder = Path(folder)
+    above |= {os.path.realpath(folder)}
+    found: list[Path] = []
     try:
-        return sorted(
-            Path(entry.path)
-            for entry in os.scandir(folder)
-            if not entry.name.startswith(".")
-            and (entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)))
-        )
+        for entry in os.scandir(folder):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)):
+                found.append(Path(entry.path))
+            elif recursive and entry.is_dir() and os.path.realpath(entry.path) not in above:
+                found += files_in(entry.path, recursive, above)
+        return sorted(found)
     except FileNotFoundError as error:
         raise InputError(f"{folder}: no such folder; give the folder with the pictures") from error
     except NotADirectoryError as error:

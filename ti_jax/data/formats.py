@@ -71,6 +71,11 @@ def format_by_content(path: Path) -> str | None:
     return next((name for bytes_, name in _SIGNATURES.items() if re.match(bytes_, start, re.DOTALL)), None)
 
 
+def suffix_of(name: str | None) -> str:
+    """The suffix of a format by `format_by_content`; of one that has none here, and of None, that of a PNG."""
+    return _SUFFIXES.get(name or "", ".png")
+
+
 def is_read(name: str) -> bool:
     """Whether pictures of a format can be read."""
     suffixes = [suffix for suffix, format_ in _FORMATS.items() if format_ == name]

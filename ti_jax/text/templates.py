@@ -7,7 +7,10 @@ from pathlib import Path
 
 from ti_jax.errors import InputError
 
-PLACEHOLDER = "{}"
+PLACEHOLDER, CAPTION = "{}", "{caption}"
+
+# AUTOMATIC1111's names for the same.
+_A1111 = {"[name]": PLACEHOLDER, "[filewords]": CAPTION}
 
 # Many framings of one thing, so that the word learns what all pictures share and not what differs. They describe the
 # picture (light, distance, place, medium) and hardly the thing itself, whose properties the word is to learn.
@@ -66,6 +69,7 @@ STYLE_TEMPLATES = (
 )
 
 TEMPLATES = {"object": OBJECT_TEMPLATES, "style": STYLE_TEMPLATES}
+CAPTION_TEMPLATES = {"object": "a photo of {}, {caption}", "style": "{caption}, in the style of {}"}
 
 
 def load_templates(learnable_property: str, templates_file: str | Path | None = None) -> list[str]:
@@ -75,7 +79,8 @@ def load_templates(learnable_property: str, templates_file: str | Path | None = 
       learnable_property: "object" or "style" selects one of our lists. Each has as many sentences as that of diffusers'
         ``textual_inversion.py``, with other wording.
       templates_file: a text file that replaces the list: UTF-8, one template per line; blank lines and lines that start
-        with # are skipped.
+        with # are skipped. ``{caption}`` stands for a picture's caption; AUTOMATIC1111's ``[name]`` and
+        ``[filewords]`` are read, too.
 
     Raises:
       InputError: an unknown property; a file that cannot be read, is not UTF-8, or holds no template; a line without
@@ -86,6 +91,13 @@ def load_templates(learnable_property: str, templates_file: str | Path | None = 
     if learnable_property not in TEMPLATES:
         raise InputError(f"learnable_property {learnable_property!r}: it must be {' or '.join(TEMPLATES)}")
     return list(TEMPLATES[learnable_property])
+
+
+def for_captions(templates: list[str], learnable_property: str) -> tuple[list[str], list[str]]:
+    """The templates for pictures without and with a caption; what a list does not have is ours."""
+    plain = [template for template in templates if CAPTION not in template]
+    captioned = [template for template in templates if CAPTION in template]
+    return plain or list(TEMPLATES[learnable_property]), captioned or [CAPTION_TEMPLATES[learnable_property]]
 
 
 def _read_templates(path: Path) -> list[str]:
@@ -106,6 +118,8 @@ def _read_templates(path: Path) -> list[str]:
         template = line.strip()
         if not template or template.startswith("#"):
             continue
+        for theirs, ours in _A1111.items():
+            template = template.replace(theirs, ours)
         if PLACEHOLDER not in template:
             shown = template if len(template) <= 60 else template[:57] + "..."
             raise InputError(f"templates {path}, line {number}: no {{}} for the new word in {shown!r}; put it in")

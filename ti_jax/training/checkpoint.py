@@ -64,6 +64,7 @@ def fingerprint(
     global_batch: int,
     total_steps: int,
     concepts: Sequence[Sequence[Any]] = (),
+    shown: str | None = None,
 ) -> Fingerprint:
     """What the rows at a step depend on, as JSON values. The number of devices and the schedule of saves are not in it.
 
@@ -71,6 +72,7 @@ def fingerprint(
     counts only with others.
     ``pictures`` and ``masks`` are hashes of all of them, None without masks.
     ``initializer_embedding`` is a hash of the rows that the word starts from, or None if it starts from a token;
+    ``shown`` one of which picture has which prompts and how often an epoch shows it, or None if all are alike;
     ``embeddings`` one of the vectors of the other words that the prompts may use, or None if there are none.
     ``gradient_checkpointing`` is None until the memory has decided it.
     ``concepts``, where there are several, has for each what of the above belongs to it.
@@ -84,6 +86,7 @@ def fingerprint(
         "pictures": pictures,
         "masks": masks,
         "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
+        "captions": shown,
         "words": [[word, count] for word, count in words.items()],
         "initializer_embedding": initializer_embedding,
         "embeddings": embeddings,
@@ -224,7 +227,7 @@ class Checkpoints:
         found |= dict(zip(ADAM, found.pop("adam", ()), strict=False))
         # What an older checkpoint does not have: a setting was as it is by default, and an entry added later cannot
         # differ.
-        found = FIELDS | {"masks": None} | {name: wanted.get(name) for name in ADDED_LATER} | found
+        found = FIELDS | {"masks": None, "captions": None} | {name: wanted.get(name) for name in ADDED_LATER} | found
         if wanted.get("gradient_checkpointing") is None:
             wanted["gradient_checkpointing"] = found["gradient_checkpointing"]
         different = [name for name in wanted if found.get(name) != wanted[name]]

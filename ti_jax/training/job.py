@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from ti_jax.config import Checkpointing, TrainConfig, concept_configs
 from ti_jax.data.concept import Concept, Inputs, LogLine, check_concepts, hash_of_vectors, read_all_inputs, with_rows
-from ti_jax.data.dataset import digest_of_masks, make_dataset
+from ti_jax.data.dataset import digest_of_masks, hash_of_what_is_shown, make_dataset
 from ti_jax.data.moments_cache import open_cache
 from ti_jax.data.on_demand import digest_of_all
 from ti_jax.diffusion.losses import Objective
@@ -123,6 +123,7 @@ class Job:
             pictures=digest_of_all([concept.pictures.pixels for concept in self.concepts]),
             masks=digest_of_masks([concept.pictures for concept in self.concepts]),
             prompts=[prompt for concept in self.concepts for prompt in concept.prompts],
+            shown=hash_of_what_is_shown(self.concepts),
             words=first.words,
             initializer_embedding=first.metadata.get("initializer_embedding_hash"),
             embeddings=hash_of_vectors(first.others),

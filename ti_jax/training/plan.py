@@ -27,7 +27,7 @@ from ti_jax.errors import InputError
 from ti_jax.machine import SPARE, free_memory
 from ti_jax.models.networks import make_networks, network_shapes
 from ti_jax.ops.platform import Platform
-from ti_jax.text.templates import load_templates
+from ti_jax.text.templates import for_captions, load_templates
 from ti_jax.training.chips import CHIPS, TERA, Chip, peak_flops
 from ti_jax.training.compile import StepBuilder, compile_fitting
 from ti_jax.training.flops import batch_flops
@@ -266,7 +266,8 @@ class Planner:
         params = jax.tree.map(lambda leaf: array(leaf.shape, self.dtype), shapes)
         side, channels = self.resolution // networks.latent_factor, networks.vae.config.latent_channels
         several, pictures = len(self.concepts), PICTURES * len(self.concepts)
-        variants = [len(load_templates(each.learnable_property, each.templates)) for each in self.concepts]
+        templates = [load_templates(each.learnable_property, each.templates) for each in self.concepts]
+        variants = [len(for_captions(each, "object")[0]) for each in templates]
         number = array((), jnp.float32)
         return StepInputs(
             params=params,

@@ -73,7 +73,8 @@ def check_apart(config: TrainConfig) -> None:
         ``previous-1``, ...).
     """
     concepts = concept_configs(config)
-    read = [("--train_data_dir", str(concept.train_data_dir)) for concept in concepts]
+    # A dataset of the hub has its folder elsewhere.
+    read = [("--train_data_dir", each.train_data_dir) for each in concepts if each.train_data_dir is not None]
     if config.concepts is not None and os.path.isdir(config.concepts):
         read.append(("--concepts", config.concepts))
     for folder in folders(Path(config.output_dir), concepts):

@@ -56,7 +56,7 @@ class Batch(NamedTuple):
     timesteps: jax.Array  # int32 [B]
     ids: Mapping[str, jax.Array]  # int32 [B, L] for each text encoder
     time_ids: jax.Array  # float32 [B, 6]
-    prompts: jax.Array  # int32 [B]: each sample's index into the dataset's prompts
+    prompts: jax.Array  # int32 [B]: each sample's index into the dataset's table of prompts
     masks: jax.Array | None = None  # float32 [B, h, w]: weight of the loss at each latent; None: all weigh the same
 
 

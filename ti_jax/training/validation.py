@@ -117,7 +117,7 @@ def save_overview(sd: StableDiffusion, concept: Concept, learned: Sequence[Embed
     given = None if concept.negative_prompt is None else [negative or "" for negative in negatives]
     drawn = _draw(sd, concept, drawn_prompts, learned, seeds, given)
     shown = [Image.fromarray(pixels) for pixels in as_uint8(concept.pictures.pixels[:columns])]
-    first = concept.in_prompts(concept.prompts[0])
+    first = concept.in_prompts(concept.first_prompt)
     rows = [(f"the pictures of {concept.token}", shown), (f"{first}, before training", drawn[:columns])]
     rows += [(prompt, drawn[columns * (i + 1) : columns * (i + 2)]) for i, prompt in enumerate(prompts)]
     for index, (prompt, negative, image) in enumerate(zip(drawn_prompts, negatives, drawn, strict=True)):

@@ -142,7 +142,7 @@ def test_updates_in_a_row_with_one_bucket():
     order = BucketOrder(0, [1, 9])
     buckets = turns(order, 500)[:, 0]
     for step in range(400):
-        length = order.run_length(step, most=6)
+        *_, length = order.next(step, most=6)
         assert 1 <= length <= 6 and (buckets[step : step + length] == buckets[step]).all()
         assert length == 6 or buckets[step + length] != buckets[step]
-    assert BucketOrder(0, [4]).run_length(3, most=50) == 50
+    assert BucketOrder(0, [4]).next(3, most=50) == (0, 3, 50)

@@ -82,7 +82,7 @@ def test_the_work_of_an_update_is_that_of_its_batches_where_the_peak_is_known(pl
     builder = SimpleNamespace(batch_size=2, accumulation=3)
     devices = np.array([SimpleNamespace(device_kind="Test 1")])
     job = SimpleNamespace(
-        builder=builder, mesh=SimpleNamespace(devices=devices), frozen=planned._frozen(),
+        builder=builder, mesh=SimpleNamespace(devices=devices), frozen=(planned._frozen(),), order=None,
         start=SimpleNamespace(rows=planned._rows()),
         sd=SimpleNamespace(dtype=jnp.bfloat16, networks=planned.networks),
     )  # fmt: skip

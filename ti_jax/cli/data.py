@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ti_jax.config import DataConfig
-from ti_jax.data.buckets import Shape, nearest_shape, shape_name
+from ti_jax.data.buckets import Shape, nearest_shape, shape_name, shapes_of
 from ti_jax.data.captions import read_captions, report_captions
 from ti_jax.data.folder import (
     MIN_SIDE,
@@ -91,7 +91,7 @@ def survey(config: DataConfig) -> Survey:
     paths = picture_paths(folder, config.recursive)
     masks = make_mask_reader(config, folder, paths)
     ensure_writable_folder(output.parent)
-    shapes = [(config.resolution, config.resolution)]
+    shapes = shapes_of(config, config.resolution) or ((config.resolution, config.resolution),)
     remarks = [f"left out: {unread}"] if (unread := unread_pictures(folder, config.recursive)) else []
     names = [name_in(folder, path) for path in paths]
     report_repeats(names, remarks.append)

@@ -37,6 +37,12 @@ NOT_NEGATIVE = Rule(
     good=(0.0, 12.0),
     bad=(-0.1, math.nan, math.inf),
 )
+RATIO = Rule(
+    "1 or more and finite",
+    lambda value: value >= 1 and math.isfinite(value),
+    good=(1.0, 2.5),
+    bad=(0.99, 0.5, -2.0, math.nan, math.inf),
+)
 NOT_ONE = Rule(
     "finite and not 1",
     lambda value: math.isfinite(value) and value != 1,

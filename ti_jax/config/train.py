@@ -19,6 +19,7 @@ from ti_jax.config.rules import (
     PNG,
     POSITIVE,
     RANGE,
+    RATIO,
     SEED,
     SIDE,
     SOME_TEXTS,
@@ -72,6 +73,19 @@ class TrainConfig(ModelSettings):
     augment: bool = setting(False, fingerprint=True)
     """Learn from eight views of each picture, the plain one and seven that are cropped a little and have slightly other
     brightness, contrast and colour. Against learning a picture's frame and light with the concept."""
+
+    # -- shapes
+    aspect_ratio_buckets: bool = setting(False, fingerprint=True)
+    """Learn from pictures in about their own shapes instead of squares. Each goes to the bucket with the nearest aspect
+    ratio, is scaled to cover it, and the overhang is cut; every batch comes from one bucket, and buckets take turns in
+    proportion to their pictures. No bucket has more pixels than the square of --resolution. One program is compiled
+    for each bucket that has pictures."""
+    bucket_step: int = setting(64, SIDE)
+    """With --aspect_ratio_buckets: the sides of buckets are multiples of this many pixels; divisible by 8. Small
+    models need less than 64: the embedded one, which has 64 pixels, 8 or 16."""
+    max_aspect_ratio: float = setting(2.0, RATIO)
+    """With --aspect_ratio_buckets: largest ratio of a bucket's long side to its short one. Of longer pictures the ends
+    are cut off."""
 
     # -- masks: white is learned from; NAME.mask.png or NAME-masklabel.png beside a picture NAME is used if it is there
     mask_dir: str | None = setting(None, TEXT, path="input")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ti_jax.config import TrainConfig
 from ti_jax.errors import InputError
 
 Shape = tuple[int, int]  # height and width in pixels
@@ -40,6 +41,17 @@ def bucket_shapes(resolution: int, step: int, max_aspect_ratio: float) -> tuple[
     return tuple(shapes)
 
 
+def shapes_of(config: TrainConfig, resolution: int) -> tuple[Shape, ...]:
+    """The shapes of the buckets that a run asks for; none if it learns from squares.
+
+    Raises:
+      InputError: as `bucket_shapes`.
+    """
+    if not config.aspect_ratio_buckets:
+        return ()
+    return bucket_shapes(resolution, config.bucket_step, config.max_aspect_ratio)
+
+
 def _smaller_step(resolution: int) -> int:
     """A step that suits ``resolution``: an eighth of it, in multiples of 8."""
     return max(8, resolution // 64 * 8)
@@ -65,9 +77,9 @@ class BucketOrder:
     every picture is seen equally often, also if its bucket has fewer pictures than a batch.
     """
 
-    def __init__(self, seed: int, entries: Sequence[int]):
+    def __init__(self, seed: int, entries: Sequence[float]):
         """Args:
-        entries: pictures that each bucket shows in an epoch, repeats included.
+        entries: pictures that each bucket shows in an epoch, repeats included, or other numbers in such a proportion.
         """
         self._seed, self._shares = seed, np.asarray(entries) / sum(entries)
         self._buckets = self._turns = np.zeros(0, np.int32)
@@ -78,10 +90,15 @@ class BucketOrder:
             self._extend(max(1024, 2 * len(self._buckets)))
         return int(self._buckets[step]), int(self._turns[step])
 
-    def run_length(self, step: int, most: int) -> int:
-        """Number of updates in a row from ``step`` on that have the same bucket, at most ``most``."""
-        bucket, _ = self.turn(step)
-        return next((count for count in range(1, most) if self.turn(step + count)[0] != bucket), most)
+    @property
+    def shares(self) -> list[float]:
+        """The part of all updates that each bucket has."""
+        return [float(share) for share in self._shares]
+
+    def next(self, step: int, most: int) -> tuple[int, int, int]:
+        """`turn`, and the number of updates in a row from ``step`` on that have the same bucket, at most ``most``."""
+        bucket, turn = self.turn(step)
+        return bucket, turn, next((count for count in range(1, most) if self.turn(step + count)[0] != bucket), most)
 
     def _extend(self, updates: int) -> None:
         """Compute the turns of the first ``updates``: those that were known stay the same."""

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ti_jax.config import TrainConfig
+from ti_jax.data.buckets import shapes_of
 from ti_jax.data.captions import read_captions, report_captions
 from ti_jax.data.folder import Pictures, load_images, name_in, picture_paths, repeats_of, report_repeats
 from ti_jax.data.hub_dataset import as_folder
@@ -198,7 +199,7 @@ def read_inputs(config: TrainConfig, log: LogLine) -> Inputs:
         return Inputs(folder, captions, templates, others, start, pictures)
     model = config.pretrained_model_name_or_path
     if model is not None and not Path(model).exists() and not is_cached(model, config.revision):
-        _load_pictures(config, folder, 8, lambda line: None)
+        _load_pictures(replace(config, aspect_ratio_buckets=False), folder, 8, lambda line: None)
     return Inputs(folder, captions, templates, others, start, None)
 
 
@@ -242,6 +243,7 @@ def _load_pictures(config: TrainConfig, folder: Path, resolution: int, log: LogL
         center_crop=config.center_crop,
         skip_bad=config.skip_bad_images,
         on_skip=log,
+        shapes=shapes_of(config, resolution),
         masks=make_mask_reader(config, folder, paths),
         augment=config.seed if config.augment else None,
         recursive=config.recursive,

@@ -13,17 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from ti_jax.config import TrainConfig
+from ti_jax.data.buckets import shape_name
 from ti_jax.data.concept import Concept
-from ti_jax.data.folder import Pictures
+from ti_jax.data.folder import Bucket, Pictures
 from ti_jax.data.latents import encode_moments
 from ti_jax.data.masks import Masks
 from ti_jax.data.moments_cache import MomentsCache
-from ti_jax.data.sharing import Sharing, share
+from ti_jax.data.sharing import Sharing, share, weight
+from ti_jax.errors import listed
 from ti_jax.pipeline import StableDiffusion
 
 
 class Dataset(NamedTuple):
-    """The training data, replicated on every device: a concept is a handful of pictures."""
+    """The training data, or those of one bucket: all pictures have one size. Replicated on every device: a concept is a
+    handful of pictures.
+    """
 
     moments: jax.Array  # float32 [N, 2, h, w, 2c]: VAE mean and log-variance of each picture and of its mirror image
     ids: Mapping[str, jax.Array]  # int32 [P, L] for each text encoder: the table of prompts, tokenized
@@ -47,6 +51,61 @@ class Negative(NamedTuple):
     guidance_scale: jax.Array  # float32 scalar
 
 
+def make_datasets(
+    config: TrainConfig,
+    sd: StableDiffusion,
+    concepts: Sequence[Concept],
+    in_batch: int = 1,
+    cache: MomentsCache | None = None,
+) -> tuple[Dataset, ...]:
+    """Encode the pictures of a run's concepts with the VAE, and tokenize the prompts.
+
+    Args:
+      in_batch: number of concepts in a batch. cache: of moments; None: all pictures are encoded.
+
+    Returns:
+      A dataset for each bucket, all with the same prompts; without buckets, one.
+    """
+    vae = sd.networks.vae.config
+    prompts = [concept.in_prompts(prompt) for concept in concepts for prompt in concept.prompts]
+    ids = jax.tree.map(jnp.asarray, sd.tokenize(prompts, concepts[0].words))
+    prompts_of = joined([(len(each.prompts), each.prompts_of) for each in concepts])
+    entries = joined([(len(each.pictures.pixels), each.entries[:, None]) for each in concepts])[:, 0]
+    shown = [len(each.entries) for each in concepts]
+    concept_of = np.repeat(np.arange(len(concepts)), shown)
+    negative = None
+    if config.learn_negative:
+        (concept,) = concepts
+        negative_ids = jax.tree.map(jnp.asarray, sd.tokenize([concept.token], concept.words))
+        negative = Negative(negative_ids, jnp.float32(config.negative_guidance_scale))
+
+    def dataset(parts: Sequence[Bucket]) -> Dataset:
+        sets = [part.pictures for part in parts]
+        indices = np.concatenate([part.indices for part in parts])
+        # The place of each picture of the run in this dataset; -1: it is in another one.
+        places = np.full(len(prompts_of), -1, np.int32)
+        places[indices] = np.arange(len(indices))
+        own = places[entries]
+        sizes = np.bincount(concept_of[own >= 0], minlength=len(concepts)).tolist()
+        return Dataset(
+            moments=jnp.asarray(
+                encode_moments(sd, [pictures.pixels for pictures in sets], config.flip_probability > 0, cache)
+            ),
+            ids=ids,
+            prompts_of=jnp.asarray(prompts_of[indices]),
+            entries=jnp.asarray(own[own >= 0]),
+            time_ids=jnp.asarray(np.concatenate([time_ids(pictures) for pictures in sets])),
+            flip_probability=jnp.float32(config.flip_probability),
+            latent_scale=jnp.float32(vae.scaling_factor),
+            latent_shift=jnp.float32(vae.shift_factor or 0.0),
+            masks=mask_weights(config, sd, sets),
+            sharing=share(sizes, in_batch, shown) if len(concepts) > 1 else None,
+            negative=negative,
+        )
+
+    return tuple(map(dataset, _by_shape([concept.pictures for concept in concepts])))
+
+
 def make_dataset(
     config: TrainConfig,
     sd: StableDiffusion,
@@ -54,32 +113,52 @@ def make_dataset(
     in_batch: int = 1,
     cache: MomentsCache | None = None,
 ) -> Dataset:
-    """Encode the pictures of a run's concepts with the VAE, and tokenize the prompts.
+    """As `make_datasets`, for a run without buckets."""
+    (dataset,) = make_datasets(config, sd, concepts, in_batch, cache)
+    return dataset
+
+
+def _by_shape(sets: Sequence[Pictures]) -> list[list[Bucket]]:
+    """The pictures of each shape, from all concepts; the index of a picture counts those of earlier concepts, too."""
+    found: dict[tuple[int, ...], list[Bucket]] = {}
+    start = 0
+    for pictures in sets:
+        count = len(pictures.pixels)
+        for bucket in pictures.buckets or (Bucket(np.arange(count), pictures),):
+            shape = bucket.pictures.pixels.shape[1:]
+            found.setdefault(shape, []).append(Bucket(bucket.indices + start, bucket.pictures))
+        start += count
+    return list(found.values())
+
+
+def weights_of(datasets: Sequence[Dataset]) -> list[float]:
+    """How often each dataset is used, in proportion: every picture is then seen equally often, or every concept has as
+    many samples as any other.
+    """
+    sizes = [np.asarray(each.sharing.size) for each in datasets if each.sharing is not None]
+    if not sizes:
+        return [float(len(each.entries)) for each in datasets]
+    whole = np.sum(sizes, axis=0).tolist()
+    return [weight(each.tolist(), whole) for each in sizes]
+
+
+def small_buckets(concepts: Sequence[Concept], batch: int) -> str | None:
+    """A note on the buckets with fewer pictures than a batch; None if there are none, or no buckets.
+
+    Not an error: buckets take turns in proportion to their pictures, so that each of these is seen as often as others.
 
     Args:
-      in_batch: number of concepts in a batch. cache: of moments; None: all pictures are encoded.
+      batch: samples in a batch, over all devices.
     """
-    vae = sd.networks.vae.config
-    prompts = [concept.in_prompts(prompt) for concept in concepts for prompt in concept.prompts]
-    negative = None
-    if config.learn_negative:
-        (concept,) = concepts
-        ids = jax.tree.map(jnp.asarray, sd.tokenize([concept.token], concept.words))
-        negative = Negative(ids, jnp.float32(config.negative_guidance_scale))
-    return Dataset(
-        moments=jnp.asarray(
-            encode_moments(sd, [concept.pictures.pixels for concept in concepts], config.flip_probability > 0, cache)
-        ),
-        ids=jax.tree.map(jnp.asarray, sd.tokenize(prompts, concepts[0].words)),
-        prompts_of=jnp.asarray(joined([(len(each.prompts), each.prompts_of) for each in concepts])),
-        entries=jnp.asarray(joined([(len(each.pictures.pixels), each.entries[:, None]) for each in concepts])[:, 0]),
-        time_ids=jnp.asarray(np.concatenate([time_ids(concept.pictures) for concept in concepts])),
-        flip_probability=jnp.float32(config.flip_probability),
-        latent_scale=jnp.float32(vae.scaling_factor),
-        latent_shift=jnp.float32(vae.shift_factor or 0.0),
-        masks=mask_weights(config, sd, [concept.pictures for concept in concepts]),
-        sharing=share([len(each.entries) for each in concepts], in_batch) if len(concepts) > 1 else None,
-        negative=negative,
+    buckets = _by_shape([concept.pictures for concept in concepts])
+    counts = {each[0].pictures.pixels.shape[1:3]: sum(len(part.indices) for part in each) for each in buckets}
+    small = [f"{shape_name(shape)} has {count}" for shape, count in counts.items() if count < batch]
+    if len(buckets) == 1 or not small:
+        return None
+    return (
+        f"note: buckets with fewer pictures than a batch of {batch}: {listed(small)}; a batch of these shows a picture "
+        f"several times, though over the run all are seen equally often; a larger --bucket_step makes fewer buckets, a "
+        f"smaller --train_batch_size smaller batches"
     )
 
 

@@ -57,6 +57,11 @@ class Pictures(NamedTuple):
     views: int = 1
 
     @property
+    def learned_from(self) -> list[Pictures]:
+        """These pictures, or those in the buckets."""
+        return [bucket.pictures for bucket in self.buckets] or [self]
+
+    @property
     def files(self) -> int:
         """Number of different pictures, of which each has one view or several."""
         return len(self.names) // self.views

@@ -39,7 +39,16 @@ FIELDS = {field.name: field.default for field in dataclasses.fields(TrainConfig)
 ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay")
 
 # Entries of a fingerprint that the first checkpoints do not have.
-ADDED_LATER = ("prediction_type", "initializer_embedding", "gradient_checkpointing", "draws", "embeddings", "counts")
+ADDED_LATER = (
+    "prediction_type",
+    "initializer_embedding",
+    "gradient_checkpointing",
+    "draws",
+    "embeddings",
+    "counts",
+    "bucket_step",
+    "max_aspect_ratio",
+)
 
 # The rule by which `ti_jax.training.step.draw_sample` draws pictures, prompts, noise and timesteps. It goes up whenever
 # the same seed gives another batch: 1 drew each timestep by itself, 2 spreads an update's over the schedule.
@@ -92,6 +101,8 @@ def fingerprint(
         "embeddings": embeddings,
         "batch size on all devices": global_batch,
         **{name: getattr(config, name) for name in FIELDS},
+        "bucket_step": config.bucket_step if config.aspect_ratio_buckets else None,
+        "max_aspect_ratio": config.max_aspect_ratio if config.aspect_ratio_buckets else None,
         "lr_warmup_steps": None if config.lr_scheduler == "constant" else config.lr_warmup_steps,
         "lr_num_cycles": config.lr_num_cycles if config.lr_scheduler == "cosine_with_restarts" else None,
         "max_train_steps": None if constant else total_steps,

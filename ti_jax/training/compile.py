@@ -45,11 +45,18 @@ class StepBuilder:
         """Samples per update, over all devices."""
         return self.batch_size * self.accumulation * self.mesh.size
 
-    def lower(self, frozen: StepInputs, state: TrainState, gradient_checkpointing: Checkpointing) -> jax.stages.Lowered:
+    def lower(
+        self,
+        frozen: StepInputs,
+        state: TrainState,
+        gradient_checkpointing: Checkpointing,
+        turns: bool = False,
+    ) -> jax.stages.Lowered:
         """``run_steps(frozen, state, count)`` of `make_run_steps`, traced and lowered.
 
         Args:
           frozen, state: arrays or `jax.ShapeDtypeStruct`; only shapes and dtypes are used.
+          turns: ``run_steps`` also takes ``turn``: there are several datasets.
         """
         networks = self.networks.compiled_for(Platform.of(self.mesh.devices.flat[0]))
         step = make_train_step(
@@ -61,17 +68,17 @@ class StepBuilder:
             axis_name=AXIS,
             shard_prompts=is_single_cpu(self.mesh),
         )
-        shapes = replicated_shapes((frozen, state, jnp.int32(1)), self.mesh)
+        shapes = replicated_shapes((frozen, state, jnp.int32(1), *([jnp.int32(0)] if turns else [])), self.mesh)
         return make_run_steps(step, self.mesh, self.longest_chunk).lower(*shapes)
 
 
 @dataclass(frozen=True)
 class CompiledStep:
-    """The compiled training step, and the device memory that it takes.
+    """The compiled training step of a dataset, and the device memory that it takes.
 
     Attributes:
       gradient_checkpointing: the rematerialisation policy that it was compiled with.
-      program: the compiled ``run_steps(frozen, state, count)``.
+      program: the compiled ``run_steps(frozen, state, count)``; of several datasets also with ``turn``.
       arguments, temporary, code: bytes on each device: weights, data and results; activations; the program itself.
       fits: whether it fits in the free memory; True if that is unknown.
     """

@@ -16,8 +16,9 @@ import optax
 from jax.sharding import Mesh
 
 from ti_jax.config import Checkpointing, TrainConfig, concept_configs
+from ti_jax.data.buckets import BucketOrder
 from ti_jax.data.concept import Concept, Inputs, LogLine, check_concepts, hash_of_vectors, read_all_inputs, with_rows
-from ti_jax.data.dataset import digest_of_masks, hash_of_what_is_shown, make_dataset
+from ti_jax.data.dataset import digest_of_masks, hash_of_what_is_shown, make_datasets, small_buckets, weights_of
 from ti_jax.data.moments_cache import open_cache
 from ti_jax.data.on_demand import digest_of_all
 from ti_jax.diffusion.losses import Objective
@@ -65,7 +66,8 @@ class Job:
       config: resolved, including ``resolution``. folder: the output folder.
       sd: the frozen model; its weights on the first device are shared with the loop.
       concepts: what is learned, one or several; each has the folder of its results. mixing: how they share a batch.
-      frozen: the step's constant inputs. start: the initial state, as NumPy arrays.
+      frozen: the step's constant inputs, for each bucket; all but the dataset are the same arrays.
+      order: of the buckets; None: there is one. start: the initial state, as NumPy arrays.
       builder: of the training step. schedule: learning rate by update of a word. total: number of updates in the run.
       usual_norms: median norm of the frozen token embeddings, by text encoder.
       checkpoints: on the leader process only. So are the next two, one for each concept if the config asks for them:
@@ -77,7 +79,8 @@ class Job:
     sd: StableDiffusion
     concepts: tuple[Concept, ...]
     mixing: Mixing
-    frozen: StepInputs
+    frozen: tuple[StepInputs, ...]
+    order: BucketOrder | None
     start: TrainState
     builder: StepBuilder
     schedule: optax.Schedule
@@ -115,13 +118,14 @@ class Job:
     def fingerprint(self) -> dict:
         """Everything that the rows at a step depend on, see `ti_jax.training.checkpoint.fingerprint`."""
         first = self.concepts[0]
+        pictures = [each for concept in self.concepts for each in concept.pictures.learned_from]
         return fingerprint(
             self.config,
             model_identity=self.sd.identity,
             prediction_type=self.sd.schedule.prediction_type,
             dtype=self.sd.dtype,
-            pictures=digest_of_all([concept.pictures.pixels for concept in self.concepts]),
-            masks=digest_of_masks([concept.pictures for concept in self.concepts]),
+            pictures=digest_of_all([each.pixels for each in pictures]),
+            masks=digest_of_masks(pictures),
             prompts=[prompt for concept in self.concepts for prompt in concept.prompts],
             shown=hash_of_what_is_shown(self.concepts),
             words=first.words,
@@ -175,7 +179,7 @@ def prepare(
     measured = concepts if is_leader() and measures(config) else ()
     trackers = tuple(make_score_tracker(sd, concept) for concept in measured)
     with clock.phase("encode"):
-        dataset = make_dataset(config, sd, concepts, mixing.in_batch, open_cache())
+        datasets = make_datasets(config, sd, concepts, mixing.in_batch, open_cache())
 
     shown = sum(len(each.entries) // each.pictures.views for each in concepts)
     total = total_updates(config, shown, samples_per_step)
@@ -183,19 +187,24 @@ def prepare(
     optimizer, schedule = make_optimizer(config, updates, samples_per_step)
     if (note := warmup_note(config, updates)) is not None:
         multihost.log_leader(note)
-    frozen = replicate(
+    if (note := small_buckets(concepts, batch_size * mesh.size)) is not None:
+        multihost.log_leader(note)
+    first, *others = datasets
+    shared = replicate(
         StepInputs(
             params=without_copies({name: tree for name, tree in sd.params.items() if name != "vae"}),
             schedule=sd.schedule,
-            dataset=dataset,
+            dataset=first,
             row_mask={name: jnp.asarray(mask) for name, mask in concepts[0].row_mask.items()},
             key=jax.random.key(config.seed),
             objective=Objective.of(config, sd.schedule),
         ),
         mesh,
     )
+    frozen = (shared, *(shared._replace(dataset=each) for each in replicate(others, mesh)))
+    order = BucketOrder(config.seed, weights_of(datasets)) if len(datasets) > 1 else None
     # Pictures are drawn with the loop's copy of the weights on the first device.
-    drawn_with = jax.tree.map(lambda leaf: leaf.addressable_data(0), frozen.params)
+    drawn_with = jax.tree.map(lambda leaf: leaf.addressable_data(0), shared.params)
     networks = sd.networks.compiled_for(Platform.of(mesh.devices.flat[0]))
     sd = dataclasses.replace(sd, params={**sd.params, **drawn_with}, networks=networks)
     rows = {name: jnp.asarray(value) for name, value in concepts[0].rows.items()}
@@ -213,8 +222,8 @@ def prepare(
         checkpoints = Checkpoints(folder / "checkpoints", config.checkpoints_total_limit)
         holding.enter_context(contextlib.closing(checkpoints))
     return Job(
-        config, folder, sd, concepts, mixing, frozen, start, builder, schedule, total, usual_norms(sd), checkpoints,
-        trackers, pushes, clock,
+        config, folder, sd, concepts, mixing, frozen, order, start, builder, schedule, total, usual_norms(sd),
+        checkpoints, trackers, pushes, clock,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ import jax
 import numpy as np
 
 from ti_jax import interrupts
-from ti_jax.config import TrainConfig, resolve
+from ti_jax.config import Checkpointing, TrainConfig, resolve
 from ti_jax.config.yaml import dump_yaml
+from ti_jax.data.buckets import shape_name
 from ti_jax.embeddings import Embedding
 from ti_jax.errors import InputError, listed
 from ti_jax.files import write_atomically
@@ -85,35 +87,57 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> T
         return run(job, compile_step(job))
 
 
-def compile_step(job: Job) -> CompiledStep:
-    """Compile the training step so that it fits in the memory of every process' devices.
+def compile_step(job: Job) -> tuple[CompiledStep, ...]:
+    """Compile the training step, for each bucket, so that it fits in the memory of every process' devices.
 
     Raises:
       InputError: it does not fit.
     """
-    memory = multihost.smallest(free_memory(job.mesh.local_devices))
-    if memory is not None:
-        memory += sum(leaf.nbytes for leaf in jax.tree.leaves((job.frozen, job.start)))
-    lower = partial(job.builder.lower, job.frozen, job.start)
+    free = multihost.smallest(free_memory(job.mesh.local_devices))
     with job.clock.phase("compile"):
-        return all_or_raise(lambda: checked(compile_fitting(lower, job.config.gradient_checkpointing, memory), memory))
+        return all_or_raise(lambda: _compile_all(job, free))
 
 
-def run(job: Job, step: CompiledStep) -> TrainResult:
+def _compile_all(job: Job, free: float | None) -> tuple[CompiledStep, ...]:
+    """The step of each bucket; all have the rematerialisation policy that the largest needs.
+
+    Args:
+      free: bytes on a device beside the job's arrays; None: unknown.
+    """
+    policy, found = job.config.gradient_checkpointing, dict[int, CompiledStep]()
+    shapes = [each.dataset.moments.shape[2:4] for each in job.frozen]
+    for bucket in sorted(range(len(shapes)), key=lambda bucket: -math.prod(shapes[bucket])):
+        began, frozen, memory = time.perf_counter(), job.frozen[bucket], None
+        if free is not None:  # a program's own arguments are counted with it
+            own = sum(leaf.nbytes for leaf in jax.tree.leaves((frozen, job.start)))
+            memory = free + own - sum(each.code for each in found.values())
+        lower = partial(job.builder.lower, frozen, job.start, turns=job.order is not None)
+        found[bucket] = checked(compile_fitting(lower, policy, memory), memory)
+        policy = found[bucket].gradient_checkpointing
+        if job.order is not None:
+            height, width = (side * job.sd.networks.latent_factor for side in shapes[bucket])
+            multihost.log_leader(
+                f"bucket of {shape_name((height, width))} pixels: {job.order.shares[bucket]:.1%} of the updates; its "
+                f"training step took {time.perf_counter() - began:.1f} s to compile"
+            )
+    return tuple(found[bucket] for bucket in range(len(shapes)))
+
+
+def run(job: Job, steps: Sequence[CompiledStep]) -> TrainResult:
     """Train to the last step, or until a stop is requested; then save the word and draw the overview."""
     # Save the policy that was chosen: with other free memory another one would be.
-    config = dataclasses.replace(job.config, gradient_checkpointing=step.gradient_checkpointing)
+    config = dataclasses.replace(job.config, gradient_checkpointing=steps[0].gradient_checkpointing)
     # Earlier results are moved only now that all input has been checked: a mistyped command must not displace them.
     on_leader(lambda: _open_folder(config, job))
-    multihost.log_leader(_summary(job, step))
+    multihost.log_leader(_summary(job, steps[0].gradient_checkpointing))
     # With several processes an action runs on all or none of them, so that a stop waits for its end.
     with interrupts.deferred(abandon=jax.process_count() == 1):
-        state, losses, stopped = _loop(job, step)
+        state, losses, stopped = _loop(job, steps)
         embeddings, finished = on_leader(lambda: _finish(job, state, stopped))
     return TrainResult(embeddings, np.asarray(losses, np.float32), job.folder, job.clock.seconds, not finished)
 
 
-def _loop(job: Job, step: CompiledStep) -> tuple[TrainState, list[float], bool]:
+def _loop(job: Job, steps: Sequence[CompiledStep]) -> tuple[TrainState, list[float], bool]:
     """Run the updates and the actions between them; returns (state, losses, stopped before the end)."""
     state, now = replicate(job.start, job.mesh), int(job.start.step)
     actions = make_actions(job)
@@ -149,13 +173,17 @@ def _loop(job: Job, step: CompiledStep) -> tuple[TrainState, list[float], bool]:
         if now:
             on_leader(partial(_act, [each for each in timetable.due(now) if not each.done(now)], now, state, reporter))
         while now < job.total and not stopping:
-            end = min(timetable.next(now), now + pace.steps)
+            most = min(timetable.next(now) - now, pace.steps)
+            bucket, turn, count = (0, now, most) if job.order is None else job.order.next(now, most)
+            end = now + count
             requests.send(interrupts.requested())
             profiler.next_from(now)
             with job.clock.phase("train"):
-                dispatched, count = time.perf_counter(), replicate(np.int32(end - now), job.mesh)
+                numbers = [count] if job.order is None else [count, turn]
+                arguments = [replicate(np.int32(number), job.mesh) for number in numbers]
+                dispatched = time.perf_counter()
                 with profiler.step(now), jax.transfer_guard("disallow"):  # everything is on the devices already
-                    state, chunk = step.program(job.frozen, state, count)
+                    state, chunk = steps[bucket].program(job.frozen[bucket], state, *arguments)
                 if pending is not None:
                     read(*pending)
             pending, now = (now, end, chunk, dispatched), end
@@ -177,12 +205,16 @@ def _loop(job: Job, step: CompiledStep) -> tuple[TrainState, list[float], bool]:
 
 
 def work_of(job: Job) -> Work | None:
-    """The work of an update on each device; None where the device's peak is unknown. Traces the networks: seconds."""
+    """The work of an update on each device, on average over the buckets; None where the device's peak is unknown.
+
+    Traces the networks: seconds.
+    """
     builder = job.builder
     peak = peak_flops(job.mesh.devices.flat[0].device_kind, job.sd.dtype)
     if peak is None:
         return None
-    flops = batch_flops(job.sd.networks, job.frozen, job.start.rows, builder.batch_size)
+    of_bucket = [batch_flops(job.sd.networks, each, job.start.rows, builder.batch_size) for each in job.frozen]
+    flops = float(np.average(of_bucket, weights=None if job.order is None else job.order.shares))
     return Work(flops * builder.accumulation, peak)
 
 
@@ -221,10 +253,9 @@ def _open_folder(config: TrainConfig, job: Job) -> None:
     write_atomically(job.folder / "config.yaml", dump_yaml(config).encode())
 
 
-def _summary(job: Job, step: CompiledStep) -> str:
+def _summary(job: Job, policy: Checkpointing) -> str:
     """One line: model, devices, precision, data and compile time."""
     on_hosts = "" if jax.process_count() == 1 else f" in {jax.process_count()} processes"
-    policy = step.gradient_checkpointing
     checkpointing = "" if policy == "none" else f"gradient checkpointing {policy}; "
     words = f"{len(job.concepts)} words, " if len(job.concepts) > 1 else ""
     mixed = f" of {job.mixing.in_batch} words" if len(job.concepts) > 1 else ""

@@ -79,32 +79,38 @@ def without_copies(tree: Any) -> Any:
 
 
 def make_run_steps(
-    train_step: Callable[[StepInputs, TrainState], tuple[TrainState, jax.Array]], mesh: Mesh, max_steps: int
+    train_step: Callable[..., tuple[TrainState, jax.Array]], mesh: Mesh, max_steps: int
 ) -> jax.stages.Wrapped:
-    """``run_steps(frozen, state, count) -> (state, losses)``: up to ``count`` updates in one dispatch, jitted.
+    """``run_steps(frozen, state, count, [turn]) -> (state, losses)``: up to ``count`` updates in one dispatch, jitted.
 
     ``count`` (at most ``max_steps``) is traced, so that one program serves every chunk. The loop ends early at a
-    non-finite loss. ``losses`` is float32 [max_steps]; entries from ``count`` on are NaN. The state is donated.
+    non-finite loss. ``losses`` is float32 [max_steps]; entries from ``count`` on are NaN. The state is donated. A run
+    with several datasets also gives ``turn``, that of the first update: see `draw_sample`.
 
     This is ``jax.jit(jax.shard_map(...))``, which is what ``jax.pmap`` has been since JAX 0.8. All inputs and outputs
     are replicated; devices differ only in the samples that they draw. ``check_vma`` is off because TPU kernels do not
     support it, so that a gradient within the step is per device, as under `jax.pmap`.
     """
 
-    def run_steps(frozen: StepInputs, state: TrainState, count: jax.Array) -> tuple[TrainState, jax.Array]:
+    def updates(
+        frozen: StepInputs, state: TrainState, count: jax.Array, *turn: jax.Array
+    ) -> tuple[TrainState, jax.Array]:
         def more(carry):
             index, state, _ = carry
             return (index < count) & state.ok
 
         def one(carry):
             index, state, losses = carry
-            state, loss = train_step(frozen, state)
+            state, loss = train_step(frozen, state, *(first + index for first in turn))
             return index + 1, state, losses.at[index].set(loss)
 
         losses = jnp.full((max_steps,), jnp.nan, jnp.float32)
         _, state, losses = lax.while_loop(more, one, (jnp.int32(0), state, losses))
         return state, losses
 
-    mapped = jax.shard_map(run_steps, mesh=mesh, in_specs=(P(), P(), P()), out_specs=(P(), P()), check_vma=False)
+    def run_steps(*arguments: Any) -> tuple[TrainState, jax.Array]:
+        in_specs = (P(),) * len(arguments)
+        return jax.shard_map(updates, mesh=mesh, in_specs=in_specs, out_specs=(P(), P()), check_vma=False)(*arguments)
+
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return jax.jit(mapped, donate_argnums=1, compiler_options=cpu_options() if on_cpu else None)
+    return jax.jit(run_steps, donate_argnums=1, compiler_options=cpu_options() if on_cpu else None)

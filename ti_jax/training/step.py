@@ -60,7 +60,9 @@ class Batch(NamedTuple):
     masks: jax.Array | None = None  # float32 [B, h, w]: weight of the loss at each latent; None: all weigh the same
 
 
-def draw_sample(frozen: StepInputs, step: jax.Array, position: jax.Array, global_batch: int) -> Batch:
+def draw_sample(
+    frozen: StepInputs, step: jax.Array, position: jax.Array, global_batch: int, turn: jax.Array | None = None
+) -> Batch:
     """Picture, mirror, prompt, latent, noise and timestep of one sample (leaves without the batch axis).
 
     The dataset's entries are reshuffled every epoch, so that each is seen equally often; see `_entry`. Timesteps are
@@ -70,7 +72,7 @@ def draw_sample(frozen: StepInputs, step: jax.Array, position: jax.Array, global
 
     Args:
       step: int32 scalar, the update's number. position: int32 scalar in [0, global_batch), the sample's index over
-        micro-batches and devices.
+        micro-batches and devices. turn: int32 scalar, how many updates before this one had the same dataset; None: all.
     """
     dataset = frozen.dataset
     order_key, sample_key, timestep_key = jax.random.split(frozen.key, 3)
@@ -79,7 +81,7 @@ def draw_sample(frozen: StepInputs, step: jax.Array, position: jax.Array, global
     offset_key = jax.random.fold_in(sample_key, 4)  # none of the four, which are as they were before it was drawn
 
     num_variants = dataset.prompts_of.shape[1]
-    picture = dataset.entries[_entry(dataset, order_key, step, position, global_batch)]
+    picture = dataset.entries[_entry(dataset, order_key, step if turn is None else turn, position, global_batch)]
     mirrored = jax.random.bernoulli(flip_key, dataset.flip_probability).astype(jnp.int32)
     prompt = dataset.prompts_of[picture, jax.random.randint(prompt_key, (), 0, num_variants)]
     low, high = frozen.objective.timestep_range or (0, frozen.schedule.alphas_cumprod.shape[0])
@@ -101,20 +103,22 @@ def draw_sample(frozen: StepInputs, step: jax.Array, position: jax.Array, global
 
 
 def _entry(
-    dataset: Dataset, order_key: jax.Array, step: jax.Array, position: jax.Array, global_batch: int
+    dataset: Dataset, order_key: jax.Array, turn: jax.Array, position: jax.Array, global_batch: int
 ) -> jax.Array:
     """The entry of a sample, int32 scalar, see `draw_sample`; several concepts take turns."""
     num_entries = dataset.entries.shape[0]
     if dataset.sharing is not None:
-        return next_entry(dataset.sharing, num_entries, order_key, step, position, global_batch)
-    turn = step * global_batch + position
-    shuffled = jax.random.permutation(jax.random.fold_in(order_key, turn // num_entries), num_entries)
-    return shuffled[turn % num_entries]
+        return next_entry(dataset.sharing, num_entries, order_key, turn, position, global_batch)
+    number = turn * global_batch + position
+    shuffled = jax.random.permutation(jax.random.fold_in(order_key, number // num_entries), num_entries)
+    return shuffled[number % num_entries]
 
 
-def draw_batch(frozen: StepInputs, step: jax.Array, positions: jax.Array, global_batch: int) -> Batch:
+def draw_batch(
+    frozen: StepInputs, step: jax.Array, positions: jax.Array, global_batch: int, turn: jax.Array | None = None
+) -> Batch:
     """The samples at ``positions`` int32 [B] of an update's global batch."""
-    return jax.vmap(lambda position: draw_sample(frozen, step, position, global_batch))(positions)
+    return jax.vmap(lambda position: draw_sample(frozen, step, position, global_batch, turn))(positions)
 
 
 def diffusion_loss(
@@ -212,7 +216,9 @@ def make_train_step(
     axis_name: str,
     shard_prompts: bool = False,
 ):
-    """The update of one device: ``step(frozen, state) -> (state, loss)``, to run under a mapped axis ``axis_name``.
+    """The update of one device: ``step(frozen, state, turn=None) -> (state, loss)``, under a mapped axis ``axis_name``.
+
+    ``turn`` is as in `draw_sample`.
 
     Args:
       batch_size: samples on this device in one micro-batch; accumulation: micro-batches whose gradients are averaged.
@@ -229,9 +235,11 @@ def make_train_step(
     def several(frozen: StepInputs) -> bool:
         return frozen.dataset.sharing is not None
 
-    def micro_batch_gradient(frozen: StepInputs, state: TrainState, index: jax.Array) -> tuple[jax.Array, Rows, Rows]:
+    def micro_batch_gradient(
+        frozen: StepInputs, state: TrainState, turn: jax.Array | None, index: jax.Array
+    ) -> tuple[jax.Array, Rows, Rows]:
         first = (index * num_devices + lax.axis_index(axis_name)) * batch_size
-        batch = draw_batch(frozen, state.step, first + jnp.arange(batch_size), global_batch)
+        batch = draw_batch(frozen, state.step, first + jnp.arange(batch_size), global_batch, turn)
 
         def loss(rows: Rows) -> jax.Array:
             condition = encode_once(networks, frozen, rows, batch, num_devices if shard_prompts else 1, axis_name)
@@ -241,13 +249,15 @@ def make_train_step(
             value, grads = jax.value_and_grad(loss)(state.rows)
         return value, grads, samples_with(networks, state.rows, batch.ids) if several(frozen) else {}
 
-    def train_step(frozen: StepInputs, state: TrainState) -> tuple[TrainState, jax.Array]:
+    def train_step(
+        frozen: StepInputs, state: TrainState, turn: jax.Array | None = None
+    ) -> tuple[TrainState, jax.Array]:
         if accumulation == 1:
-            loss, grads, counts = micro_batch_gradient(frozen, state, jnp.int32(0))
+            loss, grads, counts = micro_batch_gradient(frozen, state, turn, jnp.int32(0))
         else:
 
             def accumulate(index, total):
-                return jax.tree.map(jnp.add, total, micro_batch_gradient(frozen, state, index))
+                return jax.tree.map(jnp.add, total, micro_batch_gradient(frozen, state, turn, index))
 
             no_counts = {name: jnp.zeros(len(rows)) for name, rows in state.rows.items() if several(frozen)}
             zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.rows), no_counts)

@@ -1,0 +1,235 @@
+"""Training in aspect-ratio buckets: the rows of a PyTorch loop on the same draws, on several devices, and resumed."""
+
+import collections
+import dataclasses
+import json
+import shutil
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from PIL import Image
+from test_step import Problem, TorchTextEncoder, relative, torch_condition
+
+import ti_jax
+from ti_jax.data.buckets import BucketOrder
+from ti_jax.data.dataset import make_datasets, weights_of
+from ti_jax.training import parallel
+from ti_jax.training.compile import StepBuilder
+from ti_jax.training.job import prepare_concept, prepare_concepts
+from ti_jax.training.step import draw_batch
+
+STEPS = 20
+BUCKETS = {"aspect_ratio_buckets": True, "bucket_step": 8, "max_aspect_ratio": 3.0, "resolution": 16}
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """Three pictures that are about three times as wide as high, and two squares: for buckets of 24 x 8 and 16 x 16."""
+    folder = tmp_path_factory.mktemp("shapes")
+    rng = np.random.default_rng(2)
+    for index, shape in enumerate([(11, 33), (16, 16), (16, 50), (20, 20), (9, 27)]):
+        Image.fromarray(rng.integers(0, 256, (*shape, 3), np.uint8)).save(folder / f"{index}.png")
+    return folder
+
+
+class Buckets(Problem):
+    """A tiny model and a concept whose pictures have two shapes."""
+
+    def __init__(self, model, pictures, tmp_path, **changes):
+        # `Problem` makes the one dataset of a run without buckets.
+        super().__init__(model, pictures, tmp_path, resolution=16, **changes)
+        self.config = replace(self.config, **BUCKETS)
+        self.concept = prepare_concept(self.config, self.sd, print)
+        self.datasets = make_datasets(self.config, self.sd, [self.concept])
+        self.order = BucketOrder(7, weights_of(self.datasets))
+
+    def train(self, num_devices, batch_size, steps=STEPS):
+        """The last state and all losses, from dispatches of at most three updates."""
+        mesh = parallel.make_mesh(jax.devices()[:num_devices])
+        builder = StepBuilder(self.sd.networks, self.optimizer, mesh, batch_size, self.accumulation, longest_chunk=3)
+        frozen = [parallel.replicate(self.frozen()._replace(dataset=each), mesh) for each in self.datasets]
+        state = parallel.replicate(self.state(), mesh)
+        programs = [builder.lower(each, state, "none", turns=True).compile() for each in frozen]
+        now, losses, used = 0, [], set()
+        while now < steps:
+            bucket, turn, count = self.order.next(now, min(3, steps - now))
+            numbers = parallel.replicate((np.int32(count), np.int32(turn)), mesh)
+            state, chunk = programs[bucket](frozen[bucket], state, *numbers)
+            losses += np.asarray(chunk)[:count].tolist()
+            now, used = now + count, used | {bucket}
+        assert len(used) == len(self.datasets), "every bucket had its turn"
+        return state, losses
+
+
+def torch_rows(problem, model):
+    """The rows of a PyTorch loop on the draws of ours, each step with the pictures of its bucket."""
+    unet = UNet2DConditionModel.from_pretrained(model / "unet").requires_grad_(False)
+    scheduler = DDPMScheduler.from_pretrained(model / "scheduler")
+    encoders = {name: TorchTextEncoder(model, name, rows) for name, rows in problem.concept.rows.items()}
+    weights = [encoder.weight for encoder in encoders.values()]
+    optimizer = torch.optim.AdamW(weights, lr=problem.config.learning_rate, weight_decay=0.0)
+    draw = jax.jit(draw_batch, static_argnums=3)
+    losses, shapes = [], set()
+    for step in range(STEPS):
+        bucket, turn = problem.order.turn(step)
+        frozen = problem.frozen()._replace(dataset=problem.datasets[bucket])
+        batch = draw(frozen, jnp.int32(step), jnp.arange(2), 2, jnp.int32(turn))
+        latents, noise = (torch.tensor(np.asarray(each)).permute(0, 3, 1, 2) for each in (batch.latents, batch.noise))
+        shapes.add(tuple(latents.shape[2:]))
+        timesteps = torch.tensor(np.asarray(batch.timesteps)).long()
+        context, added = torch_condition(encoders, batch)
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        optimizer.zero_grad()
+        loss = torch.nn.functional.mse_loss(unet(noisy, timesteps, context, added_cond_kwargs=added).sample, noise)
+        loss.backward()
+        optimizer.step()
+        for encoder in encoders.values():
+            encoder.restore()
+        losses.append(loss.item())
+    assert shapes == {(8, 8), (4, 12)}
+    return {name: encoder.rows for name, encoder in encoders.items()}, losses
+
+
+@pytest.mark.parametrize("family", ["tiny_sd", "tiny_sdxl"])
+def test_twenty_steps_with_two_buckets_equal_a_pytorch_loop(family, shapes, tmp_path, request):
+    model = request.getfixturevalue(family)
+    problem = Buckets(model, shapes, tmp_path)
+    assert [each.moments.shape[1:4] for each in problem.datasets] == [(2, 8, 8), (2, 4, 12)]
+    assert np.asarray(problem.datasets[1].time_ids)[0, 0].tolist() == [11, 33, 0, 0, 8, 24], "SDXL's sizes"
+    state, losses = problem.train(num_devices=1, batch_size=2)
+    rows, their_losses = torch_rows(problem, model)
+    assert relative(losses, their_losses) < 1e-5
+    for name, value in rows.items():
+        assert relative(state.rows[name], value) < 1e-5
+        assert relative(state.rows[name], problem.concept.rows[name]) > 0.01, "nothing was learned"
+
+
+def test_eight_devices_end_with_the_rows_of_one(tiny_sd, shapes, tmp_path):
+    problem = Buckets(tiny_sd, shapes, tmp_path)
+    one, losses_of_one = problem.train(num_devices=1, batch_size=8, steps=10)
+    eight, losses_of_eight = problem.train(num_devices=8, batch_size=1, steps=10)
+    assert relative(eight.rows["text_encoder"], one.rows["text_encoder"]) < 1e-6
+    assert relative(losses_of_eight, losses_of_one) < 1e-6
+
+
+# -- whole runs
+
+
+@pytest.fixture
+def config(short_run, shapes):
+    return replace(short_run, train_data_dir=str(shapes), train_batch_size=2, **BUCKETS)
+
+
+def train(config):
+    return ti_jax.train(config, devices=jax.devices()[:1])
+
+
+def rows(result):
+    return result.embedding.vectors["text_encoder"]
+
+
+def test_a_resumed_run_is_the_same_to_the_bit(config, tmp_path, capsys):
+    whole = train(replace(config, output_dir=str(tmp_path / "whole")))
+    told = capsys.readouterr().err
+    assert "pictures in buckets: 2 of 16 x 16, 3 of 24 x 8 pixels" in told
+    assert told.count(" s to compile") == 3
+    assert "bucket of 24 x 8 pixels: 60.0% of the updates; its training step took" in told
+    first = train(replace(config, max_train_steps=7, checkpointing_steps=7))
+    second = train(replace(config, resume_from_checkpoint="latest"))
+    assert np.array_equal(rows(second), rows(whole))
+    assert np.array_equal(np.concatenate([first.losses, second.losses]), whole.losses)
+    records = [json.loads(line) for line in (second.output_dir / "metrics.jsonl").read_text().splitlines()]
+    assert sum(len(record.get("losses", [])) for record in records) == 12
+    with Image.open(whole.output_dir / "samples" / "overview-00.png") as picture:
+        assert picture.size == (16, 16), "what is drawn keeps the square"
+    for change, message in [
+        ({"aspect_ratio_buckets": False}, "aspect_ratio_buckets True there, False here"),
+        ({"max_aspect_ratio": 3.5}, "max_aspect_ratio 3.0 there, 3.5 here"),
+    ]:
+        with pytest.raises(ti_jax.InputError, match=message):
+            train(replace(config, **change, resume_from_checkpoint="latest"))
+
+
+def test_every_bucket_shows_its_pictures_equally_often(tiny_sd, shapes, tmp_path):
+    problem = Buckets(tiny_sd, shapes, tmp_path)
+    draw = jax.jit(lambda frozen, step, turn: draw_batch(frozen, step, jnp.arange(2), 2, turn).time_ids)
+    seen = collections.Counter()
+    for step in range(30):
+        bucket, turn = problem.order.turn(step)
+        frozen = problem.frozen()._replace(dataset=problem.datasets[bucket])
+        seen.update(tuple(size) for size in np.asarray(draw(frozen, step, turn))[:, :2].astype(int).tolist())
+    assert len(seen) == 5 and sum(seen.values()) == 60
+    assert all(abs(count - 12) <= 2 for count in seen.values())
+
+
+def test_each_picture_keeps_its_caption_and_its_repeats(tiny_sd, shapes, tmp_path):
+    folder = tmp_path / "pictures"
+    shutil.copytree(shapes, folder / "3_often")
+    (folder / "3_often" / "0.png").rename(folder / "0.png")
+    for name in ("0", "3_often/1", "3_often/2"):
+        (folder / f"{name}.txt").write_text(f"{{}} number {name[-1]}")
+    problem = Buckets(tiny_sd, folder, tmp_path, recursive=True)
+    heights = {11: 0, 16: 1, 20: 3, 9: 4}  # of the original pictures; two have 16
+    for dataset in problem.datasets:
+        shown = np.asarray(dataset.entries).tolist()
+        for picture, (height, width, *_) in enumerate(np.asarray(dataset.time_ids)[:, 0].astype(int).tolist()):
+            number = 2 if width == 50 else heights[height]
+            assert shown.count(picture) == (1 if number == 0 else 3)
+            prompts = {problem.concept.prompts[prompt] for prompt in np.asarray(dataset.prompts_of)[picture].tolist()}
+            assert (prompts == {f"<new> number {number}"}) == (number < 3)
+    assert weights_of(problem.datasets) == [6, 7]
+
+
+def test_words_in_one_run_have_as_many_samples_though_their_pictures_have_other_shapes(tiny_sd, shapes, tmp_path):
+    """The first word's pictures are three lying and two square, the second's two lying and one upright."""
+    rng = np.random.default_rng(3)
+    (tmp_path / "ben").mkdir()
+    for index, shape in enumerate([(10, 30), (8, 24), (30, 10)]):
+        Image.fromarray(rng.integers(0, 256, (*shape, 3), np.uint8)).save(tmp_path / "ben" / f"{index}.png")
+    problem = Buckets(tiny_sd, shapes, tmp_path)
+    config = replace(problem.config, resolution=16, templates=None)
+    configs = [
+        replace(config, placeholder_token="<ana>"),
+        replace(config, placeholder_token="<ben>", train_data_dir=str(tmp_path / "ben")),
+    ]
+    concepts = prepare_concepts(configs, problem.sd, print)
+    datasets = make_datasets(config, problem.sd, concepts, in_batch=2)
+    assert [each.moments.shape[2:4] for each in datasets] == [(8, 8), (4, 12), (12, 4)]
+    assert [each.sharing.size.tolist() for each in datasets] == [[2, 0], [3, 2], [0, 1]]
+    order, first_of_ben = BucketOrder(7, weights_of(datasets)), len(concepts[0].prompts)
+    draw = jax.jit(lambda frozen, step, turn: draw_batch(frozen, step, jnp.arange(4), 4, turn).prompts)
+    words = collections.Counter()
+    for step in range(60):
+        bucket, turn = order.turn(step)
+        frozen = problem.frozen()._replace(dataset=datasets[bucket])
+        words.update((np.asarray(draw(frozen, step, turn)) >= first_of_ben).tolist())
+    assert sum(words.values()) == 240 and abs(words[True] - 120) <= 8
+
+
+def test_a_bucket_with_fewer_pictures_than_a_batch_is_told(config, capsys):
+    train(replace(config, train_batch_size=3, max_train_steps=1))
+    assert (
+        "note: buckets with fewer pictures than a batch of 3: 16 x 16 has 2; a batch of these shows a picture several "
+        "times, though over the run all are seen equally often; a larger --bucket_step makes fewer buckets, a smaller "
+        "--train_batch_size smaller batches"
+    ) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bucket_step": 12}, "--bucket_step 12: must be from 8 to 8192 pixels and divisible by 8"),
+        ({"max_aspect_ratio": 0.5}, "--max_aspect_ratio 0.5: must be 1 or more and finite"),
+        ({"bucket_step": 64}, "no bucket but the square has sides that are multiples of --bucket_step 64"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_the_weights_are_read(config, change, message, monkeypatch):
+    monkeypatch.setattr(ti_jax.StableDiffusion, "load", lambda model: pytest.fail("the weights were read"))
+    with pytest.raises(ti_jax.InputError, match=message) as error:
+        train(dataclasses.replace(config, **change))
+    assert "\n" not in str(error.value)

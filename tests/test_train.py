@@ -1,5 +1,7 @@
 """Whole training runs on a tiny model: what they write, how they stop, and that a resumed run is the same run."""
 
+import contextlib
+import io
 import json
 import random
 import re
@@ -58,12 +60,19 @@ def rows(result):
     return result.embedding.vectors["text_encoder"]
 
 
-def test_what_a_run_leaves(config, capsys):
+@pytest.fixture(scope="module")
+def twelve_steps(make_short_run, tmp_path_factory):
+    """The result of a run of twelve steps that does all that a run may do, and what it said."""
     config = replace(
-        config, save_steps=5, checkpointing_steps=4, checkpoints_total_limit=2, validation_prompt="a drawing of {}",
-        validation_steps=6, num_validation_images=2,
+        make_short_run(tmp_path_factory.mktemp("run")), **SETTINGS, save_steps=5, checkpointing_steps=4,
+        checkpoints_total_limit=2, validation_prompt="a drawing of {}", validation_steps=6, num_validation_images=2,
     )  # fmt: skip
-    result = train(config)
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        return train(config), told.getvalue()
+
+
+def test_what_a_run_leaves(twelve_steps):
+    result, told = twelve_steps
     out = result.output_dir
     assert result.losses.shape == (12,) and np.isfinite(result.losses).all() and not result.interrupted
     kept = ti_jax.Embedding.load(out / "learned_embeds.safetensors")
@@ -86,7 +95,6 @@ def test_what_a_run_leaves(config, capsys):
     assert any("text_encoder/row_1/distance" in record for record in records)
     assert list((out / "logs").glob("events.out.tfevents.*"))
     assert load_yaml(out / "config.yaml", ti_jax.TrainConfig)["max_train_steps"] == 12
-    told = capsys.readouterr().err
     assert "row 0 moved by" in told and "row 1 moved by" in told and "to compile" in told
 
 
@@ -159,8 +167,8 @@ def test_the_autoencoder_lies_on_no_device_while_a_word_is_learned(config):
     assert all(issubclass(kind, jax.Array) for found in kinds.values() for kind in found)
 
 
-def test_a_resumed_run_is_the_same_to_the_bit(config, tmp_path):
-    whole = train(replace(config, output_dir=str(tmp_path / "whole")))
+def test_a_resumed_run_is_the_same_to_the_bit(config, twelve_steps, tmp_path):
+    whole, _ = twelve_steps
     first = train(replace(config, max_train_steps=7, checkpointing_steps=7))  # in the middle of a chunk of three
     second = train(replace(config, resume_from_checkpoint="latest"))
     assert np.array_equal(rows(second), rows(whole))
@@ -282,11 +290,12 @@ def test_words_and_prompts_that_cannot_be_learned(config):
 
 def test_a_validation_prompt_longer_than_the_text_encoder_reads_is_drawn_whole(config):
     """In pieces, as ``infer.py`` does: what stands beyond the first piece counts."""
-    config = replace(config, max_train_steps=1, validation_steps=1, num_validation_images=1)
+    prompts = tuple("{} " + "red " * 40 + end for end in ("glasses", "a beard"))
+    config = replace(config, max_train_steps=1, validation_steps=1, num_validation_images=1, validation_prompt=prompts)
+    samples = train(config).output_dir / "samples"
     drawn = []
-    for end in ("glasses", "a beard"):
-        result = train(replace(config, validation_prompt="{} " + "red " * 40 + end))
-        with Image.open(result.output_dir / "samples" / "step-000001.png") as picture:
+    for number in range(2):
+        with Image.open(samples / f"step-000001-{number:02d}.png") as picture:
             drawn.append(np.asarray(picture).astype(int))
     assert np.abs(drawn[0] - drawn[1]).max() > 1
 
@@ -343,9 +352,9 @@ def command(config, **changes):
 
 
 def test_sigterm_saves_a_checkpoint_and_resuming_ends_the_same(config, tmp_path):
-    whole = train(replace(config, max_train_steps=300, output_dir=str(tmp_path / "whole")))
+    whole = train(replace(config, max_train_steps=150, output_dir=str(tmp_path / "whole")))
     run = subprocess.Popen(
-        command(config, max_train_steps=300, checkpointing_steps=100_000),
+        command(config, max_train_steps=150, checkpointing_steps=100_000),
         stderr=subprocess.PIPE, text=True, env=children.environment(),
     )  # fmt: skip
     metrics = Path(config.output_dir) / "metrics.jsonl"
@@ -354,8 +363,8 @@ def test_sigterm_saves_a_checkpoint_and_resuming_ends_the_same(config, tmp_path)
     run.send_signal(signal.SIGTERM)
     _, told = run.communicate(timeout=120)
     assert run.returncode == 130 and "asked to stop: a checkpoint of step" in told, told
-    resumed = train(replace(config, max_train_steps=300, resume_from_checkpoint="latest"))
-    assert len(resumed.losses) < 300 and np.array_equal(rows(resumed), rows(whole))
+    resumed = train(replace(config, max_train_steps=150, resume_from_checkpoint="latest"))
+    assert len(resumed.losses) < 150 and np.array_equal(rows(resumed), rows(whole))
 
 
 @pytest.mark.slow
@@ -392,22 +401,23 @@ def test_the_step_is_compiled_once_a_run(config, caplog):
     assert sum("run_steps" in message for message in compiled) == 1
 
 
-def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(config, monkeypatch, capsys):
+def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(config, two_steps, monkeypatch, capsys):
     """As the sampler's check for NaN, and a device without memory, end a drawing."""
-    faults = iter([ti_jax.InputError("picture 1 came out as NaN"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")])
+    no_memory = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+    faults = iter([ti_jax.InputError("picture 1 came out as NaN"), no_memory, no_memory])
 
     def fail(*arguments, **settings):
         raise next(faults)
 
-    whole = train(replace(config, output_dir=config.output_dir + "-whole"))
     monkeypatch.setattr(ti_jax.StableDiffusion, "generate", fail)
-    result = train(replace(config, validation_prompt="a {}", validation_steps=6, max_train_steps=6, logging_steps=1))
+    result = train(replace(config, validation_prompt="a {}", validation_steps=1, max_train_steps=2, logging_steps=1))
     told = capsys.readouterr().err
     assert "warning: the validation picture of <new> could not be drawn: picture 1 came out as NaN" in told
+    assert "warning: the validation picture of <new> could not be drawn: RESOURCE_EXHAUSTED" in told
     assert "warning: the overview of <new> could not be drawn: RESOURCE_EXHAUSTED" in told
-    assert not result.interrupted and np.array_equal(result.losses, whole.losses[:6])
-    assert ti_jax.Embedding.load(result.output_dir / "learned_embeds.safetensors").metadata["steps"] == "6"
-    assert (result.output_dir / "checkpoints" / "6").is_dir()
+    assert not result.interrupted and np.array_equal(result.losses, two_steps.losses)
+    assert ti_jax.Embedding.load(result.output_dir / "learned_embeds.safetensors").metadata["steps"] == "2"
+    assert (result.output_dir / "checkpoints" / "2").is_dir()
 
 
 def test_a_resumed_run_saves_after_an_older_checkpoint(config, capsys):

@@ -378,3 +378,18 @@ def short_run(make_short_run, tmp_path):
 def concept(tmp_path):
     """A copy of the embedded concept that a test may spoil."""
     return shutil.copytree(ASSETS / "concepts" / "cleo", tmp_path / "concept")
+
+
+@pytest.fixture
+def asked_of_a_gpu(monkeypatch):
+    """What JAX asks of a GPU is answered here, by compute capability; what cuDNN's kernels take it checks itself."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    def answer(compute_capability):
+        monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+        monkeypatch.setattr(
+            fused_attention_stablehlo, "check_compute_capability", lambda least: compute_capability >= float(least)
+        )
+        monkeypatch.setattr(fused_attention_stablehlo, "is_cuda_compute_capability_equal", lambda _: False)
+
+    return answer

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops import tpu as kernels_for_tpu
 
@@ -117,20 +116,6 @@ def test_kernels_are_for_long_self_attention_on_tpu(length, key_length, causal, 
 
     assert in_program("tpu") == kernels
     assert in_program("cuda") == in_program("cpu") == 0
-
-
-@pytest.fixture
-def asked_of_a_gpu(monkeypatch):
-    """What JAX asks of a GPU is answered here, by compute capability; what its kernels take it checks itself."""
-
-    def answer(compute_capability):
-        monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
-        monkeypatch.setattr(
-            fused_attention_stablehlo, "check_compute_capability", lambda least: compute_capability >= float(least)
-        )
-        monkeypatch.setattr(fused_attention_stablehlo, "is_cuda_compute_capability_equal", lambda _: False)
-
-    return answer
 
 
 def program_of_gradient(platform, length, key_length, head, dtype, causal=False):

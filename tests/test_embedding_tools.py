@@ -87,7 +87,7 @@ def test_convert_says_what_an_xti_file_loses(tool):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("", "no command given; one of convert, inspect, merge, prune, or ti-jax embedding --help"),
+        ("", "no command given; one of convert, inspect, merge, prune, transfer, or ti-jax embedding --help"),
         ("convrt a b", "unknown command 'convrt'; did you mean convert?"),
         ("convert", "files given: none; expected ti-jax embedding convert FILE OUT, with the flags after them"),
         ("convert a.safetensors", "files given: a.safetensors; expected ti-jax embedding convert FILE OUT"),

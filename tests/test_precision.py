@@ -26,6 +26,11 @@ from ti_jax.training.step import TrainState, make_train_step
 PLATFORMS = {"tpu": Platform("tpu"), "cuda": Platform("cuda", 9)}
 
 
+@pytest.fixture(autouse=True)
+def _with_a_gpu(asked_of_a_gpu):
+    asked_of_a_gpu(9)
+
+
 def precisions(function, *arguments, platform, **options):
     """Of every product and convolution in a program, traced and lowered for a platform: its precision, or ""."""
     with compiling_for(PLATFORMS[platform]):

@@ -314,7 +314,7 @@ def test_a_hub_that_cannot_be_reached_is_told_before_training(config, monkeypatc
 
 def test_steps_of_epochs(config):
     by_epochs = replace(config, max_train_steps=None, num_train_epochs=3, repeats=10)
-    assert total_updates(by_epochs, num_pictures=4, global_batch=16) == 9
+    assert total_updates(by_epochs, num_entries=4, global_batch=16) == 9
     assert total_updates(replace(by_epochs, max_train_steps=7), 4, 16) == 7
 
 

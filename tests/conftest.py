@@ -55,8 +55,9 @@ OPTIMISED = {
 # were left the last time.
 ROOM = 0.3e9
 _left = 0
-# A worker that ever held more than this fails the session: the suite is to run on a laptop.
-LIMIT = 2e9
+# A worker that ever held more than this fails the session: the suite is to run on a laptop. Workers hold up to 1.9 GB;
+# how the tests are dealt out to them changes that by some hundred MB.
+LIMIT = 2.5e9
 
 
 def pytest_addoption(parser):

@@ -18,7 +18,7 @@ class OnDemand:
     Of NumPy's arrays it has ``shape``, ``len``, iteration, and indexing by a number or a slice.
 
     Attributes:
-      digest: a hash of all items, equal to that of the array's bytes. digests: one of each item.
+      digests: a hash of each item.
     """
 
     def __init__(self, items: Sequence[Callable[[], np.ndarray]], shape: tuple[int, ...], digests: Sequence[str]):

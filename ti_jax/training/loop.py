@@ -264,7 +264,7 @@ def _summary(job: Job, policy: Checkpointing) -> str:
     return (
         f"{job.sd.name}, {job.mesh.size} x {job.mesh.devices.flat[0].device_kind}{on_hosts}, "
         f"{np.dtype(job.sd.dtype).name}: {words}{pictures} pictures, {prompts} prompts, "
-        f" {job.samples_per_step} samples{mixed} a step; {checkpointing}the training step took "
+        f"{job.samples_per_step} samples{mixed} a step; {checkpointing}the training step took "
         f"{job.clock.seconds['compile']:.1f} s to compile"
     )
 

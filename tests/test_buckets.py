@@ -5,8 +5,9 @@ import pytest
 from PIL import Image
 
 from ti_jax.data.buckets import BucketOrder, bucket_shapes, nearest_shape
+from ti_jax.data.cropping import crop_box, cropped_to
 from ti_jax.data.dataset import time_ids
-from ti_jax.data.folder import crop_box, cropped_to, load_images
+from ti_jax.data.folder import load_images
 from ti_jax.errors import InputError
 
 # -- shapes

@@ -8,7 +8,8 @@ from PIL import Image
 
 from ti_jax.config import TrainConfig
 from ti_jax.data.captions import read_captions, report_captions
-from ti_jax.data.folder import load_images, picture_paths, repeats_of, report_repeats
+from ti_jax.data.folder import load_images
+from ti_jax.data.picture_files import picture_paths, repeats_of, report_repeats
 from ti_jax.errors import InputError
 
 

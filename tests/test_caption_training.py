@@ -10,7 +10,7 @@ from test_step import Problem, relative, torch_rows
 
 import ti_jax
 from ti_jax.cli import main
-from ti_jax.data.concept import read_inputs
+from ti_jax.data.inputs import read_inputs
 from ti_jax.errors import InputError
 from ti_jax.training.job import load_model_and_concepts
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ti_jax.cli.main import main
 from ti_jax.config import TrainConfig, concept_configs, dump_yaml, load_yaml, resolve
-from ti_jax.data.concept import read_all_inputs
+from ti_jax.data.inputs import read_all_inputs
 from ti_jax.data.sharing import next_entry, share, weight
 from ti_jax.errors import InputError
 from ti_jax.training import run_folder

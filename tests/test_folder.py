@@ -9,7 +9,9 @@ import pytest
 from permissions import shared_folder, without_rights  # noqa: F401 (a fixture)
 from PIL import Image
 
-from ti_jax.data.folder import Pictures, cropped_to, load_images
+from ti_jax.data.cropping import cropped_to
+from ti_jax.data.folder import load_images
+from ti_jax.data.pictures import Pictures
 from ti_jax.errors import InputError
 
 

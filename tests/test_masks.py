@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from ti_jax.config import TrainConfig
-from ti_jax.data.folder import load_images, picture_paths
+from ti_jax.data.folder import load_images
 from ti_jax.data.masks import MaskReader, Masks, make_mask_reader
+from ti_jax.data.picture_files import picture_paths
 from ti_jax.errors import InputError
 
 

@@ -10,8 +10,8 @@ from PIL import Image
 
 import ti_jax
 from ti_jax.config import ASSETS, TrainConfig, resolve
-from ti_jax.data.concept import read_inputs
 from ti_jax.data.dataset import make_dataset
+from ti_jax.data.inputs import read_inputs
 from ti_jax.embeddings import Embedding
 from ti_jax.errors import InputError
 from ti_jax.evaluation.evaluate import Evaluator

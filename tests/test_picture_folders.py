@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ti_jax.data.folder import load_images, unread_pictures
+from ti_jax.data.folder import load_images
+from ti_jax.data.picture_files import unread_pictures
 from ti_jax.errors import InputError
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 import ti_jax
 from ti_jax.cli import main
 from ti_jax.config import InferConfig, resolve
-from ti_jax.data.concept import read_inputs
+from ti_jax.data.inputs import read_inputs
 from ti_jax.diffusion.schedule import NoiseSchedule
 from ti_jax.embeddings import Embedding
 from ti_jax.errors import InputError

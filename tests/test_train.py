@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 import ti_jax
 from ti_jax.config import PlanConfig, resolve, resolve_plan
 from ti_jax.config.yaml import load_yaml
-from ti_jax.data.concept import read_inputs
+from ti_jax.data.inputs import read_inputs
 from ti_jax.training.actions import Timetable
 from ti_jax.training.job import load, total_updates
 from ti_jax.training.plan import Planner

@@ -12,16 +12,10 @@ from PIL import Image
 from ti_jax.config import DataConfig
 from ti_jax.data.buckets import Shape, nearest_shape, shape_name, shapes_of
 from ti_jax.data.captions import read_captions, report_captions
-from ti_jax.data.folder import (
-    MIN_SIDE,
-    crop_box,
-    cropped_to,
-    name_in,
-    picture_paths,
-    report_repeats,
-    unread_pictures,
-)
+from ti_jax.data.cropping import crop_box, cropped_to
+from ti_jax.data.folder import MIN_SIDE
 from ti_jax.data.masks import WHITE, MaskReader, cropped_mask, make_mask_reader
+from ti_jax.data.picture_files import name_in, picture_paths, report_repeats, unread_pictures
 from ti_jax.data.reading import read_picture
 from ti_jax.errors import InputError
 from ti_jax.files import ensure_writable_folder

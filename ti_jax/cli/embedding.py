@@ -220,7 +220,7 @@ def _write(embedding: Embedding, path: Path, format_name: str | None, picture: P
 
 
 def _read_picture(path: Path) -> Any:
-    from ti_jax.data.folder import read_picture
+    from ti_jax.data.reading import read_picture
 
     if not path.exists():
         raise InputError(f"--picture {path}: no such file")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ti_jax.config import TrainConfig
-from ti_jax.data.folder import files_in, name_in
+from ti_jax.data.picture_files import files_in, name_in
 from ti_jax.errors import InputError, one_line
 
 SUFFIXES = (".txt", ".caption")

@@ -1,58 +1,34 @@
 """The concepts of a run, each from its config: words, prompts, pictures and initial rows.
 
-Checks run in order of cost: first those that need no model (`read_inputs`), then those that need its configuration and
-tokenizers (`check_concepts`, `check_pictures_to_draw`), and only then its weights (`load_model_and_concepts`).
+Checks run in order of cost: first those that need no model (`ti_jax.data.inputs`), then those that need its
+configuration and tokenizers (`check_concepts`, `check_pictures_to_draw`), and only then its weights
+(`load_model_and_concepts`).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 
 from ti_jax.config import TrainConfig
-from ti_jax.data.buckets import shapes_of
-from ti_jax.data.captions import read_captions, report_captions
-from ti_jax.data.folder import Pictures, load_images, name_in, picture_paths, repeats_of, report_repeats
-from ti_jax.data.hub_dataset import as_folder
-from ti_jax.data.masks import make_mask_reader
+from ti_jax.data.inputs import Inputs, LogLine, load_pictures
+from ti_jax.data.picture_files import repeats_of
+from ti_jax.data.pictures import Pictures
+from ti_jax.data.prompt_checks import check_holds, check_room, fits
 from ti_jax.data.prompts import picture_prompts, with_placeholder
 from ti_jax.embeddings import Embedding, check_fits
 from ti_jax.embeddings.embedding import NEGATIVE_CLASS
-from ti_jax.embeddings.naming import load_given
-from ti_jax.embeddings.warn import capital_fault
 from ti_jax.errors import InputError, listed
 from ti_jax.models.networks import Rows
 from ti_jax.pipeline import StableDiffusion
 from ti_jax.pipeline.model_description import ModelDescription
 from ti_jax.text import tokens
-from ti_jax.text.templates import CAPTION, for_captions, load_templates
-from ti_jax.weights.hub import is_cached
-from ti_jax.words import fill, find_words, same_word, without_word
-
-LogLine = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The inputs of a run that do not depend on its model.
-
-    Attributes:
-      folder: of the pictures. captions: of pictures that have one, by the pictures' names.
-      templates: prompts with ``{}`` in the word's place. others: learned words that are not trained.
-      start: the word whose vectors initialise the rows; None: they are initialised from a token.
-      pictures: from `load_images`; None if their size is the model's default.
-    """
-
-    folder: Path
-    captions: dict[str, str]
-    templates: list[str]
-    others: tuple[Embedding, ...]
-    start: Embedding | None
-    pictures: Pictures | None
+from ti_jax.text.templates import for_captions
+from ti_jax.words import fill, same_word, without_word
 
 
 @dataclass(frozen=True)
@@ -164,113 +140,6 @@ class Concept(CheckedConcept):
         return Embedding(self.token, vectors, {**self.metadata, "steps": str(step)})
 
 
-def read_inputs(config: TrainConfig, log: LogLine) -> Inputs:
-    """Read templates, learned words, captions and pictures.
-
-    If the pictures' size is the model's default and the model is yet to be downloaded, they are read here once at a
-    small size, so that an unreadable one is reported before gigabytes are downloaded.
-
-    Raises:
-      InputError: one of the files is missing or wrong.
-    """
-    folder = _folder(config)
-    picture_names = [name_in(folder, path) for path in picture_paths(folder, config.recursive)]
-    report_repeats(picture_names, log)
-    captions = {}
-    if not config.no_captions:
-        captions = read_captions(folder, config.recursive, config.caption_column, config.templates)
-    report_captions(config, captions, picture_names, log)
-    templates = load_templates(config.learnable_property, config.templates)
-    if not captions and all(CAPTION in template for template in templates):
-        raise InputError(
-            f"--templates {config.templates}: each template has {CAPTION}, and no picture has a caption; add a "
-            f"template without it, or captions"
-        )
-    others = tuple(load_given(config.embeddings))
-    for path, other in zip(config.embeddings, others, strict=True):
-        for remark in other.remarks:
-            log(f"note: {path}: {remark}")
-    fault = capital_fault(str(config.placeholder_token), config.num_vectors)
-    if fault is not None:
-        log(f"warning: {fault}")
-    start = _load_start(config, log)
-    if config.resolution is not None:
-        pictures = _load_pictures(config, folder, config.resolution, log)
-        return Inputs(folder, captions, templates, others, start, pictures)
-    model = config.pretrained_model_name_or_path
-    if model is not None and not Path(model).exists() and not is_cached(model, config.revision):
-        _load_pictures(replace(config, aspect_ratio_buckets=False), folder, 8, lambda line: None)
-    return Inputs(folder, captions, templates, others, start, None)
-
-
-def read_all_inputs(configs: Sequence[TrainConfig], log: LogLine) -> list[Inputs]:
-    """`read_inputs` of all concepts of a run; what holds for several of them is said once.
-
-    Raises:
-      InputError: as `read_inputs`; it names the concept.
-    """
-    said: set[str] = set()
-
-    def log_once(line: str) -> None:
-        if line not in said:
-            log(line)
-        said.add(line)
-
-    inputs = []
-    for config in configs:
-        try:
-            inputs.append(read_inputs(config, log_once))
-        except InputError as error:
-            if len(configs) == 1:
-                raise
-            raise InputError(f"{config.placeholder_token}: {error}") from error
-    return inputs
-
-
-def _folder(config: TrainConfig) -> Path:
-    """The folder with the pictures: the user's, or that of a dataset of the hub."""
-    if config.dataset_name is not None:
-        return as_folder(config)
-    assert config.train_data_dir is not None, "the config is resolved"
-    return Path(config.train_data_dir)
-
-
-def _load_pictures(config: TrainConfig, folder: Path, resolution: int, log: LogLine) -> Pictures:
-    paths = picture_paths(folder, config.recursive)
-    return load_images(
-        folder,
-        resolution,
-        center_crop=config.center_crop,
-        skip_bad=config.skip_bad_images,
-        on_skip=log,
-        shapes=shapes_of(config, resolution),
-        masks=make_mask_reader(config, folder, paths),
-        augment=config.seed if config.augment else None,
-        recursive=config.recursive,
-    )
-
-
-def _load_start(config: TrainConfig, log: LogLine) -> Embedding | None:
-    """The word of ``--initializer_embedding``.
-
-    Raises:
-      InputError: no such file, not a learned word, or another number of vectors than ``--num_vectors``.
-    """
-    if config.initializer_embedding is None:
-        return None
-    # The name in the file may be no valid placeholder (that of "my cat.pt" is not), so use ours.
-    start = Embedding.load(config.initializer_embedding, token=config.placeholder_token)
-    where = f"--initializer_embedding {config.initializer_embedding}"
-    if start.num_vectors != config.num_vectors:
-        raise InputError(
-            f"{where}: the word has {start.num_vectors} vectors and --num_vectors is {config.num_vectors}; give "
-            f"--num_vectors {start.num_vectors}, or another file (ti-jax embedding prune makes a word shorter)"
-        )
-    if start.caveat:
-        log(f"note: {where}: read as {start.caveat}")
-    return start
-
-
 def check_concepts(
     configs: Sequence[TrainConfig], model: ModelDescription, inputs: Sequence[Inputs], log: LogLine
 ) -> list[CheckedConcept]:
@@ -315,12 +184,12 @@ def check_concept(
         start = Embedding(_name_of_start(token, words), start.vectors, start.metadata)
 
     size = config.resolution or model.default_resolution
-    pictures = inputs.pictures or _load_pictures(config, inputs.folder, size, log)
+    pictures = inputs.pictures or load_pictures(config, inputs.folder, size, log)
     plain, captioned = for_captions(inputs.templates, config.learnable_property)
     captions = [inputs.captions.get(name) for name in pictures.names]
     made = picture_prompts(
         [None if caption is None else with_placeholder(caption, token, words) for caption in captions],
-        plain, captioned, config, fits=lambda template: _fits(model, fill(template, token), words),
+        plain, captioned, config, fits=lambda template: fits(model, fill(template, token), words),
     )  # fmt: skip
     if made.cut:
         log(
@@ -328,7 +197,7 @@ def check_concept(
             f"{listed([pictures.names[index] for index in made.cut], 3)}"
         )
     prompts = [fill(template, token) for template in made.templates]
-    _check_room(config, model, prompts, words)
+    check_room(config, model, prompts, words)
     check_holds(model, prompts, words, token, weighted=False)
     checked = CheckedConcept(
         config=replace(config, resolution=pictures.pixels.shape[1]),
@@ -360,43 +229,6 @@ def _name_of_start(token: str, words: Mapping[str, int]) -> str:
     while same_word(name, words):
         name += "-"
     return name
-
-
-def _fits(model: ModelDescription, prompt: str, words: Mapping[str, int]) -> bool:
-    """Whether the text encoders read all of a prompt."""
-    return all(
-        # No token is shorter than a letter.
-        (prompt.isascii() and len(prompt) * max(words.values()) <= reader.max_length - 2)
-        or len(tokens.prompt_ids(reader.tokenizer, prompt, words, reader.vocab_size)) <= reader.max_length - 2
-        for reader in model.prompt_tokenizers.readers().values()
-    )
-
-
-def _check_room(config: TrainConfig, model: ModelDescription, prompts: list[str], words: Mapping[str, int]) -> None:
-    """Raise InputError if a prompt with the word's vectors is longer than the text encoder reads."""
-    token, count = str(config.placeholder_token), config.num_vectors
-    for reader in model.prompt_tokenizers.readers().values():
-        room = reader.max_length - 2  # start and end
-        for prompt in prompts:
-            taken = len(tokens.prompt_ids(reader.tokenizer, prompt, words, reader.vocab_size))
-            occurrences = sum(found.word == token and len(found.rows) == count for found in find_words(prompt, words))
-            others = taken - occurrences * count
-            if taken > room and occurrences and others + occurrences <= room:
-                raise InputError(
-                    f"--num_vectors {count}: the prompt {prompt!r} is then {taken} tokens long, and the text encoder "
-                    f"reads {room}; give at most {(room - others) // occurrences}, or shorter --templates"
-                )
-
-
-def check_holds(
-    model: ModelDescription, prompts: list[str], words: Mapping[str, int], token: str, weighted: bool
-) -> None:
-    """Raise InputError unless every prompt contains all rows of the word: from others nothing would be learned."""
-    for prompt in model.prompt_tokenizers.without(token, prompts, words, weighted):
-        raise InputError(
-            f"prompt {prompt!r} does not hold the new word {token!r} once it is cut into tokens; set it apart "
-            f"with spaces, or choose a word with its own brackets like <{token.strip('<>')}>"
-        )
 
 
 def with_rows(checked: Sequence[CheckedConcept], sd: StableDiffusion) -> tuple[Concept, ...]:

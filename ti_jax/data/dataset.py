@@ -15,10 +15,10 @@ import numpy as np
 from ti_jax.config import TrainConfig
 from ti_jax.data.buckets import shape_name
 from ti_jax.data.concept import Concept
-from ti_jax.data.folder import Bucket, Pictures
 from ti_jax.data.latents import encode_moments
 from ti_jax.data.masks import Masks
 from ti_jax.data.moments_cache import MomentsCache
+from ti_jax.data.pictures import Bucket, Pictures
 from ti_jax.data.sharing import Sharing, share, weight
 from ti_jax.errors import listed
 from ti_jax.pipeline import StableDiffusion

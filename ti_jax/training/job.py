@@ -17,8 +17,9 @@ from jax.sharding import Mesh
 
 from ti_jax.config import Checkpointing, TrainConfig, concept_configs
 from ti_jax.data.buckets import BucketOrder
-from ti_jax.data.concept import Concept, Inputs, LogLine, check_concepts, hash_of_vectors, read_all_inputs, with_rows
+from ti_jax.data.concept import Concept, check_concepts, hash_of_vectors, with_rows
 from ti_jax.data.dataset import digest_of_masks, hash_of_what_is_shown, make_datasets, small_buckets, weights_of
+from ti_jax.data.inputs import Inputs, LogLine, read_all_inputs
 from ti_jax.data.moments_cache import open_cache
 from ti_jax.data.on_demand import digest_of_all
 from ti_jax.diffusion.losses import Objective

@@ -10,8 +10,10 @@ from typing import Any
 from PIL import Image
 
 from ti_jax.config import TrainConfig
-from ti_jax.data.concept import CheckedConcept, Concept, LogLine, check_holds, public_name
+from ti_jax.data.concept import CheckedConcept, Concept, public_name
 from ti_jax.data.folder import as_uint8
+from ti_jax.data.inputs import LogLine
+from ti_jax.data.prompt_checks import check_holds
 from ti_jax.embeddings import Embedding
 from ti_jax.errors import InputError
 from ti_jax.evaluation.evaluate import check_measure, sampler_steps

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ti_jax.data import folder as folders
 from ti_jax.data.buckets import BucketOrder, bucket_shapes, nearest_shape
 from ti_jax.data.cropping import crop_box, cropped_to
 from ti_jax.data.dataset import time_ids
 from ti_jax.data.folder import load_images
+from ti_jax.data.masks import MaskReader
 from ti_jax.errors import InputError
 
 # -- shapes
@@ -102,6 +104,42 @@ def test_pictures_come_in_buckets_and_as_squares(folder):
         "warning: of 1 picture less than half is used: e.png; crop to the part that matters, or give a larger "
         "--max_aspect_ratio",
     ]
+
+
+def test_a_picture_is_cropped_once_and_its_square_only_if_it_is_asked_for(folder, monkeypatch):
+    cropped = []
+
+    def watched(image, shape, *rest):
+        cropped.append(shape)
+        return cropped_to(image, shape, *rest)
+
+    squares = load_images(folder, 32, on_skip=str).pixels
+    monkeypatch.setattr(folders, "cropped_to", watched)
+    pictures = load_images(folder, 32, shapes=SHAPES, on_skip=str)
+    assert sorted(cropped) == [(24, 40)] * 3 + [(32, 32), (40, 24)]
+    np.testing.assert_array_equal(pictures.pixels[1:3], squares[1:3])
+    assert cropped[5:] == [(32, 32)] * 2
+
+
+def test_masks_are_cropped_to_the_bucket(tmp_path):
+    """The first picture is masked where its square would have nothing; the second has no mask."""
+    for name in ("a.png", "b.png"):
+        Image.fromarray(gradient(80, 48)).save(tmp_path / name)
+    Image.fromarray(np.pad(np.full((48, 10), 255, np.uint8), ((0, 0), (0, 70)))).save(tmp_path / "a.mask.png")
+    with pytest.raises(
+        InputError, match="nothing is white in the part of its mask that is left after cropping to 32 x"
+    ):
+        load_images(tmp_path, 32, masks=MaskReader(), on_skip=str)
+    lines = []
+    pictures = load_images(tmp_path, 32, shapes=SHAPES, masks=MaskReader(), on_skip=lines.append)
+    assert "masks: used for 1 of 2 pictures; the others are learned from as a whole" in lines
+    (bucket,) = pictures.buckets
+    masks = bucket.pictures.masks
+    np.testing.assert_array_equal(masks[0], np.pad(np.full((24, 5), 255), ((0, 0), (0, 35))))
+    assert masks[1].shape == (24, 40) and masks[1].min() == 255
+    weights = masks.weights(8, 0.0)
+    np.testing.assert_allclose(weights[0], [[5.0, 0, 0, 0, 0]] * 3)
+    np.testing.assert_array_equal(weights[1], np.ones((3, 5)))
 
 
 def test_sdxl_is_told_the_true_size_the_crop_and_the_bucket(tmp_path):

@@ -142,21 +142,23 @@ def weights_of(datasets: Sequence[Dataset]) -> list[float]:
     return [weight(each.tolist(), whole) for each in sizes]
 
 
-def small_buckets(concepts: Sequence[Concept], batch: int) -> str | None:
+def small_buckets(datasets: Sequence[Dataset], latent_factor: int, batch: int) -> str | None:
     """A note on the buckets with fewer pictures than a batch; None if there are none, or no buckets.
 
     Not an error: buckets take turns in proportion to their pictures, so that each of these is seen as often as others.
 
     Args:
-      batch: samples in a batch, over all devices.
+      latent_factor: pixels of a latent's side. batch: samples in a batch, over all devices.
     """
-    buckets = _by_shape([concept.pictures for concept in concepts])
-    counts = {each[0].pictures.pixels.shape[1:3]: sum(len(part.indices) for part in each) for each in buckets}
-    small = [f"{shape_name(shape)} has {count}" for shape, count in counts.items() if count < batch]
-    if len(buckets) == 1 or not small:
+    small = [each.moments.shape for each in datasets if len(each.moments) < batch]
+    if len(datasets) == 1 or not small:
         return None
+    told = [
+        f"{shape_name((rows * latent_factor, columns * latent_factor))} has {count}"
+        for count, _, rows, columns, _ in small
+    ]
     return (
-        f"note: buckets with fewer pictures than a batch of {batch}: {listed(small)}; a batch of these shows a picture "
+        f"note: buckets with fewer pictures than a batch of {batch}: {listed(told)}; a batch of these shows a picture "
         f"several times, though over the run all are seen equally often; a larger --bucket_step makes fewer buckets, a "
         f"smaller --train_batch_size smaller batches"
     )

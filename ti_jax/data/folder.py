@@ -57,7 +57,8 @@ def load_images(
       on_skip: called with a line for each skipped file, one for all pictures of unreadable formats, one for those that
         are enlarged a lot, and one for those that are mostly cropped away. With ``shapes`` also one for the buckets,
         and every picture that is enlarged is named.
-      shapes: of the buckets; each picture is also cropped, as above, to the one with the nearest aspect ratio.
+      shapes: of the buckets; each picture is cropped, as above, to the one with the nearest aspect ratio. The squares
+        are then read again if they are asked for.
       masks: reads the pictures' masks; files named like masks are never pictures, with or without it.
       augment: seed of further views of each picture (`ti_jax.data.augment`); None: only the plain one.
       recursive: also load the pictures in sub-folders; their names have the path from ``folder`` on, with slashes.
@@ -94,17 +95,19 @@ def load_images(
         mask = None if masks is None else masks.read(path, image)
         for view, variation in enumerate([PLAIN] if augment is None else variations(augment, name)):
             crop = _Crop(path, name, center_crop, variation)
-            squares[view].append(_cropped(crop, image, mask, (resolution, resolution), keep))
+            square = (resolution, resolution)
             if shapes:
                 in_shape[view].append(_cropped(crop, image, mask, nearest_shape(*image.size, shapes), keep))
+                squares[view].append(_later(crop, image, square))
+            else:
+                squares[view].append(_cropped(crop, image, mask, square, keep))
     if not squares[0]:
         raise InputError(f"{folder}: not one of its {len(paths)} pictures can be used")
     pictures = _together(list(chain(*squares)), views)
-    if pictures.masks is not None:
-        plain = len(squares[0])
-        found = sum(each.mask is not None for each in squares[0])
-        rest = "" if found == plain else "; the others are learned from as a whole"
-        on_skip(f"masks: used for {found} of {plain} pictures{rest}")
+    learned_from = in_shape[0] if shapes else squares[0]
+    if found := sum(each.mask is not None for each in learned_from):
+        rest = "" if found == len(learned_from) else "; the others are learned from as a whole"
+        on_skip(f"masks: used for {found} of {len(learned_from)} pictures{rest}")
     if not shapes:
         report_sizes(pictures, resolution, on_skip)
         return pictures
@@ -141,12 +144,12 @@ class _Crop(NamedTuple):
 
 
 class _Cropped(NamedTuple):
-    """One view of `Pictures`; its pixels if they are kept in memory, else their hash."""
+    """One view of `Pictures`; its pixels if they are kept in memory, else their hash; neither, if it is for later."""
 
     crop: _Crop
     shape: Shape
     pixels: np.ndarray | None
-    digest: str
+    digest: str | None
     original_size: tuple[int, int]
     box: tuple[int, int, int, int]
     mask: bytes | None
@@ -166,16 +169,23 @@ def _cropped(crop: _Crop, image: Image.Image, mask: Image.Image | None, shape: S
             )
         packed = Masks.pack(part)
     pixels = crop.pixels(image, shape)
-    kept, digest = (pixels, "") if keep else (None, digest_of(pixels))
+    kept, digest = (pixels, None) if keep else (None, digest_of(pixels))
     return _Cropped(crop, shape, kept, digest, (image.height, image.width), box, packed)
+
+
+def _later(crop: _Crop, image: Image.Image, shape: Shape) -> _Cropped:
+    """A view that is only made when it is asked for, without a mask."""
+    box = crop.variation.box(crop_box(image.size, shape))
+    return _Cropped(crop, shape, None, None, (image.height, image.width), box, None)
 
 
 def _together(crops: list[_Cropped], views: int) -> Pictures:
     shape = crops[0].shape
     kept = [each.pixels for each in crops if each.pixels is not None]
     make = [partial(each.crop.read, shape) for each in crops]
+    digests = [each.digest for each in crops if each.digest is not None]
     return Pictures(
-        pixels=np.stack(kept) if kept else OnDemand(make, (*shape, 3), [each.digest for each in crops]),
+        pixels=np.stack(kept) if kept else OnDemand(make, (*shape, 3), digests or None),
         names=tuple(each.crop.name for each in crops),
         original_sizes=np.array([each.original_size for each in crops], np.int32),
         crop_offsets=np.array([offset_of(each.box, shape) for each in crops], np.int32),

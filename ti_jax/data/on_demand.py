@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,19 +17,23 @@ class OnDemand:
     """An array float32 [N, H, W, 3] whose items are made when they are asked for.
 
     Of NumPy's arrays it has ``shape``, ``len``, iteration, and indexing by a number or a slice.
-
-    Attributes:
-      digests: a hash of each item.
     """
 
-    def __init__(self, items: Sequence[Callable[[], np.ndarray]], shape: tuple[int, ...], digests: Sequence[str]):
+    def __init__(
+        self, items: Sequence[Callable[[], np.ndarray]], shape: tuple[int, ...], digests: Sequence[str] | None = None
+    ):
         """Args:
-        items: make one item each, of this ``shape``.
+        items: make one item each, of this ``shape``. digests: a hash of each; None: they are made if asked for.
         """
-        self._items, self.digests = list(items), list(digests)
+        self._items, self._digests = list(items), digests
         # Of any length for a type checker, as an array's.
         self.shape: tuple[Any, ...] = (len(items), *shape)
         self.dtype = np.dtype(np.float32)
+
+    @cached_property
+    def digests(self) -> list[str]:
+        """A hash of each item."""
+        return list(map(digest_of, self)) if self._digests is None else list(self._digests)
 
     @property
     def digest(self) -> str:

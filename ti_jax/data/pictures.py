@@ -20,7 +20,8 @@ class Pictures(NamedTuple):
       crop_offsets: int32 [N, 2], what the crop cut at the top and at the left, in pixels after scaling.
       crop_boxes: int32 [N, 4], left, top, right and bottom of the crop, in pixels before scaling.
       masks: which parts are learned from; None: all of every picture.
-      buckets: the same pictures in their buckets; empty if they are learned from as squares.
+      buckets: the same pictures in their buckets; empty if they are learned from as squares. Else the squares are only
+        shown and measured with: they have no masks.
       views: views of each file: the plain pictures come first, then each file's second view, and so on.
 
     Sizes and offsets are inputs of SDXL (``original_size`` and ``crops_coords_top_left``).

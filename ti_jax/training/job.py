@@ -188,7 +188,7 @@ def prepare(
     optimizer, schedule = make_optimizer(config, updates, samples_per_step)
     if (note := warmup_note(config, updates)) is not None:
         multihost.log_leader(note)
-    if (note := small_buckets(concepts, batch_size * mesh.size)) is not None:
+    if (note := small_buckets(datasets, sd.networks.latent_factor, batch_size * mesh.size)) is not None:
         multihost.log_leader(note)
     first, *others = datasets
     shared = replicate(

@@ -11,7 +11,7 @@ from ti_jax.training.step import StepInputs, draw_batch
 PICTURES, PROMPTS = 3, 5
 
 
-def frozen_with(prompts_of, entries):
+def frozen_with(prompts_of, entries, prompt_counts=None):
     """The step's inputs, as far as they are drawn from. The moments say which picture they belong to."""
     marked = jnp.broadcast_to(jnp.arange(float(PICTURES))[:, None, None, None, None], (PICTURES, 2, 2, 2, 2))
     one = jnp.float32(1)
@@ -24,6 +24,7 @@ def frozen_with(prompts_of, entries):
         flip_probability=one / 2,
         latent_scale=one,
         latent_shift=one * 0,
+        prompt_counts=prompt_counts if prompt_counts is None else jnp.asarray(prompt_counts, jnp.int32),
     )
     schedule = NoiseSchedule(jnp.linspace(0.9, 0.1, 20), "epsilon")
     return StepInputs({}, schedule, dataset, {}, jax.random.key(7))
@@ -59,7 +60,32 @@ def test_a_picture_is_drawn_with_its_own_prompts_as_often_as_it_is_an_entry():
     assert set(prompts) == {0, 1, 2, 3, 4}
 
 
+def test_pictures_with_other_numbers_of_prompts():
+    """Each of a picture's own prompts is equally likely, and drawn as from a table in which rows are repeated until all
+    are equally long."""
+    lengths = [1, 3, 5]
+    rows = [list(range(length)) for length in lengths]
+    padded = [row + [-1] * (5 - len(row)) for row in rows]
+    drawn = draws(frozen_with(padded, np.arange(PICTURES), lengths), steps=1500)
+    repeated = draws(frozen_with([row * (15 // len(row)) for row in rows], np.arange(PICTURES)), steps=1500)
+    np.testing.assert_array_equal(drawn, repeated)
+    pictures, prompts = drawn
+    for picture, length in enumerate(lengths):
+        counts = np.bincount(prompts[pictures == picture], minlength=PROMPTS)
+        assert counts[length:].sum() == 0
+        # Five standard deviations of a binomial distribution.
+        assert np.abs(counts[:length] - 1000 / length).max() <= 5 * np.sqrt(1000 / length)
+
+
+def test_equal_numbers_of_prompts_are_drawn_from_as_if_none_were_told():
+    prompts_of = [[0, 1, 2, 3, 4]] * PICTURES
+    plain = draws(frozen_with(prompts_of, np.arange(PICTURES)), steps=40)
+    np.testing.assert_array_equal(draws(frozen_with(prompts_of, np.arange(PICTURES), [5] * 3), steps=40), plain)
+
+
 def test_tables_of_several_concepts_are_joined():
-    """The first has two pictures and three prompts for each of them; the second one picture, and two prompts."""
-    tables = [(3, np.array([[0, 1, 2], [2, 1, 0]])), (2, np.array([[1, 0]]))]
-    assert joined(tables).tolist() == [[0, 1, 2, 0, 1, 2], [2, 1, 0, 2, 1, 0], [4, 3, 4, 3, 4, 3]]
+    """The first has two pictures and up to three prompts for each of them; the second one picture, and two prompts."""
+    tables = [(3, np.array([[0, 1, 2], [2, 1, -1]])), (2, np.array([[1, 0]]))]
+    assert joined(tables).tolist() == [[0, 1, 2], [2, 1, -1], [4, 3, -1]]
+    many = [(length, np.arange(length)[None]) for length in (97, 89, 83, 79, 73)]
+    assert joined(many).shape == (5, 97), "not as wide as the least common multiple, of more than four billion"

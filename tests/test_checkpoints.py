@@ -138,15 +138,16 @@ def test_a_checkpoint_from_before_a_setting_was_an_entry_has_its_default(tmp_pat
 
 
 def test_the_fingerprint_has_what_the_rows_depend_on(short_run):
-    def of(config):
+    def of(config, prompt_counts=(1, 3)):
         return fingerprint(
             config, model_identity="m", prediction_type="epsilon", dtype=np.float32, pictures="p", masks=None,
-            prompts=["a"], words={"<x>": 1}, initializer_embedding=None, embeddings=None, global_batch=1,
-            total_steps=10,
+            prompts=["a"], prompt_counts=prompt_counts, words={"<x>": 1}, initializer_embedding=None, embeddings=None,
+            global_batch=1, total_steps=10,
         )  # fmt: skip
 
     mine = of(short_run)
-    assert mine["draws"] == DRAWS
+    assert mine["draws"] == of(short_run, [64, 1024])["draws"] == DRAWS
+    assert of(short_run, [255, 256, 257])["draws"] > DRAWS, "these were drawn otherwise"
     other = of(dataclasses.replace(short_run, gradient_checkpointing="full"))
     assert {name for name in mine if mine[name] != other[name]} == {"gradient_checkpointing"}
     for name, about in settings_of(short_run).items():

@@ -43,7 +43,7 @@ class CheckedConcept:
       start: the learned word that initialises the rows, under another name; None: they are initialised from a token.
       templates: those without ``{caption}``, with ``{}`` in the word's place. pictures: from `load_images`.
       prompts: all that are learned with, with the word filled in. prompts_of: each picture's equally likely prompts,
-        indices into ``prompts``, int32 [N, K].
+        indices into ``prompts``, int32 [N, K]; -1 fills up the rows of pictures that have fewer than others.
       overview_prompts, validation_prompts: to draw, with the word filled in.
       initializer: text of the tokens that initialise the rows, unless there is a ``start``.
     """

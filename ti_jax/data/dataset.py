@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -31,7 +30,7 @@ class Dataset(NamedTuple):
 
     moments: jax.Array  # float32 [N, 2, h, w, 2c]: VAE mean and log-variance of each picture and of its mirror image
     ids: Mapping[str, jax.Array]  # int32 [P, L] for each text encoder: the table of prompts, tokenized
-    prompts_of: jax.Array  # int32 [N, K]: each picture's K equally likely prompts, indices into the table
+    prompts_of: jax.Array  # int32 [N, K]: each picture's equally likely prompts, indices into the table
     entries: jax.Array  # int32 [M]: the pictures that an epoch shows; a repeated one is in it several times
     time_ids: jax.Array  # float32 [N, 2, 6]: SDXL's size and crop conditioning of each picture and its mirror image
     flip_probability: jax.Array  # float32 scalar
@@ -40,6 +39,8 @@ class Dataset(NamedTuple):
     # float32 [N, 2, h, w]: weight of the loss at each latent of a picture and of its mirror image, 1 on average over a
     # picture; None: all weigh the same
     masks: jax.Array | None = None
+    # int32 [N]: how many prompts each picture has, where not all have K; -1 follows them
+    prompt_counts: jax.Array | None = None
     sharing: Sharing | None = None  # of a run with several concepts
     negative: Negative | None = None  # of a run that learns a word for the negative prompt
 
@@ -73,6 +74,7 @@ def make_datasets(
     entries = joined([(len(each.pictures.pixels), each.entries[:, None]) for each in concepts])[:, 0]
     shown = [len(each.entries) for each in concepts]
     concept_of = np.repeat(np.arange(len(concepts)), shown)
+    counts = (prompts_of >= 0).sum(axis=1, dtype=np.int32)
     negative = None
     if config.learn_negative:
         (concept,) = concepts
@@ -93,6 +95,7 @@ def make_datasets(
             ),
             ids=ids,
             prompts_of=jnp.asarray(prompts_of[indices]),
+            prompt_counts=None if (counts == prompts_of.shape[1]).all() else jnp.asarray(counts[indices]),
             entries=jnp.asarray(own[own >= 0]),
             time_ids=jnp.asarray(np.concatenate([time_ids(pictures) for pictures in sets])),
             flip_probability=jnp.float32(config.flip_probability),
@@ -184,13 +187,16 @@ def joined(tables: Sequence[tuple[int, np.ndarray]]) -> np.ndarray:
     """Tables of indices int32 [n, k], each into a list of its own, as one table into the lists one after the other.
 
     Args:
-      tables: the length of each list, with the table. A row that is shorter than others is repeated until all have the
-        same length, in which each of its indices is equally likely.
+      tables: the length of each list, with the table. Rows may be filled up with -1, and those of the joined table are.
     """
-    width = math.lcm(*(table.shape[1] for _, table in tables))
-    starts = np.cumsum([0, *(length for length, _ in tables)])
-    rows = [np.tile(table, width // table.shape[1]) + start for (_, table), start in zip(tables, starts, strict=False)]
-    return np.concatenate(rows).astype(np.int32)
+    width = max(table.shape[1] for _, table in tables)
+    found, start = [], 0
+    for length, table in tables:
+        rows = np.full((len(table), width), -1, np.int32)
+        rows[:, : table.shape[1]] = np.where(table < 0, -1, table + start)
+        found.append(rows)
+        start += length
+    return np.concatenate(found)
 
 
 def hash_of_what_is_shown(concepts: Sequence[Concept]) -> str | None:

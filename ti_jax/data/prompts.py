@@ -26,7 +26,8 @@ class PicturePrompts(NamedTuple):
 
     Attributes:
       templates: every distinct prompt, with ``{}`` in the word's place.
-      prompts_of: int32 [N, K], each picture's K equally likely prompts as indices into ``templates``.
+      prompts_of: int32 [N, K], each picture's equally likely prompts as indices into ``templates``; a picture that has
+        fewer than K has -1 after them.
       cut: indices of the pictures whose captions are too long, so that they lose their end.
     """
 
@@ -73,8 +74,9 @@ def picture_prompts(
             if prompts != [_insert(*pair) for pair in pairs]:
                 cut.append(index)
         rows.append([table.setdefault(prompt, len(table)) for prompt in prompts])
-    width = math.lcm(*map(len, rows))
-    prompts_of = np.stack([np.tile(np.array(row, np.int32), width // len(row)) for row in rows])
+    prompts_of = np.full((len(rows), max(map(len, rows))), -1, np.int32)
+    for picture, row in enumerate(rows):
+        prompts_of[picture, : len(row)] = row
     return PicturePrompts(list(table), prompts_of, cut)
 
 

@@ -11,10 +11,11 @@ import errno
 import functools
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,10 @@ ADDED_LATER = (
 )
 
 # The rule by which `ti_jax.training.step.draw_sample` draws pictures, prompts, noise and timesteps. It goes up whenever
-# the same seed gives another batch: 1 drew each timestep by itself, 2 spreads an update's over the schedule.
-DRAWS = 2
+# the same seed gives another batch: 1 drew each timestep by itself, 2 spreads an update's over the schedule. 3 differs
+# from it only where the pictures' numbers of prompts have a least common multiple of more than 2**16: 2 drew a number
+# below that, of which all others follow, but above 2**16 JAX's random integers are not quite uniform.
+DRAWS, DRAWS_OF_MANY_LENGTHS, MANY = 2, 3, 2**16
 
 # A word of 64 vectors for SDXL, with its moments, takes 1.6 MB.
 ROOM_FOR_A_CHECKPOINT = 2 * 2**20
@@ -67,6 +70,7 @@ def fingerprint(
     pictures: str,
     masks: str | None,
     prompts: Sequence[str],
+    prompt_counts: Iterable[int],
     words: Mapping[str, int],
     initializer_embedding: str | None,
     embeddings: str | None,
@@ -79,7 +83,8 @@ def fingerprint(
 
     A setting on which they depend as it is has ``fingerprint=True`` beside it; here is what is made of several, or
     counts only with others.
-    ``pictures`` and ``masks`` are hashes of all of them, None without masks.
+    ``pictures`` and ``masks`` are hashes of all of them, None without masks. ``prompt_counts``: the different numbers
+    of prompts that pictures have.
     ``initializer_embedding`` is a hash of the rows that the word starts from, or None if it starts from a token;
     ``shown`` one of which picture has which prompts and how often an epoch shows it, or None if all are alike;
     ``embeddings`` one of the vectors of the other words that the prompts may use, or None if there are none.
@@ -106,7 +111,7 @@ def fingerprint(
         "lr_warmup_steps": None if config.lr_scheduler == "constant" else config.lr_warmup_steps,
         "lr_num_cycles": config.lr_num_cycles if config.lr_scheduler == "cosine_with_restarts" else None,
         "max_train_steps": None if constant else total_steps,
-        "draws": DRAWS,
+        "draws": DRAWS if math.lcm(*prompt_counts) <= MANY else DRAWS_OF_MANY_LENGTHS,
         "counts": "by row",  # of updates, in the optimizer's state; older checkpoints have one for all rows
         **({"concepts": [list(each) for each in concepts]} if len(concepts) > 1 else {}),
     }

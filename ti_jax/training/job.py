@@ -128,6 +128,7 @@ class Job:
             pictures=digest_of_all([each.pixels for each in pictures]),
             masks=digest_of_masks(pictures),
             prompts=[prompt for concept in self.concepts for prompt in concept.prompts],
+            prompt_counts={int(count) for each in self.concepts for count in (each.prompts_of >= 0).sum(axis=1)},
             shown=hash_of_what_is_shown(self.concepts),
             words=first.words,
             initializer_embedding=first.metadata.get("initializer_embedding_hash"),

@@ -278,7 +278,8 @@ class Planner:
                     name: array((sum(variants), module.config.max_position_embeddings), jnp.int32)
                     for name, module in networks.text_encoders
                 },
-                prompts_of=array((pictures, math.lcm(*variants)), jnp.int32),
+                prompts_of=array((pictures, max(variants)), jnp.int32),
+                prompt_counts=array((pictures,), jnp.int32) if len(set(variants)) > 1 else None,
                 entries=array((pictures,), jnp.int32),
                 time_ids=array((pictures, 2, 6), jnp.float32),
                 flip_probability=number,

@@ -80,10 +80,10 @@ def draw_sample(
     flip_key, prompt_key, latent_key, noise_key = jax.random.split(sample_key, 4)
     offset_key = jax.random.fold_in(sample_key, 4)  # none of the four, which are as they were before it was drawn
 
-    num_variants = dataset.prompts_of.shape[1]
     picture = dataset.entries[_entry(dataset, order_key, step if turn is None else turn, position, global_batch)]
     mirrored = jax.random.bernoulli(flip_key, dataset.flip_probability).astype(jnp.int32)
-    prompt = dataset.prompts_of[picture, jax.random.randint(prompt_key, (), 0, num_variants)]
+    count = dataset.prompts_of.shape[1] if dataset.prompt_counts is None else dataset.prompt_counts[picture]
+    prompt = dataset.prompts_of[picture, jax.random.randint(prompt_key, (), 0, count)]
     low, high = frozen.objective.timestep_range or (0, frozen.schedule.alphas_cumprod.shape[0])
     num_timesteps = high - low
     first = jax.random.randint(jax.random.fold_in(timestep_key, step), (), 0, num_timesteps)

@@ -113,6 +113,21 @@ def test_dispatches_end_at_the_edges_of_a_trace():
     assert timetable.due(3) == [] and len(timetable.due(4)) == 1
 
 
+def test_losses_are_logged_at_their_interval_and_where_a_run_may_be_resumed():
+    timetable = Timetable([SimpleNamespace(every=7), SimpleNamespace(every=None)], 10, 34, stops=(3,))
+    assert [step for step in range(1, 35) if timetable.logs(step)] == [7, 10, 14, 20, 21, 28, 30, 34]
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_no_two_chunks_seem_to_end_together(short_run, devices):
+    """On a CPU a dispatch may wait for its end: a chunk that is read only then would have taken no time."""
+    config = replace(short_run, max_train_steps=40, logging_steps=4, report_to="none")
+    result = ti_jax.train(config, devices=jax.devices()[:devices])
+    records = [json.loads(line) for line in (result.output_dir / "metrics.jsonl").read_text().splitlines()]
+    seconds = [len(record["losses"]) / record["steps_per_second"] for record in records if "losses" in record]
+    assert len(seconds) == 10 and min(seconds) > np.median(seconds) / 10, seconds
+
+
 def test_the_updates_of_profile_steps_are_traced_and_no_others(short_run, capsys):
     whole = ti_jax.train(short_run, devices=jax.devices()[:1])
     config = replace(short_run, profile_steps=(3, 8), output_dir=short_run.output_dir + "-traced", save_steps=4)

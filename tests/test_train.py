@@ -92,6 +92,11 @@ def test_what_a_run_leaves(twelve_steps):
     logged = [loss for record in records for loss in record.get("losses", [])]
     np.testing.assert_allclose(logged, result.losses, rtol=1e-6)
     assert {"loss", "learning_rate", "steps_per_second", "samples_per_second"} <= records[0].keys()
+    # Every three steps, and where an action stands between; however many updates a dispatch had.
+    logged = [record for record in records if "losses" in record]
+    assert [record["step"] for record in logged] == [3, 4, 5, 6, 8, 9, 10, 12]
+    assert [len(record["losses"]) for record in logged] == [3, 1, 1, 1, 2, 1, 1, 2]
+    np.testing.assert_allclose(logged[0]["loss"], np.mean(result.losses[:3]), rtol=1e-6)
     assert any("text_encoder/row_1/distance" in record for record in records)
     assert list((out / "logs").glob("events.out.tfevents.*"))
     assert load_yaml(out / "config.yaml", ti_jax.TrainConfig)["max_train_steps"] == 12
@@ -174,6 +179,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(config, twelve_steps, tmp_path):
     assert np.array_equal(rows(second), rows(whole))
     assert np.array_equal(np.concatenate([first.losses, second.losses]), whole.losses)
     records = [json.loads(line) for line in (second.output_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "losses" in record] == [3, 6, 7, 9, 12]
     assert sum(len(record.get("losses", [])) for record in records) == 12
     by_path = replace(
         config, output_dir=str(tmp_path / "third"), resume_from_checkpoint=config.output_dir + "/checkpoints/7"

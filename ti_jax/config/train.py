@@ -278,7 +278,8 @@ class TrainConfig(ModelSettings):
     --logging_dir, for XProf or TensorBoard (pip install xprof). The first few of a run are slower than the rest: 20 25
     is a good choice."""
     logging_steps: int = setting(10, COUNT)
-    """Updates in one dispatch to the device, after which loss and speed are shown and logged."""
+    """Updates after which loss and speed are shown and logged, as their mean; they are logged where a checkpoint is
+    saved, too. It is also the most updates in one dispatch to the device."""
 
     # -- keeping it
     save_steps: int = setting(500, COUNT)

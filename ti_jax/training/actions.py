@@ -78,6 +78,12 @@ class Timetable:
         stops = (stop for stop in self._stops if stop > step)
         return min(self._total, *((step // every + 1) * every for every in intervals), *stops)
 
+    def logs(self, step: int) -> bool:
+        """Whether the losses since the last such step are logged: every ``longest`` updates, at the end, and where the
+        run may be resumed, so that none are missing then.
+        """
+        return step % self._longest == 0 or step == self._total or bool(self.due(step))
+
     def due(self, step: int) -> list[Action]:
         """The actions to call at ``step``, in order; empty if only losses are logged there."""
         if not any(action.every is not None and step % action.every == 0 for action in self._actions):

@@ -153,18 +153,27 @@ def _loop(job: Job, steps: Sequence[CompiledStep]) -> tuple[TrainState, list[flo
         """Wait for a chunk's losses, and log them at the steps of the timetable."""
         values = np.asarray(chunk)[: end - start].tolist()
         if not np.isfinite(values).all():
+            log(start)
             on_leader(partial(_give_up, job, state))
         pace.measured(end - start, dispatched)
         losses.extend(values)
         unlogged.extend(values)
         if reporter is not None:
             reporter.progress(len(values))
-            if end == timetable.next(end - 1) or end == now:
-                rate = float(job.schedule(job.mixing.updates(end - 1)))
-                reporter.chunk(end, list(unlogged), rate, job.samples_per_step * len(unlogged))
-                unlogged.clear()
+        if timetable.logs(end):
+            log(end)
+
+    def log(step: int) -> None:
+        """Log the losses of the updates up to ``step`` that are not logged yet."""
+        if reporter is not None and unlogged:
+            rate = float(job.schedule(job.mixing.updates(step - 1)))
+            reporter.chunk(step, list(unlogged), rate, job.samples_per_step * len(unlogged))
+        unlogged.clear()
 
     pending = None  # the chunk whose losses are read after the next one is dispatched, so that the device never waits
+    # On a CPU a dispatch may wait for the one before it and for its own end: the losses of both would be read together,
+    # and the second seem to have taken no time.
+    reads_first = job.mesh.devices.flat[0].platform == "cpu"
     stopping, requests = False, StopRequests()
     with contextlib.ExitStack() as closing:
         if reporter is not None:
@@ -173,6 +182,10 @@ def _loop(job: Job, steps: Sequence[CompiledStep]) -> tuple[TrainState, list[flo
         if now:
             on_leader(partial(_act, [each for each in timetable.due(now) if not each.done(now)], now, state, reporter))
         while now < job.total and not stopping:
+            if pending is not None and reads_first:
+                with job.clock.phase("train"):
+                    read(*pending)
+                pending = None
             most = min(timetable.next(now) - now, pace.steps)
             bucket, turn, count = (0, now, most) if job.order is None else job.order.next(now, most)
             end = now + count
@@ -198,6 +211,7 @@ def _loop(job: Job, steps: Sequence[CompiledStep]) -> tuple[TrainState, list[flo
             stopping = requests.received(interrupts.requested())
         if pending is not None:
             read(*pending)
+        log(now)
         on_leader(partial(save_state, job, state))
         if stopping and reporter is not None:
             reporter.print_line(f"asked to stop: a checkpoint of step {now} is saved")

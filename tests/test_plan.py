@@ -83,6 +83,25 @@ def test_the_rows_of_all_concepts_are_planned(config, tmp_path):
     assert frozen.dataset.sharing.start.shape == (3,) and one.dataset.sharing is None
 
 
+def test_moments_that_stay_on_the_host_are_planned_as_windows(config, tiny, tmp_path, monkeypatch):
+    """On a device that has little memory; the pictures of a folder are counted, not read."""
+    for number in range(500):
+        (tmp_path / f"{number}.png").touch()
+    config = replace(config, train_data_dir=str(tmp_path))
+    planner = Planner(resolve_plan(config), np.float32)
+    assert planner._frozen().dataset.moments.shape == (500, 2, 8, 8, 8)
+    monkeypatch.setattr("ti_jax.training.plan.feeds", lambda datasets, mesh, free: True)
+    planner.memory = 1e9
+    fed = planner.at(2)
+    # In place of the moments of four there are three windows of ten updates, two samples each; and 496 pictures more.
+    windows, moments = 3 * 10 * 2 * (8 * 8 * 8 * 4 + 2 * 4), 4 * 2 * 8 * 8 * 8 * 4
+    prompts_and_sizes = 496 * 4 * (planner._frozen().dataset.prompts_of.shape[1] + 2 * 6)
+    entries = 500 * 4  # which the program needs no more
+    assert abs(fed.arguments - tiny.arguments - (windows - moments + prompts_and_sizes)) <= entries
+    assert "without the moments of 500 pictures, which stay on the host" in "\n".join(fed.lines())
+    assert fed.least_flops == tiny.least_flops
+
+
 def test_the_published_step_of_stable_diffusion_needs_what_is_known_of_it():
     config = resolve_plan(PlanConfig(pretrained_model_name_or_path="stable-diffusion-v1-5/stable-diffusion-v1-5"))
     planner = Planner(config, jnp.bfloat16, jax.devices()[:1])

@@ -473,3 +473,19 @@ def test_steps_in_bfloat16(standard, tiny_sd, pictures, tmp_path):
     start = standard.concept.rows["text_encoder"]
     moved, low_moved = (np.asarray(each.rows["text_encoder"]) - start for each in (state, low_state))
     assert np.vdot(moved, low_moved) > 0.995 * np.linalg.norm(moved) * np.linalg.norm(low_moved)
+
+
+@pytest.mark.parametrize("batch", [8, 24])
+def test_with_many_entries_a_batch_shares_the_orders_of_its_epochs(standard, batch, monkeypatch):
+    """The draws are those of sorting for each sample, also where an epoch ends within the batch."""
+    entries = jnp.arange(29, dtype=jnp.int32) % 3
+    frozen = standard.frozen()
+    frozen = frozen._replace(dataset=frozen.dataset._replace(entries=entries))
+
+    def draws():
+        draw = jax.jit(jax.vmap(lambda step: draw_batch(frozen, step, jnp.arange(batch), batch)))
+        return draw(jnp.arange(12))
+
+    each = draws()
+    monkeypatch.setattr("ti_jax.training.step.MANY_ENTRIES", 29)
+    assert jax.tree.all(jax.tree.map(np.array_equal, draws(), each))

@@ -100,6 +100,12 @@ class BucketOrder:
         bucket, turn = self.turn(step)
         return bucket, turn, next((count for count in range(1, most) if self.turn(step + count)[0] != bucket), most)
 
+    def steps(self, bucket: int, turn: int, count: int) -> np.ndarray:
+        """The updates with a bucket's turns from ``turn`` on, integers [count]."""
+        while len(found := np.flatnonzero(self._buckets == bucket)) < turn + count:
+            self._extend(max(1024, 2 * len(self._buckets)))
+        return found[turn : turn + count]
+
     def _extend(self, updates: int) -> None:
         """Compute the turns of the first ``updates``: those that were known stay the same."""
         times, buckets, turns = [], [], []

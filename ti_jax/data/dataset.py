@@ -24,11 +24,14 @@ from ti_jax.pipeline import StableDiffusion
 
 
 class Dataset(NamedTuple):
-    """The training data, or those of one bucket: all pictures have one size. Replicated on every device: a concept is a
-    handful of pictures.
+    """The training data, or those of one bucket: all pictures have one size.
+
+    Replicated on every device, where a concept is a handful of pictures. Moments and masks of thousands of pictures
+    stay on the host, as NumPy arrays; a program then takes a dataset without them, see `ti_jax.training.feeding`.
     """
 
-    moments: jax.Array  # float32 [N, 2, h, w, 2c]: VAE mean and log-variance of each picture and of its mirror image
+    # float32 [N, 2, h, w, 2c]: VAE mean and log-variance of each picture and of its mirror image
+    moments: jax.Array | np.ndarray | None
     ids: Mapping[str, jax.Array]  # int32 [P, L] for each text encoder: the table of prompts, tokenized
     prompts_of: jax.Array  # int32 [N, K]: each picture's equally likely prompts, indices into the table
     entries: jax.Array  # int32 [M]: the pictures that an epoch shows; a repeated one is in it several times
@@ -38,11 +41,17 @@ class Dataset(NamedTuple):
     latent_shift: jax.Array  # float32 scalar: the VAE's shift_factor, usually 0
     # float32 [N, 2, h, w]: weight of the loss at each latent of a picture and of its mirror image, 1 on average over a
     # picture; None: all weigh the same
-    masks: jax.Array | None = None
+    masks: jax.Array | np.ndarray | None = None
     # int32 [N]: how many prompts each picture has, where not all have K; -1 follows them
     prompt_counts: jax.Array | None = None
     sharing: Sharing | None = None  # of a run with several concepts
     negative: Negative | None = None  # of a run that learns a word for the negative prompt
+
+    @property
+    def latents(self) -> tuple[int, ...]:
+        """Height, width and channels of the moments, the mean's and the log-variance's."""
+        assert self.moments is not None, "their shape is asked for"
+        return self.moments.shape[-3:]
 
 
 class Negative(NamedTuple):
@@ -65,7 +74,7 @@ def make_datasets(
       in_batch: number of concepts in a batch. cache: of moments; None: all pictures are encoded.
 
     Returns:
-      A dataset for each bucket, all with the same prompts; without buckets, one.
+      A dataset for each bucket, all with the same prompts; without buckets, one. Moments and masks are on the host.
     """
     vae = sd.networks.vae.config
     prompts = [concept.in_prompts(prompt) for concept in concepts for prompt in concept.prompts]
@@ -90,9 +99,7 @@ def make_datasets(
         own = places[entries]
         sizes = np.bincount(concept_of[own >= 0], minlength=len(concepts)).tolist()
         return Dataset(
-            moments=jnp.asarray(
-                encode_moments(sd, [pictures.pixels for pictures in sets], config.flip_probability > 0, cache)
-            ),
+            moments=encode_moments(sd, [pictures.pixels for pictures in sets], config.flip_probability > 0, cache),
             ids=ids,
             prompts_of=jnp.asarray(prompts_of[indices]),
             prompt_counts=None if (counts == prompts_of.shape[1]).all() else jnp.asarray(counts[indices]),
@@ -116,9 +123,9 @@ def make_dataset(
     in_batch: int = 1,
     cache: MomentsCache | None = None,
 ) -> Dataset:
-    """As `make_datasets`, for a run without buckets."""
+    """As `make_datasets`, for a run without buckets, and with everything on the default device."""
     (dataset,) = make_datasets(config, sd, concepts, in_batch, cache)
-    return dataset
+    return jax.tree.map(jnp.asarray, dataset)
 
 
 def _by_shape(sets: Sequence[Pictures]) -> list[list[Bucket]]:
@@ -153,12 +160,12 @@ def small_buckets(datasets: Sequence[Dataset], latent_factor: int, batch: int) -
     Args:
       latent_factor: pixels of a latent's side. batch: samples in a batch, over all devices.
     """
-    small = [each.moments.shape for each in datasets if len(each.moments) < batch]
+    small = [(len(each.time_ids), *each.latents) for each in datasets if len(each.time_ids) < batch]
     if len(datasets) == 1 or not small:
         return None
     told = [
         f"{shape_name((rows * latent_factor, columns * latent_factor))} has {count}"
-        for count, _, rows, columns, _ in small
+        for count, rows, columns, _ in small
     ]
     return (
         f"note: buckets with fewer pictures than a batch of {batch}: {listed(told)}; a batch of these shows a picture "
@@ -167,13 +174,13 @@ def small_buckets(datasets: Sequence[Dataset], latent_factor: int, batch: int) -
     )
 
 
-def mask_weights(config: TrainConfig, sd: StableDiffusion, sets: Sequence[Pictures]) -> jax.Array | None:
+def mask_weights(config: TrainConfig, sd: StableDiffusion, sets: Sequence[Pictures]) -> np.ndarray | None:
     """Weights of the loss for pictures of one size, float32 [N, 2, h, w], see `Dataset`; None if none has a mask."""
     if all(pictures.masks is None for pictures in sets):
         return None
     masks = [pictures.masks or Masks(pictures.pixels.shape[1:3], [None] * len(pictures.names)) for pictures in sets]
     weights = np.concatenate([each.weights(sd.networks.latent_factor, config.unmasked_weight) for each in masks])
-    return jnp.asarray(np.stack([weights, weights[:, :, ::-1]], axis=1))
+    return np.stack([weights, weights[:, :, ::-1]], axis=1)
 
 
 def digest_of_masks(sets: Sequence[Pictures]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -47,7 +48,7 @@ def encode_moments(
             missing.append(index)
             continue
         if moments is None:
-            moments = np.empty((total, *known.shape), np.float32)
+            moments = aligned((total, *known.shape))
         moments[index] = known
     places = [(index, mirrored) for index in missing for mirrored in range(views)]
     shown = _views(sets, missing, views)
@@ -57,13 +58,21 @@ def encode_moments(
         # One program serves all: the last batch is filled up.
         encoded = np.asarray(sd.encode_image(np.stack(rows + rows[-1:] * (size - len(rows)))))
         if moments is None:
-            moments = np.empty((total, views, *encoded.shape[1:]), np.float32)
+            moments = aligned((total, views, *encoded.shape[1:]))
         for place, each in zip(part, encoded, strict=False):
             moments[place] = each
             if cache is not None and names is not None and place[1] == views - 1:
                 cache.write(names[place[0]], moments[place[0]])
     assert moments is not None, "there are pictures"
     return moments
+
+
+def aligned(shape: tuple[int, ...]) -> np.ndarray:
+    """An array of float32 whose memory all devices of a CPU can use as it is, which XLA does from 64 bytes on."""
+    size = 4 * math.prod(shape)
+    buffer = np.empty(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(np.float32).reshape(shape)
 
 
 def _views(sets: Sequence[Pixels], wanted: Sequence[int], views: int) -> Iterator[np.ndarray]:

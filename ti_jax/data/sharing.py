@@ -86,13 +86,30 @@ def next_entry(
       turn: int32 scalar, the number of updates before that had this dataset. position: int32 scalar, the sample's in
         the global batch.
     """
+    concept, own = turn_of_sample(sharing, turn, position, global_batch)
+    shuffled = order_of_epoch(sharing, num_entries, order_key, concept, own // sharing.size[concept])
+    return sharing.start[concept] + shuffled[own % sharing.size[concept]]
+
+
+def turn_of_sample(
+    sharing: Sharing, turn: jax.Array, position: jax.Array, global_batch: int
+) -> tuple[jax.Array, jax.Array]:
+    """The concept of a sample, and how many samples of it came before: int32 scalars; arguments as in `next_entry`."""
     place = turn * sharing.in_batch + position % sharing.in_batch
     in_round, rounds = place % len(sharing.turns), place // len(sharing.turns)
     concept = sharing.turns[in_round]
     own_turn = rounds * sharing.in_round[concept] + sharing.earlier[in_round]
-    own = own_turn * (global_batch // sharing.in_batch) + position // sharing.in_batch
-    epoch_key = jax.random.fold_in(jax.random.fold_in(order_key, concept), own // sharing.size[concept])
+    return concept, own_turn * (global_batch // sharing.in_batch) + position // sharing.in_batch
+
+
+def order_of_epoch(
+    sharing: Sharing, num_entries: int, order_key: jax.Array, concept: jax.Array, epoch: jax.Array
+) -> jax.Array:
+    """The order in which an epoch of a concept shows its entries, int32 [num_entries], counted from its first one.
+
+    Of the numbers only the first ``sharing.size[concept]`` are its entries'.
+    """
+    epoch_key = jax.random.fold_in(jax.random.fold_in(order_key, concept), epoch)
     # A permutation of the concept's entries, whose number is not known to the compiler: the others are sorted behind.
     at_random = jax.random.uniform(epoch_key, (num_entries,))
-    shuffled = jnp.argsort(jnp.where(jnp.arange(num_entries) < sharing.size[concept], at_random, 2.0))
-    return sharing.start[concept] + shuffled[own % sharing.size[concept]]
+    return jnp.argsort(jnp.where(jnp.arange(num_entries) < sharing.size[concept], at_random, 2.0))

@@ -17,7 +17,7 @@ from ti_jax.models.networks import Networks
 from ti_jax.ops.platform import Platform
 from ti_jax.training import multihost
 from ti_jax.training.parallel import AXIS, is_single_cpu, make_run_steps, replicated_shapes
-from ti_jax.training.step import StepInputs, TrainState, make_train_step
+from ti_jax.training.step import Fed, StepInputs, TrainState, make_train_step
 
 # Each stores fewer activations, and recomputes more, than the one before; see `ti_jax.ops.rematerialisation`.
 REMAT_POLICIES: tuple[Checkpointing, ...] = ("none", "policy", "full")
@@ -51,12 +51,14 @@ class StepBuilder:
         state: TrainState,
         gradient_checkpointing: Checkpointing,
         turns: bool = False,
+        fed: Fed | None = None,
     ) -> jax.stages.Lowered:
         """``run_steps(frozen, state, count)`` of `make_run_steps`, traced and lowered.
 
         Args:
           frozen, state: arrays or `jax.ShapeDtypeStruct`; only shapes and dtypes are used.
           turns: ``run_steps`` also takes ``turn``: there are several datasets.
+          fed: shapes of the samples that ``run_steps`` takes, with their sharding; None: the dataset is on the device.
         """
         networks = self.networks.compiled_for(Platform.of(self.mesh.devices.flat[0]))
         step = make_train_step(
@@ -68,8 +70,9 @@ class StepBuilder:
             axis_name=AXIS,
             shard_prompts=is_single_cpu(self.mesh),
         )
-        shapes = replicated_shapes((frozen, state, jnp.int32(1), *([jnp.int32(0)] if turns else [])), self.mesh)
-        return make_run_steps(step, self.mesh, self.longest_chunk).lower(*shapes)
+        first = [jnp.int32(0)] if turns or fed is not None else []
+        shapes = replicated_shapes((frozen, state, jnp.int32(1), *first), self.mesh)
+        return make_run_steps(step, self.mesh, self.longest_chunk).lower(*shapes, *([] if fed is None else [fed]))
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class CompiledStep:
 
     Attributes:
       gradient_checkpointing: the rematerialisation policy that it was compiled with.
-      program: the compiled ``run_steps(frozen, state, count)``; of several datasets also with ``turn``.
+      program: the compiled ``run_steps(frozen, state, count)``; also with ``turn``, or ``place, fed``.
       arguments, temporary, code: bytes on each device: weights, data and results; activations; the program itself.
       fits: whether it fits in the free memory; True if that is unknown.
     """

@@ -42,7 +42,7 @@ def batch_flops(networks: Networks, frozen: StepInputs, rows: Rows, batch: int) 
       batch: number of samples.
     """
     networks = networks.compiled_for(PLAIN)
-    height, width, moments = frozen.dataset.moments.shape[-3:]
+    height, width, moments = frozen.dataset.latents
     prompts = min(batch, *(ids.shape[0] for ids in frozen.dataset.ids.values()))
 
     negative = frozen.dataset.negative

@@ -32,6 +32,7 @@ from ti_jax.pipeline.model_description import open_model_of
 from ti_jax.training import multihost, run_folder
 from ti_jax.training.checkpoint import Checkpoints, fingerprint
 from ti_jax.training.compile import StepBuilder
+from ti_jax.training.feeding import without_moments
 from ti_jax.training.measure import ScoreTracker, make_score_tracker, measures
 from ti_jax.training.mixing import Mixing, mixing_of
 from ti_jax.training.multihost import is_leader
@@ -67,7 +68,8 @@ class Job:
       config: resolved, including ``resolution``. folder: the output folder.
       sd: the frozen model; its weights on the first device are shared with the loop.
       concepts: what is learned, one or several; each has the folder of its results. mixing: how they share a batch.
-      frozen: the step's constant inputs, for each bucket; all but the dataset are the same arrays.
+      frozen: the step's constant inputs, for each bucket; all but the dataset are the same arrays. Moments and masks
+        are on the host, all else on the devices.
       order: of the buckets; None: there is one. start: the initial state, as NumPy arrays.
       builder: of the training step. schedule: learning rate by update of a word. total: number of updates in the run.
       usual_norms: median norm of the frozen token embeddings, by text encoder.
@@ -191,7 +193,7 @@ def prepare(
         multihost.log_leader(note)
     if (note := small_buckets(datasets, sd.networks.latent_factor, batch_size * mesh.size)) is not None:
         multihost.log_leader(note)
-    first, *others = datasets
+    first, *others = map(without_moments, datasets)
     shared = replicate(
         StepInputs(
             params=without_copies({name: tree for name, tree in sd.params.items() if name != "vae"}),
@@ -203,7 +205,10 @@ def prepare(
         ),
         mesh,
     )
-    frozen = (shared, *(shared._replace(dataset=each) for each in replicate(others, mesh)))
+    frozen = tuple(
+        shared._replace(dataset=each._replace(moments=dataset.moments, masks=dataset.masks))
+        for each, dataset in zip([shared.dataset, *replicate(others, mesh)], datasets, strict=True)
+    )
     order = BucketOrder(config.seed, weights_of(datasets)) if len(datasets) > 1 else None
     # Pictures are drawn with the loop's copy of the weights on the first device.
     drawn_with = jax.tree.map(lambda leaf: leaf.addressable_data(0), shared.params)

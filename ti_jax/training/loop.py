@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,6 +28,7 @@ from ti_jax.training.actions import Action, Timetable, make_actions, or_warn, sa
 from ti_jax.training.chips import peak_flops
 from ti_jax.training.compile import CompiledStep, checked, compile_fitting
 from ti_jax.training.cpu_devices import use_cores
+from ti_jax.training.feeding import WINDOWS, Feeder, bytes_of, feeds, placed, without_moments
 from ti_jax.training.flops import batch_flops
 from ti_jax.training.job import Job, agree, prepare
 from ti_jax.training.multihost import StopRequests, all_or_raise, is_leader, on_leader
@@ -34,7 +36,7 @@ from ti_jax.training.parallel import replicate
 from ti_jax.training.profiling import Profiler
 from ti_jax.training.report import Reporter, Work, print_row_figures
 from ti_jax.training.rows import row_figures
-from ti_jax.training.step import TrainState
+from ti_jax.training.step import StepInputs, TrainState
 
 
 @dataclass(frozen=True)
@@ -87,33 +89,66 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> T
         return run(job, compile_step(job))
 
 
-def compile_step(job: Job) -> tuple[CompiledStep, ...]:
-    """Compile the training step, for each bucket, so that it fits in the memory of every process' devices.
+class Step(NamedTuple):
+    """The compiled training step of one bucket. ``frozen``: its constant inputs, on the devices."""
+
+    compiled: CompiledStep
+    frozen: StepInputs
+    feeder: Feeder | None  # None: the whole dataset is on the devices
+
+
+def compile_step(job: Job) -> tuple[Step, ...]:
+    """Place what is learned from, and compile the training step for each bucket, so that it fits in every device.
 
     Raises:
       InputError: it does not fit.
     """
+    fed = feeds(
+        [each.dataset for each in job.frozen], job.mesh, multihost.smallest(free_memory(job.mesh.local_devices))
+    )
+    inputs = all_or_raise(lambda: _placed(job, fed))
     free = multihost.smallest(free_memory(job.mesh.local_devices))
     with job.clock.phase("compile"):
-        return all_or_raise(lambda: _compile_all(job, free))
+        return all_or_raise(lambda: _compile_all(job, inputs, free))
 
 
-def _compile_all(job: Job, free: float | None) -> tuple[CompiledStep, ...]:
+def _placed(job: Job, fed: bool) -> list[tuple[StepInputs, Feeder | None]]:
+    """The constant inputs of each bucket, and what feeds it."""
+    datasets = [each.dataset for each in job.frozen]
+    if not fed:
+        return [(each._replace(dataset=placed(each.dataset, job.mesh)), None) for each in job.frozen]
+    multihost.log_leader(
+        f"the {sum(map(bytes_of, datasets)) / 1e9:.2g} GB of moments stay in the host's memory; it sends those of the "
+        f"next updates to the devices while they compute"
+    )
+    return [
+        (
+            frozen._replace(dataset=without_moments(frozen.dataset)),
+            Feeder(frozen.dataset, job.config.seed, job.builder, job.order, bucket),
+        )
+        for bucket, frozen in enumerate(job.frozen)
+    ]
+
+
+def _compile_all(job: Job, inputs: Sequence[tuple[StepInputs, Feeder | None]], free: float | None) -> tuple[Step, ...]:
     """The step of each bucket; all have the rematerialisation policy that the largest needs.
 
     Args:
-      free: bytes on a device beside the job's arrays; None: unknown.
+      free: bytes on a device beside the inputs; None: unknown.
     """
-    policy, found = job.config.gradient_checkpointing, dict[int, CompiledStep]()
-    shapes = [each.dataset.moments.shape[2:4] for each in job.frozen]
+    policy, found = job.config.gradient_checkpointing, dict[int, Step]()
+    shapes = [each.dataset.latents[:2] for each in job.frozen]
+    windows = WINDOWS * sum(feeder.nbytes for _, feeder in inputs if feeder is not None)
     for bucket in sorted(range(len(shapes)), key=lambda bucket: -math.prod(shapes[bucket])):
-        began, frozen, memory = time.perf_counter(), job.frozen[bucket], None
+        began, (frozen, feeder), memory = time.perf_counter(), inputs[bucket], None
         if free is not None:  # a program's own arguments are counted with it
             own = sum(leaf.nbytes for leaf in jax.tree.leaves((frozen, job.start)))
-            memory = free + own - sum(each.code for each in found.values())
-        lower = partial(job.builder.lower, frozen, job.start, turns=job.order is not None)
-        found[bucket] = checked(compile_fitting(lower, policy, memory), memory)
-        policy = found[bucket].gradient_checkpointing
+            own += 0 if feeder is None else feeder.nbytes
+            memory = free + own - windows - sum(each.compiled.code for each in found.values())
+        window = None if feeder is None else feeder.shapes
+        lower = partial(job.builder.lower, frozen, job.start, turns=job.order is not None, fed=window)
+        compiled = checked(compile_fitting(lower, policy, memory), memory)
+        policy, found[bucket] = compiled.gradient_checkpointing, Step(compiled, frozen, feeder)
         if job.order is not None:
             height, width = (side * job.sd.networks.latent_factor for side in shapes[bucket])
             multihost.log_leader(
@@ -123,13 +158,13 @@ def _compile_all(job: Job, free: float | None) -> tuple[CompiledStep, ...]:
     return tuple(found[bucket] for bucket in range(len(shapes)))
 
 
-def run(job: Job, steps: Sequence[CompiledStep]) -> TrainResult:
+def run(job: Job, steps: Sequence[Step]) -> TrainResult:
     """Train to the last step, or until a stop is requested; then save the word and draw the overview."""
     # Save the policy that was chosen: with other free memory another one would be.
-    config = dataclasses.replace(job.config, gradient_checkpointing=steps[0].gradient_checkpointing)
+    config = dataclasses.replace(job.config, gradient_checkpointing=steps[0].compiled.gradient_checkpointing)
     # Earlier results are moved only now that all input has been checked: a mistyped command must not displace them.
     on_leader(lambda: _open_folder(config, job))
-    multihost.log_leader(_summary(job, steps[0].gradient_checkpointing))
+    multihost.log_leader(_summary(job, steps[0].compiled.gradient_checkpointing))
     # With several processes an action runs on all or none of them, so that a stop waits for its end.
     with interrupts.deferred(abandon=jax.process_count() == 1):
         state, losses, stopped = _loop(job, steps)
@@ -137,7 +172,7 @@ def run(job: Job, steps: Sequence[CompiledStep]) -> TrainResult:
     return TrainResult(embeddings, np.asarray(losses, np.float32), job.folder, job.clock.seconds, not finished)
 
 
-def _loop(job: Job, steps: Sequence[CompiledStep]) -> tuple[TrainState, list[float], bool]:
+def _loop(job: Job, steps: Sequence[Step]) -> tuple[TrainState, list[float], bool]:
     """Run the updates and the actions between them; returns (state, losses, stopped before the end)."""
     state, now = replicate(job.start, job.mesh), int(job.start.step)
     actions = make_actions(job)
@@ -188,15 +223,21 @@ def _loop(job: Job, steps: Sequence[CompiledStep]) -> tuple[TrainState, list[flo
                 pending = None
             most = min(timetable.next(now) - now, pace.steps)
             bucket, turn, count = (0, now, most) if job.order is None else job.order.next(now, most)
-            end = now + count
+            step = steps[bucket]
             requests.send(interrupts.requested())
             profiler.next_from(now)
             with job.clock.phase("train"):
-                numbers = [count] if job.order is None else [count, turn]
-                arguments = [replicate(np.int32(number), job.mesh) for number in numbers]
+                given: Sequence[Any] = ()
+                if step.feeder is not None:
+                    count, *given = step.feeder.next(turn, count)
+                elif job.order is not None:
+                    given = (replicate(np.int32(turn), job.mesh),)
+                end, number = now + count, replicate(np.int32(count), job.mesh)
                 dispatched = time.perf_counter()
                 with profiler.step(now), jax.transfer_guard("disallow"):  # everything is on the devices already
-                    state, chunk = steps[bucket].program(job.frozen[bucket], state, *arguments)
+                    state, chunk = step.compiled.program(step.frozen, state, number, *given)
+                if step.feeder is not None:
+                    step.feeder.ahead(turn)
                 if pending is not None:
                     read(*pending)
             pending, now = (now, end, chunk, dispatched), end

@@ -13,9 +13,10 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ti_jax.training.step import StepInputs, TrainState
+from ti_jax.training.step import Fed, StepInputs, TrainState
 
 AXIS = "data"
+SAMPLES = P(None, None, AXIS)  # of arrays [updates, accumulation, samples of a micro-batch on all devices, ...]
 
 # XLA:CPU's default scheduler maximises concurrency, so that transposed kernels and rematerialised activations are live
 # too early. The memory-optimised order costs no time, because each matmul uses all cores already. The option is
@@ -81,27 +82,26 @@ def without_copies(tree: Any) -> Any:
 def make_run_steps(
     train_step: Callable[..., tuple[TrainState, jax.Array]], mesh: Mesh, max_steps: int
 ) -> jax.stages.Wrapped:
-    """``run_steps(frozen, state, count, [turn]) -> (state, losses)``: up to ``count`` updates in one dispatch, jitted.
+    """``run_steps(frozen, state, count, ...) -> (state, losses)``: up to ``count`` updates in one dispatch, jitted.
 
     ``count`` (at most ``max_steps``) is traced, so that one program serves every chunk. The loop ends early at a
     non-finite loss. ``losses`` is float32 [max_steps]; entries from ``count`` on are NaN. The state is donated. A run
-    with several datasets also gives ``turn``, that of the first update: see `draw_sample`.
+    with several datasets also gives ``turn``, that of the first update: see `draw_sample`. One that is fed gives
+    ``place, fed`` instead: the samples of a number of updates, sharded as `SAMPLES`, and which of them is the first.
 
-    This is ``jax.jit(jax.shard_map(...))``, which is what ``jax.pmap`` has been since JAX 0.8. All inputs and outputs
-    are replicated; devices differ only in the samples that they draw. ``check_vma`` is off because TPU kernels do not
-    support it, so that a gradient within the step is per device, as under `jax.pmap`.
+    This is ``jax.jit(jax.shard_map(...))``, which is what ``jax.pmap`` has been since JAX 0.8. All other inputs and all
+    outputs are replicated; devices differ only in the samples that they draw. ``check_vma`` is off because TPU kernels
+    do not support it, so that a gradient within the step is per device, as under `jax.pmap`.
     """
 
-    def updates(
-        frozen: StepInputs, state: TrainState, count: jax.Array, *turn: jax.Array
-    ) -> tuple[TrainState, jax.Array]:
+    def updates(frozen: StepInputs, state: TrainState, count: jax.Array, *first: Any) -> tuple[TrainState, jax.Array]:
         def more(carry):
             index, state, _ = carry
             return (index < count) & state.ok
 
         def one(carry):
             index, state, losses = carry
-            state, loss = train_step(frozen, state, *(first + index for first in turn))
+            state, loss = train_step(frozen, state, *_of_update(index, *first))
             return index + 1, state, losses.at[index].set(loss)
 
         losses = jnp.full((max_steps,), jnp.nan, jnp.float32)
@@ -109,8 +109,18 @@ def make_run_steps(
         return state, losses
 
     def run_steps(*arguments: Any) -> tuple[TrainState, jax.Array]:
-        in_specs = (P(),) * len(arguments)
+        in_specs = tuple(SAMPLES if isinstance(each, Fed) else P() for each in arguments)
         return jax.shard_map(updates, mesh=mesh, in_specs=in_specs, out_specs=(P(), P()), check_vma=False)(*arguments)
 
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     return jax.jit(run_steps, donate_argnums=1, compiler_options=cpu_options() if on_cpu else None)
+
+
+def _of_update(index: jax.Array, first: jax.Array | None = None, window: Fed | None = None) -> tuple[Any, ...]:
+    """What `make_run_steps` gives to a dispatch, for its update ``index``."""
+    if first is None:
+        return ()
+    if window is None:
+        return (first + index,)
+    place = first + index
+    return None, jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, place, keepdims=False), window)

@@ -12,14 +12,17 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ti_jax.config import PlanConfig, concept_configs, resolve_plan
+from ti_jax.config import PlanConfig, TrainConfig, concept_configs, resolve_plan
+from ti_jax.data.augment import VIEWS
 from ti_jax.data.dataset import Dataset, Negative
+from ti_jax.data.picture_files import picture_paths
 from ti_jax.data.sharing import share
 from ti_jax.diffusion.losses import Objective
 from ti_jax.diffusion.schedule import NoiseSchedule
@@ -30,6 +33,7 @@ from ti_jax.ops.platform import Platform
 from ti_jax.text.templates import for_captions, load_templates
 from ti_jax.training.chips import CHIPS, TERA, Chip, peak_flops
 from ti_jax.training.compile import StepBuilder, compile_fitting
+from ti_jax.training.feeding import WINDOWS, bytes_of, bytes_of_window, feeds, window_of, without_moments
 from ti_jax.training.flops import batch_flops
 from ti_jax.training.optimizer import make_optimizer
 from ti_jax.training.parallel import make_mesh
@@ -38,7 +42,7 @@ from ti_jax.weights.hub import resolve as resolve_model
 from ti_jax.weights.reference_configs import PUBLISHED
 from ti_jax.weights.sources import open_source
 
-PICTURES = 4  # of a concept; their moments are kilobytes, so that the number hardly matters
+PICTURES = 4  # of a concept without a folder; their moments are kilobytes, so that the number hardly matters
 GIGA = 1e9
 # Share of a chip's published peak that well-tuned diffusion models reach.
 USUAL_UTILISATION = 0.4
@@ -76,6 +80,7 @@ class Plan:
       peak: FLOP/s of the device in bfloat16, None if unknown or if bfloat16 is not used.
       largest_batch: the largest that fits, None if it was not searched for.
       gradient_checkpointing: the given policy, or the first one that fits.
+      on_host: pictures whose moments are fed to the devices, see `ti_jax.training.feeding`; 0: they are there.
     """
 
     model: str
@@ -92,6 +97,7 @@ class Plan:
     peak: float | None
     largest_batch: int | None = None
     gradient_checkpointing: str = "none"
+    on_host: int = 0
 
     @property
     def peak_memory(self) -> int:
@@ -104,7 +110,8 @@ class Plan:
         fits = "" if self.memory is None or self.peak_memory <= self.memory else ": IT DOES NOT FIT"
         yield f"{self.model}: {self.batch} per device on {self.devices}, {self.samples} samples per update"
         yield f"  memory         {self.peak_memory / GIGA:.2f} GB{of} per device{fits}"
-        yield f"    weights, data  {self.arguments / GIGA:.2f} GB"
+        fed = f" without the moments of {self.on_host} pictures, which stay on the host" if self.on_host else ""
+        yield f"    weights, data  {self.arguments / GIGA:.2f} GB{fed}"
         policy = f"--gradient_checkpointing {self.gradient_checkpointing}"
         yield f"    activations    {self.temporary / GIGA:.2f} GB with {policy}"
         yield f"    program        {self.code / GIGA:.2f} GB"
@@ -191,7 +198,6 @@ class Planner:
         accumulation = config.gradient_accumulation_steps
         samples = batch * accumulation * self.mesh.size
         optimizer, _ = make_optimizer(config, config.max_train_steps or 1, samples)
-        frozen = self._frozen()
         rows = self._rows()
         state = TrainState(rows, jax.eval_shape(optimizer.init, rows), array((), jnp.int32), array((), jnp.bool_))
 
@@ -199,7 +205,16 @@ class Planner:
             self.networks, optimizer, self.mesh, batch_size=batch, accumulation=accumulation,
             longest_chunk=config.logging_steps,
         )  # fmt: skip
-        compiled = compile_fitting(partial(builder.lower, frozen, state), config.gradient_checkpointing, self.memory)
+        frozen, memory, window, waiting = self._frozen(), self.memory, None, 0
+        pictures = frozen.dataset.entries.shape[0]
+        others = _bytes(frozen) - bytes_of(frozen.dataset)
+        if memory is not None and feeds([frozen.dataset], self.mesh, memory - others):
+            window = window_of(frozen.dataset, builder)
+            frozen = frozen._replace(dataset=without_moments(frozen.dataset))
+            waiting = (WINDOWS - 1) * bytes_of_window(window)
+            memory -= waiting
+        lower = partial(builder.lower, frozen, state, fed=window)
+        compiled = compile_fitting(lower, config.gradient_checkpointing, memory)
         if compiled is None:
             return None
         cost, text = compiled.program.cost_analysis(), compiled.program.as_text()
@@ -209,7 +224,7 @@ class Planner:
             devices=self.devices,
             batch=batch,
             samples=samples,
-            arguments=compiled.arguments,
+            arguments=compiled.arguments + waiting,
             temporary=compiled.temporary,
             code=compiled.code,
             memory=self.memory,
@@ -219,6 +234,7 @@ class Planner:
             crossing=crossing_bytes(text),
             peak=self.peak,
             gradient_checkpointing=compiled.gradient_checkpointing,
+            on_host=0 if window is None else pictures,
         )
 
     def largest(self, first: Plan) -> int:
@@ -265,7 +281,9 @@ class Planner:
         del shapes["vae"]
         params = jax.tree.map(lambda leaf: array(leaf.shape, self.dtype), shapes)
         side, channels = self.resolution // networks.latent_factor, networks.vae.config.latent_channels
-        several, pictures = len(self.concepts), PICTURES * len(self.concepts)
+        several, views = len(self.concepts), 2 if self.config.flip_probability else 1
+        of_each = [_pictures(concept) for concept in self.concepts]
+        pictures = sum(of_each)
         templates = [load_templates(each.learnable_property, each.templates) for each in self.concepts]
         variants = [len(for_captions(each, "object")[0]) for each in templates]
         number = array((), jnp.float32)
@@ -273,7 +291,7 @@ class Planner:
             params=params,
             schedule=jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), self.schedule),
             dataset=Dataset(
-                moments=array((pictures, 2, side, side, 2 * channels), jnp.float32),
+                moments=array((pictures, views, side, side, 2 * channels), jnp.float32),
                 ids={
                     name: array((sum(variants), module.config.max_position_embeddings), jnp.int32)
                     for name, module in networks.text_encoders
@@ -285,7 +303,7 @@ class Planner:
                 flip_probability=number,
                 latent_scale=number,
                 latent_shift=number,
-                sharing=jax.eval_shape(lambda: share([PICTURES] * several, 1)) if several > 1 else None,
+                sharing=jax.eval_shape(lambda: share(of_each, 1)) if several > 1 else None,
                 negative=self._negative(),
             ),
             row_mask={name: array((self.vectors,), jnp.bool_) for name, _ in networks.text_encoders},
@@ -303,6 +321,18 @@ class Planner:
     def least_flops(self, batch: int) -> float:
         """Least FLOPs of the loss and its gradient with respect to the rows, for a batch."""
         return batch_flops(self.networks, self._frozen(), self._rows(), batch)
+
+
+def _pictures(config: TrainConfig) -> int:
+    """Pictures that a concept has, further views included."""
+    folder = config.train_data_dir
+    if folder is None or not Path(folder).is_dir():
+        return PICTURES
+    return len(picture_paths(folder, config.recursive)) * (VIEWS if config.augment else 1)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 _SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}

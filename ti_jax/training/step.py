@@ -22,6 +22,9 @@ from ti_jax.models.networks import Condition, Networks, Rows
 from ti_jax.ops.matmul import exact_products
 from ti_jax.training.optimizer import shown_rows
 
+# From so many entries on, a batch shares the orders of its epochs, see `orders_of`.
+MANY_ENTRIES = 1024
+
 
 class TrainState(NamedTuple):
     """Everything that changes while training: a few kilobytes."""
@@ -48,6 +51,15 @@ class StepInputs(NamedTuple):
     objective: Objective = Objective()
 
 
+class Fed(NamedTuple):
+    """What samples take from a dataset whose moments are on the host: see `ti_jax.training.feeding`."""
+
+    pictures: jax.Array  # int32 [...]
+    mirrored: jax.Array  # int32 [...]: 1 for the mirror image
+    moments: jax.Array  # float32 [..., h, w, 2c]
+    masks: jax.Array | None  # float32 [..., h, w]; None: all latents weigh the same
+
+
 class Batch(NamedTuple):
     """One batch as the UNet sees it."""
 
@@ -60,8 +72,29 @@ class Batch(NamedTuple):
     masks: jax.Array | None = None  # float32 [B, h, w]: weight of the loss at each latent; None: all weigh the same
 
 
+def sample_key(key: jax.Array, step: jax.Array, position: jax.Array) -> jax.Array:
+    """The key of the sample at a position of an update's batch, to be split; ``key`` is the one of all samples."""
+    return jax.random.fold_in(jax.random.fold_in(key, step), position)
+
+
+def is_mirrored(flip_key: jax.Array, probability: jax.Array) -> jax.Array:
+    """1 if a sample shows the mirror image, else 0: int32 scalar; ``flip_key`` is the first split of the sample's."""
+    return jax.random.bernoulli(flip_key, probability).astype(jnp.int32)
+
+
+def shuffled(order_key: jax.Array, num_entries: int, epoch: jax.Array) -> jax.Array:
+    """The order in which an epoch shows a dataset's entries, int32 [num_entries], if there is one concept."""
+    return jax.random.permutation(jax.random.fold_in(order_key, epoch), num_entries)
+
+
 def draw_sample(
-    frozen: StepInputs, step: jax.Array, position: jax.Array, global_batch: int, turn: jax.Array | None = None
+    frozen: StepInputs,
+    step: jax.Array,
+    position: jax.Array,
+    global_batch: int,
+    turn: jax.Array | None = None,
+    fed: Fed | None = None,
+    orders: jax.Array | None = None,
 ) -> Batch:
     """Picture, mirror, prompt, latent, noise and timestep of one sample (leaves without the batch axis).
 
@@ -73,22 +106,33 @@ def draw_sample(
     Args:
       step: int32 scalar, the update's number. position: int32 scalar in [0, global_batch), the sample's index over
         micro-batches and devices. turn: int32 scalar, how many updates before this one had the same dataset; None: all.
+      fed: the sample's part of the dataset, whose moments and masks are not on the device; None: they are.
+      orders: from `orders_of`.
     """
     dataset = frozen.dataset
-    order_key, sample_key, timestep_key = jax.random.split(frozen.key, 3)
-    sample_key = jax.random.fold_in(jax.random.fold_in(sample_key, step), position)
-    flip_key, prompt_key, latent_key, noise_key = jax.random.split(sample_key, 4)
-    offset_key = jax.random.fold_in(sample_key, 4)  # none of the four, which are as they were before it was drawn
+    order_key, samples_key, timestep_key = jax.random.split(frozen.key, 3)
+    own_key = sample_key(samples_key, step, position)
+    flip_key, prompt_key, latent_key, noise_key = jax.random.split(own_key, 4)
+    offset_key = jax.random.fold_in(own_key, 4)  # none of the four, which are as they were before it was drawn
 
-    picture = dataset.entries[_entry(dataset, order_key, step if turn is None else turn, position, global_batch)]
-    mirrored = jax.random.bernoulli(flip_key, dataset.flip_probability).astype(jnp.int32)
+    if fed is None:
+        turn = step if turn is None else turn
+        picture = dataset.entries[_entry(dataset, order_key, turn, position, global_batch, orders)]
+        mirrored = is_mirrored(flip_key, dataset.flip_probability)
+    else:
+        picture, mirrored = fed.pictures, fed.mirrored
     count = dataset.prompts_of.shape[1] if dataset.prompt_counts is None else dataset.prompt_counts[picture]
     prompt = dataset.prompts_of[picture, jax.random.randint(prompt_key, (), 0, count)]
     low, high = frozen.objective.timestep_range or (0, frozen.schedule.alphas_cumprod.shape[0])
     num_timesteps = high - low
     first = jax.random.randint(jax.random.fold_in(timestep_key, step), (), 0, num_timesteps)
 
-    mean, log_variance = jnp.split(dataset.moments[picture, mirrored], 2, axis=-1)
+    part: Any = dataset if fed is None else fed
+
+    def own(array: Any) -> Any:
+        return array[picture, mirrored] if fed is None and array is not None else array
+
+    mean, log_variance = jnp.split(own(part.moments), 2, axis=-1)
     latent = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(latent_key, mean.shape)
     noise = jax.random.normal(noise_key, mean.shape)
     return Batch(
@@ -98,27 +142,61 @@ def draw_sample(
         ids={name: ids[prompt] for name, ids in dataset.ids.items()},
         time_ids=dataset.time_ids[picture, mirrored],
         prompts=prompt,
-        masks=None if dataset.masks is None else dataset.masks[picture, mirrored],
+        masks=own(part.masks),
     )
 
 
 def _entry(
-    dataset: Dataset, order_key: jax.Array, turn: jax.Array, position: jax.Array, global_batch: int
+    dataset: Dataset,
+    order_key: jax.Array,
+    turn: jax.Array,
+    position: jax.Array,
+    global_batch: int,
+    orders: jax.Array | None,
 ) -> jax.Array:
     """The entry of a sample, int32 scalar, see `draw_sample`; several concepts take turns."""
     num_entries = dataset.entries.shape[0]
     if dataset.sharing is not None:
         return next_entry(dataset.sharing, num_entries, order_key, turn, position, global_batch)
     number = turn * global_batch + position
-    shuffled = jax.random.permutation(jax.random.fold_in(order_key, number // num_entries), num_entries)
-    return shuffled[number % num_entries]
+    if orders is not None:
+        return orders[number // num_entries - turn * global_batch // num_entries, number % num_entries]
+    return shuffled(order_key, num_entries, number // num_entries)[number % num_entries]
+
+
+def orders_of(dataset: Dataset, key: jax.Array, turn: jax.Array, global_batch: int) -> jax.Array | None:
+    """The orders of the epochs that an update's samples may belong to, int32 [2, number of entries].
+
+    Sorting the entries for each sample is a quarter of a step of the embedded model with 10,000 of them, on a CPU. It
+    is nothing with few, for which this is None; so it is where concepts have orders of their own.
+    """
+    num_entries = dataset.entries.shape[0]
+    if num_entries < max(MANY_ENTRIES, global_batch) or dataset.sharing is not None:
+        return None
+    order_key, _, _ = jax.random.split(key, 3)
+    first, last = turn * global_batch // num_entries, ((turn + 1) * global_batch - 1) // num_entries
+    order = shuffled(order_key, num_entries, first)
+    return jnp.stack([order, lax.cond(last > first, lambda: shuffled(order_key, num_entries, last), lambda: order)])
 
 
 def draw_batch(
-    frozen: StepInputs, step: jax.Array, positions: jax.Array, global_batch: int, turn: jax.Array | None = None
+    frozen: StepInputs,
+    step: jax.Array,
+    positions: jax.Array,
+    global_batch: int,
+    turn: jax.Array | None = None,
+    fed: Fed | None = None,
 ) -> Batch:
-    """The samples at ``positions`` int32 [B] of an update's global batch."""
-    return jax.vmap(lambda position: draw_sample(frozen, step, position, global_batch, turn))(positions)
+    """The samples at ``positions`` int32 [B] of an update's global batch; leaves of ``fed`` are [B, ...]."""
+
+    orders = None
+    if fed is None:
+        orders = orders_of(frozen.dataset, frozen.key, step if turn is None else turn, global_batch)
+
+    def draw(position: jax.Array, fed: Fed | None) -> Batch:
+        return draw_sample(frozen, step, position, global_batch, turn, fed, orders)
+
+    return jax.vmap(draw)(positions, fed)
 
 
 def diffusion_loss(
@@ -216,9 +294,9 @@ def make_train_step(
     axis_name: str,
     shard_prompts: bool = False,
 ):
-    """The update of one device: ``step(frozen, state, turn=None) -> (state, loss)``, under a mapped axis ``axis_name``.
+    """The update of one device: ``step(frozen, state, turn=None, fed=None)``, under a mapped axis ``axis_name``.
 
-    ``turn`` is as in `draw_sample`.
+    It returns (state, loss). ``turn`` and ``fed`` are as in `draw_sample`; leaves are [accumulation, batch_size, ...].
 
     Args:
       batch_size: samples on this device in one micro-batch; accumulation: micro-batches whose gradients are averaged.
@@ -236,10 +314,11 @@ def make_train_step(
         return frozen.dataset.sharing is not None
 
     def micro_batch_gradient(
-        frozen: StepInputs, state: TrainState, turn: jax.Array | None, index: jax.Array
+        frozen: StepInputs, state: TrainState, turn: jax.Array | None, fed: Fed | None, index: jax.Array
     ) -> tuple[jax.Array, Rows, Rows]:
         first = (index * num_devices + lax.axis_index(axis_name)) * batch_size
-        batch = draw_batch(frozen, state.step, first + jnp.arange(batch_size), global_batch, turn)
+        fed = jax.tree.map(lambda leaf: leaf[index], fed)
+        batch = draw_batch(frozen, state.step, first + jnp.arange(batch_size), global_batch, turn, fed)
 
         def loss(rows: Rows) -> jax.Array:
             condition = encode_once(networks, frozen, rows, batch, num_devices if shard_prompts else 1, axis_name)
@@ -250,14 +329,14 @@ def make_train_step(
         return value, grads, samples_with(networks, state.rows, batch.ids) if several(frozen) else {}
 
     def train_step(
-        frozen: StepInputs, state: TrainState, turn: jax.Array | None = None
+        frozen: StepInputs, state: TrainState, turn: jax.Array | None = None, fed: Fed | None = None
     ) -> tuple[TrainState, jax.Array]:
         if accumulation == 1:
-            loss, grads, counts = micro_batch_gradient(frozen, state, turn, jnp.int32(0))
+            loss, grads, counts = micro_batch_gradient(frozen, state, turn, fed, jnp.int32(0))
         else:
 
             def accumulate(index, total):
-                return jax.tree.map(jnp.add, total, micro_batch_gradient(frozen, state, turn, index))
+                return jax.tree.map(jnp.add, total, micro_batch_gradient(frozen, state, turn, fed, index))
 
             no_counts = {name: jnp.zeros(len(rows)) for name, rows in state.rows.items() if several(frozen)}
             zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.rows), no_counts)

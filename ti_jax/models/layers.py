@@ -16,6 +16,7 @@ from flax import linen as nn
 from ti_jax.ops.activations import silu
 from ti_jax.ops.convolution import Padding, conv2d
 from ti_jax.ops.matmul import dot_general
+from ti_jax.ops.normalisation import group_norm
 from ti_jax.ops.rematerialisation import product
 
 SAME_3X3: Padding = ((1, 1), (1, 1))
@@ -53,13 +54,7 @@ class Dense(nn.Dense):
 
 
 class GroupNorm(nn.Module):
-    """Normalise groups of channels over the picture, then scale and shift each channel (Wu & He 2018).
-
-    With `silu`, SiLU is applied before the result is rounded to `dtype`. Statistics are always float32.
-
-    The sums are taken per channel first and then per group, and normalising is one multiply-add over the picture: fewer
-    and simpler passes than over a [B, H, W, G, C / G] view.
-    """
+    """Normalise groups of channels over the picture, then SiLU if asked: see `ti_jax.ops.normalisation.group_norm`."""
 
     num_groups: int
     epsilon: float
@@ -67,27 +62,16 @@ class GroupNorm(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, ..., C] -> [B, ..., C], in `dtype`."""
+    def beside(self, x: jax.Array, shift: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """[B, ..., C] and maybe [B, C] -> [B, ..., C], in `dtype`; and `x`, to be added by a residual connection."""
         channels = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,)).astype(jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (channels,)).astype(jnp.float32)
-        picture = x.reshape(x.shape[0], -1, channels).astype(jnp.float32)
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        return group_norm(x, scale, bias, self.num_groups, self.epsilon, self.silu, self.dtype, shift)
 
-        def group_mean(of_channels: jax.Array) -> jax.Array:
-            """[B, C] -> [B, C]: each channel gets the mean of its group."""
-            grouped = of_channels.reshape(-1, self.num_groups, channels // self.num_groups)
-            return jnp.broadcast_to(grouped.mean(axis=-1, keepdims=True), grouped.shape).reshape(-1, channels)
-
-        # E[d^2] - E[d]^2 cancels if the mean is far from 0. So subtract the first pixel's mean over the group, which is
-        # about one standard deviation from the group's mean. The result, and so the gradient, do not depend on it.
-        deviation = picture - jax.lax.stop_gradient(group_mean(picture[:, 0]))[:, None]
-        mean = group_mean(jnp.mean(deviation, axis=1))
-        variance = group_mean(jnp.mean(jnp.square(deviation), axis=1)) - jnp.square(mean)
-        # Rounding can make the variance of a constant group negative.
-        factor = jax.lax.rsqrt(jnp.maximum(variance, 0.0) + self.epsilon) * scale
-        normed = deviation * factor[:, None] + (bias - mean * factor)[:, None]
-        return (silu(normed) if self.silu else normed).astype(self.dtype).reshape(x.shape)
+    def __call__(self, x: jax.Array, shift: jax.Array | None = None) -> jax.Array:
+        """[B, ..., C] and maybe [B, C] -> [B, ..., C], in `dtype`."""
+        return self.beside(x, shift)[0]
 
 
 def timestep_embedding(
@@ -136,12 +120,12 @@ class ResnetBlock2D(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, time: jax.Array | None = None) -> jax.Array:
         """[B, H, W, C] and time embedding [B, T] (None in the VAE, which has none) -> [B, H, W, features]."""
-        hidden = GroupNorm(self.num_groups, self.epsilon, silu=True, dtype=self.dtype, name="norm1")(x)
+        hidden, x = GroupNorm(self.num_groups, self.epsilon, silu=True, dtype=self.dtype, name="norm1").beside(x)
         hidden = Conv2d(self.features, dtype=self.dtype, name="conv1")(hidden)
+        shift = None
         if time is not None:
             shift = Dense(self.features, dtype=self.dtype, name="time_emb_proj")(silu(time))
-            hidden = hidden + shift[:, None, None, :]
-        hidden = GroupNorm(self.num_groups, self.epsilon, silu=True, dtype=self.dtype, name="norm2")(hidden)
+        hidden = GroupNorm(self.num_groups, self.epsilon, silu=True, dtype=self.dtype, name="norm2")(hidden, shift)
         hidden = Conv2d(self.features, dtype=self.dtype, name="conv2")(hidden)
         if x.shape[-1] != self.features:
             x = Conv2d(self.features, 1, padding=NO_PADDING, dtype=self.dtype, name="conv_shortcut")(x)

@@ -115,7 +115,8 @@ class Transformer2DModel(nn.Module):
             return Conv2d(channels, 1, padding=NO_PADDING, dtype=self.dtype, name=name)
 
         block = checkpointed(BasicTransformerBlock, self.gradient_checkpointing)
-        hidden = projection("proj_in")(GroupNorm(self.num_groups, 1e-6, dtype=self.dtype, name="norm")(x))
+        normed, x = GroupNorm(self.num_groups, 1e-6, dtype=self.dtype, name="norm").beside(x)
+        hidden = projection("proj_in")(normed)
         hidden = hidden.reshape(x.shape[0], -1, channels)
         for index in range(self.num_layers):
             name = f"transformer_blocks_{index}"

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from ti_jax.config import ASSETS, TrainConfig, resolve  # noqa: E402
 from ti_jax.data.latents import aligned  # noqa: E402
 from ti_jax.machine import enable_compilation_cache  # noqa: E402
-from ti_jax.training.feeding import Feeder, bytes_of, placed, without_moments  # noqa: E402
+from ti_jax.training.feeding import WINDOWS, Feeder, bytes_of, placed, without_moments  # noqa: E402
 from ti_jax.training.job import Job, prepare  # noqa: E402
 from ti_jax.training.parallel import replicate  # noqa: E402
 
@@ -54,7 +54,10 @@ class Way:
         self.frozen = inputs._replace(dataset=without_moments(dataset) if fed else placed(dataset, job.mesh))
         shapes = None if self.feeder is None else self.feeder.shapes
         self.program = job.builder.lower(self.frozen, job.start, "none", fed=shapes).compile()
-        self.bytes = bytes_of(dataset) if self.feeder is None else 3 * self.feeder.nbytes
+        self.bytes = bytes_of(dataset) if self.feeder is None else WINDOWS * self.feeder.nbytes
+        sizes = self.program.memory_analysis()
+        self.peak = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
+        self.peak += 0 if self.feeder is None else (WINDOWS - 1) * self.feeder.nbytes
         self.state, self.step, self.losses = replicate(job.start, job.mesh), 0, []
 
     def run(self, updates: int) -> float:
@@ -111,7 +114,10 @@ def main() -> None:
     whole, fed = ways.values()
     for name, way in ways.items():
         each = np.array(seconds[name]) * 1e3
-        print(f"{name}: {np.median(each):.1f} ms a step ({each.min():.1f} to {each.max():.1f}), {way.bytes:,} bytes")
+        print(
+            f"{name}: {np.median(each):.1f} ms a step ({each.min():.1f} to {each.max():.1f}); moments take "
+            f"{way.bytes:,} bytes of {way.peak:,} on the device"
+        )
     ratios = np.array(seconds["fed"]) / np.array(seconds["all on the device"])
     print(f"fed / on the device: {np.median(ratios):.3f} ({ratios.min():.3f} to {ratios.max():.3f})")
     print(f"drawing, gathering and sending: {fed.gather(20) * 1e3:.2f} ms a step; equal: {fed.losses == whole.losses}")

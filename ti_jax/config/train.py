@@ -154,7 +154,11 @@ class TrainConfig(ModelSettings):
     output_dir: str = setting("output", TEXT, path="output")
     """Folder for the learned embedding, checkpoints, samples, logs and the resolved config."""
     seed: int = setting(0, SEED, fingerprint=True)
-    """Seed of everything random; the same seed gives the same rows on one machine."""
+    """Seed of everything random; the same seed gives the same rows on one machine (on a GPU: see --deterministic)."""
+    deterministic: bool = setting(False, fingerprint=True)
+    """The same rows to the bit from the same seed, and from a resumed run, also on a GPU: sums have a fixed order, and
+    XLA takes the first kernel that fits, not the one that it measured to be the fastest, so that a step takes longer.
+    On a CPU and a TPU, where this is so anyway, only the rows' gradient is summed in another form."""
     train_batch_size: int | None = setting(None, COUNT)
     """Pictures per step on each device; all cores of a CPU are one. Left out: 16 (the embedded model: see
     configs/demo.yaml)."""
@@ -290,7 +294,7 @@ class TrainConfig(ModelSettings):
     """Keep only this many of the newest checkpoints. Left out: all."""
     resume_from_checkpoint: str | None = setting(None, TEXT, path="output")
     """"latest", or the path of a checkpoint folder: go on from there. On a CPU or a TPU the result is bit for bit
-    that of a run that was never interrupted; on a GPU sums differ in their last digits from run to run."""
+    that of a run that was never interrupted; on a GPU with --deterministic, or sums differ in their last digits."""
     push_to_hub: bool = False
     """Upload the result to the Hugging Face Hub at the end."""
     hub_model_id: str | None = setting(None, TEXT)

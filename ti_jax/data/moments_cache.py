@@ -33,7 +33,9 @@ class MomentsCache:
             encoded together.
         """
         device = jax.devices()[0]
-        program = (sd.identity, np.dtype(sd.dtype).name, device.device_kind, metadata.version("jaxlib"), batch)
+        program: tuple = (sd.identity, np.dtype(sd.dtype).name, device.device_kind, metadata.version("jaxlib"), batch)
+        if sd.networks.platform is not None and sd.networks.platform.compiler_options is not None:
+            program += (sd.networks.platform.compiler_options,)
         return hashlib.sha256(f"{digest} {shape} {views} {program}".encode()).hexdigest()
 
     def read(self, name: str) -> np.ndarray | None:

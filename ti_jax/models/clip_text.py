@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,8 @@ from flax import linen as nn
 from ti_jax.errors import InputError
 from ti_jax.models.clip_layers import CLIPEncoder, CLIPOptions, layer_norm
 from ti_jax.models.layers import Dense
+from ti_jax.ops.lookup import lookup
+from ti_jax.ops.platform import current
 
 ARCHITECTURES = ("CLIPTextModel", "CLIPTextModelWithProjection")
 
@@ -121,7 +124,11 @@ class CLIPTextModel(nn.Module):
         hidden = last = final_layer_norm(states[-1])
         if self.clip_skip:
             last = final_layer_norm(states[-1 - self.clip_skip])
-        pooled = jnp.take_along_axis(hidden, eos_positions(input_ids, self.config)[:, None, None], axis=1)[:, 0]
+        ends = eos_positions(input_ids, self.config)
+        if current().deterministic:
+            pooled = jax.vmap(lookup)(hidden, ends)
+        else:
+            pooled = jnp.take_along_axis(hidden, ends[:, None, None], axis=1)[:, 0]
         if self.config.with_projection:
             pooled = Dense(self.config.projection_dim, use_bias=False, dtype=self.dtype, name="text_projection")(pooled)
         return CLIPTextOutput(last, states[-2 - self.clip_skip], pooled)
@@ -149,6 +156,7 @@ class CLIPTextEmbeddings(nn.Module):
         else:
             is_new = input_ids >= config.vocab_size
             old = tokens(jnp.where(is_new, 0, input_ids)).astype(jnp.float32)
-            new = jnp.take(rows.astype(jnp.float32), jnp.where(is_new, input_ids - config.vocab_size, 0), axis=0)
+            take = lookup if current().deterministic else partial(jnp.take, axis=0)
+            new = take(rows.astype(jnp.float32), jnp.where(is_new, input_ids - config.vocab_size, 0))
             embeddings = jnp.where(is_new[..., None], new, old)
         return (embeddings + positions(jnp.arange(length)).astype(jnp.float32)).astype(self.dtype)

@@ -51,6 +51,11 @@ class Networks:
         return self.unet.dtype
 
     @property
+    def deterministic(self) -> bool:
+        """Whether results must be the same to the bit each time."""
+        return self.platform is not None and self.platform.deterministic
+
+    @property
     def latent_factor(self) -> int:
         """Pixels for each latent, along one side (8 for every published Stable Diffusion)."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)

@@ -27,20 +27,33 @@ class Platform:
       name: "cpu", "tpu", "cuda" (NVIDIA), "rocm" (AMD), or another name that JAX has.
       compute_capability: major compute capability of an NVIDIA GPU: 8 for Ampere and Ada, 9 for Hopper, 10 and 12 for
         Blackwell; 0 for anything else.
+      deterministic: results must be the same to the bit each time, at some cost.
     """
 
     name: str
     compute_capability: int = 0
+    deterministic: bool = False
 
     @classmethod
-    def of(cls, device: Any) -> Platform:
+    def of(cls, device: Any, deterministic: bool = False) -> Platform:
         """The platform of a JAX device; it may be a device of a topology, which is only compiled for."""
         name, capability = device.platform, str(getattr(device, "compute_capability", ""))
         if name not in ("gpu", "cuda", "rocm"):
-            return cls(name)
+            return cls(name, deterministic=deterministic)
         # AMD GPUs have gfx90a and the like.
         digits = re.fullmatch(r"(\d+)\.\d+", capability)
-        return cls("cuda", int(digits[1])) if digits else cls("rocm")
+        return cls("cuda", int(digits[1]), deterministic) if digits else cls("rocm", deterministic=deterministic)
+
+    @property
+    def compiler_options(self) -> dict[str, bool] | None:
+        """What XLA must be told of a deterministic program; None: nothing.
+
+        On a GPU it then leaves out kernels that add atomically, its own, cuBLAS' and cuDNN's (attention's gradient,
+        too), and takes the first of several kernels, not the fastest by a measurement, which has another winner each
+        time; it refuses to compile what has no deterministic kernel.
+        """
+        on_gpu = self.name in ("cuda", "rocm")
+        return {"xla_gpu_exclude_nondeterministic_ops": True} if self.deterministic and on_gpu else None
 
     @property
     def dtype(self) -> Any:

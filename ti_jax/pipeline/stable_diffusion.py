@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from ti_jax.config import ModelSettings, VaeTiling
 from ti_jax.embeddings import Embedding, check_fits
 from ti_jax.errors import InputError
 from ti_jax.models.networks import Condition, Networks, Params, network_shapes
+from ti_jax.ops.platform import Platform
 from ti_jax.pipeline import sampling
 from ti_jax.pipeline.model_description import ModelDescription, OpenModel, open_model, open_model_of
 from ti_jax.pipeline.vae_tiling import choose_tile
@@ -26,8 +28,14 @@ from ti_jax.weights.identity import Identity
 
 _encode_text = jax.jit(Networks.encode_text, static_argnums=0)
 _predict_noise = jax.jit(Networks.predict_noise, static_argnums=0)
-_encode_image = jax.jit(Networks.encode_image, static_argnums=0)
 _decode_latents = jax.jit(Networks.decode_latents, static_argnums=0, static_argnames="tile")
+
+
+@functools.cache
+def _image_encoder(platform: Platform | None) -> jax.stages.Wrapped:
+    """`Networks.encode_image`, jitted with the compiler's options for a platform."""
+    options = None if platform is None else platform.compiler_options
+    return jax.jit(Networks.encode_image, static_argnums=0, compiler_options=options)
 
 
 @dataclass(frozen=True)
@@ -135,7 +143,7 @@ class StableDiffusion(ModelDescription):
 
     def encode_image(self, pixels: Any) -> jax.Array:
         """Pixels [B, H, W, 3] in [-1, 1] -> mean and log-variance of the latents [B, h, w, 2c], unscaled."""
-        return _encode_image(self.networks, self.params, jnp.asarray(pixels))
+        return _image_encoder(self.networks.platform)(self.networks, self.params, jnp.asarray(pixels))
 
     def decode_latents(self, latents: Any, vae_tiling: VaeTiling = "auto") -> jax.Array:
         """Scaled latents [B, h, w, c] -> pixels [B, H, W, 3] in [-1, 1]; `vae_tiling`: see `generate`."""

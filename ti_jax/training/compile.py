@@ -31,6 +31,7 @@ class StepBuilder:
       networks, optimizer: used by the step. mesh: the devices that it is mapped over.
       batch_size: samples per device and micro-batch. accumulation: micro-batches per update.
       longest_chunk: largest number of updates in one dispatch.
+      deterministic: the same updates to the bit each time, also on a GPU.
     """
 
     networks: Networks
@@ -39,6 +40,7 @@ class StepBuilder:
     batch_size: int
     accumulation: int
     longest_chunk: int
+    deterministic: bool = False
 
     @property
     def samples(self) -> int:
@@ -60,7 +62,8 @@ class StepBuilder:
           turns: ``run_steps`` also takes ``turn``: there are several datasets.
           fed: shapes of the samples that ``run_steps`` takes, with their sharding; None: the dataset is on the device.
         """
-        networks = self.networks.compiled_for(Platform.of(self.mesh.devices.flat[0]))
+        platform = Platform.of(self.mesh.devices.flat[0], self.deterministic)
+        networks = self.networks.compiled_for(platform)
         step = make_train_step(
             networks.with_gradient_checkpointing(gradient_checkpointing),
             self.optimizer,
@@ -72,7 +75,9 @@ class StepBuilder:
         )
         first = [jnp.int32(0)] if turns or fed is not None else []
         shapes = replicated_shapes((frozen, state, jnp.int32(1), *first), self.mesh)
-        return make_run_steps(step, self.mesh, self.longest_chunk).lower(*shapes, *([] if fed is None else [fed]))
+        return make_run_steps(step, self.mesh, self.longest_chunk, platform.compiler_options).lower(
+            *shapes, *([] if fed is None else [fed])
+        )
 
 
 @dataclass(frozen=True)

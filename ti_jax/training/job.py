@@ -182,6 +182,8 @@ def prepare(
     config = dataclasses.replace(config, resolution=concepts[0].config.resolution)
     measured = concepts if is_leader() and measures(config) else ()
     trackers = tuple(make_score_tracker(sd, concept) for concept in measured)
+    platform = Platform.of(mesh.devices.flat[0], config.deterministic)
+    sd = dataclasses.replace(sd, networks=sd.networks.compiled_for(platform))
     with clock.phase("encode"):
         datasets = make_datasets(config, sd, concepts, mixing.in_batch, open_cache())
 
@@ -212,8 +214,7 @@ def prepare(
     order = BucketOrder(config.seed, weights_of(datasets)) if len(datasets) > 1 else None
     # Pictures are drawn with the loop's copy of the weights on the first device.
     drawn_with = jax.tree.map(lambda leaf: leaf.addressable_data(0), shared.params)
-    networks = sd.networks.compiled_for(Platform.of(mesh.devices.flat[0]))
-    sd = dataclasses.replace(sd, params={**sd.params, **drawn_with}, networks=networks)
+    sd = dataclasses.replace(sd, params={**sd.params, **drawn_with})
     rows = {name: jnp.asarray(value) for name, value in concepts[0].rows.items()}
     start = jax.device_get(TrainState(rows, optimizer.init(rows), jnp.int32(0), jnp.bool_(True)))
     builder = StepBuilder(
@@ -223,6 +224,7 @@ def prepare(
         batch_size=batch_size,
         accumulation=config.gradient_accumulation_steps,
         longest_chunk=min(config.logging_steps, total),
+        deterministic=config.deterministic,
     )
     checkpoints = None
     if is_leader():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -80,7 +80,10 @@ def without_copies(tree: Any) -> Any:
 
 
 def make_run_steps(
-    train_step: Callable[..., tuple[TrainState, jax.Array]], mesh: Mesh, max_steps: int
+    train_step: Callable[..., tuple[TrainState, jax.Array]],
+    mesh: Mesh,
+    max_steps: int,
+    compiler_options: Mapping[str, Any] | None = None,
 ) -> jax.stages.Wrapped:
     """``run_steps(frozen, state, count, ...) -> (state, losses)``: up to ``count`` updates in one dispatch, jitted.
 
@@ -113,7 +116,8 @@ def make_run_steps(
         return jax.shard_map(updates, mesh=mesh, in_specs=in_specs, out_specs=(P(), P()), check_vma=False)(*arguments)
 
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return jax.jit(run_steps, donate_argnums=1, compiler_options=cpu_options() if on_cpu else None)
+    options = {**(compiler_options or {}), **((on_cpu and cpu_options()) or {})}
+    return jax.jit(run_steps, donate_argnums=1, compiler_options=options or None)
 
 
 def _of_update(index: jax.Array, first: jax.Array | None = None, window: Fed | None = None) -> tuple[Any, ...]:

@@ -203,7 +203,7 @@ class Planner:
 
         builder = StepBuilder(
             self.networks, optimizer, self.mesh, batch_size=batch, accumulation=accumulation,
-            longest_chunk=config.logging_steps,
+            longest_chunk=config.logging_steps, deterministic=config.deterministic,
         )  # fmt: skip
         frozen, memory, window, waiting = self._frozen(), self.memory, None, 0
         pictures = frozen.dataset.entries.shape[0]

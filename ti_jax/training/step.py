@@ -6,6 +6,7 @@ devices share the batch nor on where the run was interrupted.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from ti_jax.data.sharing import next_entry
 from ti_jax.diffusion.losses import Objective, elementwise, mean_over_samples, min_snr_weights, offset_noise
 from ti_jax.diffusion.schedule import NoiseSchedule, add_noise, training_target
 from ti_jax.models.networks import Condition, Networks, Rows
+from ti_jax.ops.lookup import lookup
 from ti_jax.ops.matmul import exact_products
 from ti_jax.training.optimizer import shown_rows
 
@@ -281,7 +283,8 @@ def encode_once(
     encoded = networks.encode_text(frozen.params, ids, rows)
     if devices > 1:
         encoded = jax.tree.map(lambda part: lax.all_gather(part, axis_name, tiled=True), encoded)
-    return jax.tree.map(lambda each: each[batch.prompts], encoded)
+    take = lookup if networks.deterministic else operator.getitem
+    return jax.tree.map(lambda each: take(each, batch.prompts), encoded)
 
 
 def make_train_step(

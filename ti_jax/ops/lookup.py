@@ -23,7 +23,7 @@ def lookup(table: jax.Array, indices: jax.Array) -> jax.Array:
     return _lookup(len(table), table, indices)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=0)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _lookup(rows: int, table: jax.Array, indices: jax.Array) -> jax.Array:
     return jnp.take(table, indices, axis=0)
 

@@ -57,7 +57,7 @@ class Setting:
       model: a diffusers folder. resolution: side of the pictures in pixels, None: the model's.
       batch_size: pictures per step. dtype: of the frozen networks. torch_compile: of the strong loop.
       profile: folder for a trace of ours, None: no trace. gradient_checkpointing: of ours.
-      alone: there is only one contender.
+      alone: there is only one contender. deterministic: ours is compiled so.
     """
 
     model: Path
@@ -68,6 +68,7 @@ class Setting:
     profile: str | None = None
     gradient_checkpointing: str = "none"
     alone: bool = False
+    deterministic: bool = False
 
     def config(self) -> TrainConfig:
         """The same settings as a `TrainConfig`."""
@@ -133,7 +134,7 @@ class Ours:
 
         builder = StepBuilder(
             self.sd.networks, self.optimizer, self.mesh, batch_size=self.setting.batch_size // self.mesh.size,
-            accumulation=1, longest_chunk=1000,
+            accumulation=1, longest_chunk=1000, deterministic=self.setting.deterministic,
         )  # fmt: skip
         seconds = {}
         with tempfile.TemporaryDirectory() as cache:
@@ -296,6 +297,7 @@ def main() -> None:
     parser.add_argument(
         "--gradient_checkpointing", choices=("none", "policy", "full"), default="none", help="of ours (default: none)"
     )
+    parser.add_argument("--deterministic", action="store_true", help="ours as train.py compiles it with this flag")
     parser.add_argument("--profile", default=None, help="folder for a trace of ours")
     arguments = parser.parse_args()
 
@@ -305,6 +307,7 @@ def main() -> None:
         setting = Setting(
             model, arguments.resolution, arguments.batch_size, arguments.dtype, arguments.torch_compile,
             arguments.profile, arguments.gradient_checkpointing, alone=len(arguments.contenders) == 1,
+            deterministic=arguments.deterministic,
         )  # fmt: skip
         print(f"{model.name if arguments.size == 'mini' else arguments.size}, batch {arguments.batch_size}, "
               f"{arguments.dtype}, {len(os.sched_getaffinity(0))} cores", flush=True)  # fmt: skip

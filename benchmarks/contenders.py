@@ -110,17 +110,23 @@ def faster_by(result: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     return f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
 
 
-def make_model(size: str, folder: Path) -> Path:
-    """A diffusers folder of a published size with random weights, or the embedded model itself."""
+def make_model(size: str, folder: Path, dtype: str | None = None) -> Path:
+    """A diffusers folder of a published size with random weights, or the embedded model itself.
+
+    Args:
+      dtype: of the files; None: float32, for SDXL bfloat16.
+    """
     import torch
 
     if size == "mini":
         return ASSETS / "mini-sd"
     torch.manual_seed(0)
     # Half precision: half the time and disk for SDXL's 3.5 billion parameters.
-    torch.set_default_dtype(torch.bfloat16 if size == "sdxl" else torch.float32)
-    _pipeline(size).save_pretrained(folder)
+    torch.set_default_dtype(getattr(torch, dtype or ("bfloat16" if size == "sdxl" else "float32")))
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        pipeline = _pipeline(size)
     torch.set_default_dtype(torch.float32)
+    pipeline.save_pretrained(folder)
     return folder
 
 

@@ -7,6 +7,7 @@ cropping pictures is not included, which is to its advantage. `StrongLoop` is th
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -202,10 +203,11 @@ class _WithNewRow(torch.nn.Module):
 
 class StrongLoop(StockLoop):
     """The same training, optimised: latents from cached moments, gradient of the row only, channels_last, and
-    ``torch.compile`` if `compiled`. Both loops use PyTorch's fused attention.
+    ``torch.compile`` with the mode `compiled` ("default", or "reduce-overhead": with CUDA graphs), None: eager. Both
+    loops use PyTorch's fused attention.
     """
 
-    compiled = False
+    compiled: str | None = None
 
     def prepare(self) -> None:
         """Encode all pictures and their mirror images, then free the autoencoder."""
@@ -224,13 +226,20 @@ class StrongLoop(StockLoop):
             self.trained[name] = embeddings.row
         self.unet = self.unet.to(memory_format=torch.channels_last)
         if self.compiled:
-            self.unet = torch.compile(self.unet)
-            self.text_encoders = {name: torch.compile(each) for name, each in self.text_encoders.items()}
+            compiled = functools.partial(torch.compile, mode=self.compiled)
+            self.unet = compiled(self.unet)
+            self.text_encoders = {name: compiled(each) for name, each in self.text_encoders.items()}
         self.make_optimizer()
 
     def place(self, name: str) -> slice:
         """The trained parameter is the new row only."""
         return slice(None)
+
+    def step(self) -> None:
+        """One update."""
+        if self.compiled == "reduce-overhead":  # the graphs' buffers of the last step may be overwritten
+            torch.compiler.cudagraph_mark_step_begin()
+        super().step()
 
     def latents(self, chosen: list[int], mirrored: torch.Tensor) -> torch.Tensor:
         """Latents [B, c, h, w] sampled from the cached moments."""

@@ -8,7 +8,8 @@
 
     ours     ti_jax's training loop
     stock    PyTorch, like diffusers' script (benchmarks/torch_loops.py)
-    strong   the fastest PyTorch loop that we could write; compiled with --torch_compile
+    strong   the fastest PyTorch loop that we could write; compiled with --torch_compile, with CUDA graphs with
+             --torch_compile reduce-overhead
 
 All models but the embedded one have random weights. Each contender has its own process and sleeps while another runs.
 Before anything is measured, the losses and row gradients of all contenders on the same random numbers must agree.
@@ -55,7 +56,7 @@ class Setting:
 
     Attributes:
       model: a diffusers folder. resolution: side of the pictures in pixels, None: the model's.
-      batch_size: pictures per step. dtype: of the frozen networks. torch_compile: of the strong loop.
+      batch_size: pictures per step. dtype: of the frozen networks. torch_compile: mode of the strong loop, None: eager.
       profile: folder for a trace of ours, None: no trace. gradient_checkpointing: of ours.
       alone: there is only one contender. deterministic: ours is compiled so.
     """
@@ -64,7 +65,7 @@ class Setting:
     resolution: int | None
     batch_size: int
     dtype: str
-    torch_compile: bool = False
+    torch_compile: str | None = None
     profile: str | None = None
     gradient_checkpointing: str = "none"
     alone: bool = False
@@ -126,7 +127,7 @@ class Ours:
         height, width = self.concept.pictures.pixels.shape[1:3]
         self.latent_shape = self.sd.latent_shape(height, width)
 
-    def compile(self) -> dict[str, float]:
+    def compile(self, warm_up: bool = True) -> dict[str, float]:
         """Compile cold and, unless alone, from the cache; then run one step to warm up."""
         import jax
 
@@ -145,7 +146,8 @@ class Ours:
                 self.run_steps = lowered.compile()
                 seconds[kind] = time.perf_counter() - start
             jax.config.update("jax_compilation_cache_dir", None)
-        self.run(1)
+        if warm_up:
+            self.run(1)
         return seconds
 
     def check(self) -> tuple[float, np.ndarray]:
@@ -204,6 +206,8 @@ class Torch:
         start = time.perf_counter()
         self.run(1)
         first = time.perf_counter() - start
+        if self.setting.torch_compile == "reduce-overhead":
+            self.run(4)  # in which PyTorch records its graphs
         return {"first step": first}
 
     def check(self) -> tuple[float, np.ndarray]:
@@ -293,7 +297,10 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10, help="a round")
-    parser.add_argument("--torch_compile", action="store_true", help="the strong loop is compiled")
+    parser.add_argument(
+        "--torch_compile", nargs="?", const="default", choices=("default", "reduce-overhead"), default=None,
+        help="the strong loop is compiled, in this mode",
+    )  # fmt: skip
     parser.add_argument(
         "--gradient_checkpointing", choices=("none", "policy", "full"), default="none", help="of ours (default: none)"
     )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from tqdm import tqdm
@@ -19,8 +19,10 @@ from ti_jax.config import TrainConfig
 from ti_jax.errors import InputError
 from ti_jax.files import append, disk_errors, write_atomically
 from ti_jax.training.chips import TERA
-from ti_jax.training.tensorboard import Board
 from ti_jax.training.wandb_board import WandbBoard
+
+if TYPE_CHECKING:
+    from ti_jax.training.tensorboard import Board
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Reporter:
         logs = output_dir / config.logging_dir  # an absolute logging_dir stands alone
         self._boards: list[Board | WandbBoard] = []
         if "tensorboard" in config.report_to:
+            from ti_jax.training.tensorboard import Board
+
             self._boards.append(Board(logs, first_step))
         if "wandb" in config.report_to:
             self._log(lambda: self._boards.append(WandbBoard(config, logs, first_step)))

@@ -17,8 +17,11 @@ from test_full_size import TEXT_PARAMETERS, UNET_PARAMETERS, VAE_PARAMETERS
 
 from ti_jax.cli.main import main
 from ti_jax.config import PlanConfig, resolve_plan
+from ti_jax.errors import InputError
 from ti_jax.models.networks import make_networks, network_shapes
 from ti_jax.pipeline import StableDiffusion
+from ti_jax.training import gpus
+from ti_jax.training.chips import CHIPS
 from ti_jax.training.plan import Plan, Planner, crossing_bytes, plan
 from ti_jax.weights.reference_configs import PUBLISHED, SD15, SD21, SDXL
 
@@ -182,3 +185,97 @@ def test_where_the_compiler_does_not_count_all_the_least_work_is_the_estimate():
     counted, uncounted = ("\n".join(plan.lines()) for plan in (known, replace(known, flops=None)))
     assert "compiled: 2.00 times that" in counted and "20.0 ms per update at the published peak" in counted
     assert "compiled" not in uncounted and "10.0 ms per update at the published peak" in uncounted
+
+
+@pytest.mark.parametrize(
+    ("topology", "wanted"),
+    [
+        ("h100", "--topology h100: it is written NAME:COUNT, for example h100:1"),
+        ("h100:0", "--topology h100:0: it is written NAME:COUNT"),
+        ("h100:two", "--topology h100:two: it is written NAME:COUNT"),
+        (
+            "gtx1080:1",
+            "--topology gtx1080:1: no such device; known GPUs are a100, a100-40gb, a6000, rtx3090, rtx4090, l4,",
+        ),
+        ("2x2", "--topology 2x2: no such device; known GPUs are"),
+    ],
+)
+def test_a_gpu_that_is_not_known_or_not_counted_is_one_line(capsys, topology, wanted):
+    assert main(["plan", "--topology", topology]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith(f"ti-jax: error: {wanted}")
+
+
+def test_gpus_and_tpu_slices_are_told_apart():
+    assert not any(gpus.is_gpu(name) for name in ("v5e:2x4", "v6e:2x2", "v5p:2x2x1", "v4:2x2x1"))
+    assert all(gpus.is_gpu(name) for name in (*gpus.CARDS, "rtx4090:8"))
+    assert gpus.parse("RTX4090:8") == (gpus.CARDS["rtx4090"], 8)
+    assert all(
+        CHIPS[card.kind].memory * 0.95 < card.memory < CHIPS[card.kind].memory * 1.08 for card in gpus.CARDS.values()
+    )
+
+
+def test_without_the_compiler_for_gpus_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(gpus, "_installed", lambda module: False)
+    assert main(["plan", "--topology", "h100:1"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "jax-cuda13-plugin is not installed: pip install 'ti_jax[plan-gpu]'" in err
+
+
+def test_of_a_gpu_a_run_has_the_share_that_jax_takes(monkeypatch, config):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    card = gpus.CARDS["rtx4090"]
+    assert gpus.available(card) == 0.75 * card.memory
+    planner = Planner(replace(resolve_plan(config), topology="rtx4090:1"), np.float32, jax.devices()[:1])
+    assert planner.memory == pytest.approx(0.75 * 0.95 * card.memory)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    assert gpus.available(card) == 0.9 * card.memory
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "all")
+    with pytest.raises(InputError, match=r"^XLA_PYTHON_CLIENT_MEM_FRACTION=all: it is a number"):
+        gpus.available(card)
+
+
+def test_jax_is_told_of_the_card_only_while_it_traces():
+    from jax._src.cudnn import fused_attention_stablehlo as rules
+
+    names = ("check_cudnn_version", "check_compute_capability", "is_cuda_compute_capability_equal")
+    own = [getattr(rules, name) for name in names]
+    with pytest.raises(KeyError), gpus.tracing_for(gpus.CARDS["l4"]):
+        assert rules.check_compute_capability("8.0") and not rules.check_compute_capability("9.0")
+        assert rules.is_cuda_compute_capability_equal("8.9") and rules.check_cudnn_version() == 91200
+        raise KeyError
+    assert [getattr(rules, name) for name in names] == own
+    with gpus.tracing_for(None):
+        assert [getattr(rules, name) for name in names] == own
+
+
+def test_of_an_absent_gpu_no_time_is_told():
+    known = Plan("sd", "1 x H100", 8, 8, 1, 1, 1, None, None, 1e12, {}, peak=100e12, tuned=False)
+    (time,) = (line for line in known.lines() if line.startswith("  time"))
+    assert time.startswith("  time           not known") and "10.0 ms per update at the published peak" in time
+
+
+def plan_in_a_process(*flags, **environment):
+    done = subprocess.run(
+        [sys.executable, "-m", "ti_jax", "plan", *flags],
+        capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "", **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+GPU_COMPILER = pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins") is None, reason="pip install -e '.[plan-gpu]'"
+)
+
+
+@GPU_COMPILER
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["h100:1", "l4:2", "a100:1"])
+def test_for_a_gpu_that_is_not_there(tiny_sd, topology):
+    flags = ("--pretrained_model_name_or_path", str(tiny_sd), "--train_batch_size", "2", "--topology", topology)
+    out = plan_in_a_process(*flags)
+    name, count = topology.split(":")
+    assert f"2 per device on {count} x {CHIPS[gpus.CARDS[name].kind].name}, bfloat16, 16 px" in out
+    assert ("all-reduce" in out) == (count == "2")
+    assert "time           not known" in out

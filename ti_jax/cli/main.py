@@ -67,6 +67,7 @@ PLAN_EXAMPLES = """\
 examples:
   {prog} --config configs/sdxl.yaml --topology v5e:2x4
   {prog} --config configs/sd15.yaml --topology v5e:2x2 --train_batch_size 4 --largest_batch
+  {prog} --config configs/sd15.yaml --topology rtx4090:1 --largest_batch
 """
 
 
@@ -304,7 +305,10 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str], str], int], str]] = {
         _evaluate,
         "Score a learned word: is it the concept, and are prompts still followed?",
     ),
-    "plan": (_plan, "Estimate memory and time of a training run, on this machine or a TPU slice, without running it."),
+    "plan": (
+        _plan,
+        "Estimate memory and time of a training run, here, on a TPU slice or on a GPU, without running it.",
+    ),
     "data": (_data, "Show what a run would see in a folder of pictures: a table and a contact sheet, without a model."),
     "verify": (_verify, "Check that diffusers on PyTorch loads a learned word and encodes it as ti_jax does."),
     "embedding": (

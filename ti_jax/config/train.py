@@ -308,12 +308,13 @@ class TrainConfig(ModelSettings):
 
 @dataclass(frozen=True)
 class PlanConfig(TrainConfig):
-    """What will a training run need? Its step is compiled, here or for a TPU slice that need not be there, and its
-    memory, work and traffic between devices are read off. Takes the settings of train.py; nothing is trained."""
+    """What will a training run need? Its step is compiled, here or for a TPU slice or GPUs that need not be there, and
+    its memory, work and traffic between devices are read off. Takes the settings of train.py; nothing is trained."""
 
     topology: str | None = setting(None, TEXT)
-    """TPU slice to compile for, e.g. v5e:2x4, with libtpu (pip install 'ti_jax[plan]'). Left out: this machine's
-    devices."""
+    """Devices to compile for that need not be there: a TPU slice, e.g. v5e:2x4, with libtpu (pip install
+    'ti_jax[plan]'), or NVIDIA GPUs, e.g. h100:1 or rtx4090:1, with XLA's compiler for them (pip install
+    'ti_jax[plan-gpu]'). Left out: this machine's devices."""
     largest_batch: bool = False
     """Also look for the largest --train_batch_size that fits, with --gradient_checkpointing full where that is left
     out; this compiles the step several times."""

@@ -19,7 +19,8 @@ class Chip:
     peak: float
 
 
-# By JAX's `device_kind`. https://cloud.google.com/tpu/docs, https://www.nvidia.com/en-us/data-center/h100/ and /a100/
+# By JAX's `device_kind`. https://cloud.google.com/tpu/docs, https://www.nvidia.com/en-us/data-center/h100/ and so on;
+# of GeForce and RTX cards NVIDIA's white papers of Ampere and Ada, with float32 sums and without sparsity.
 CHIPS = {
     "TPU v5 lite": Chip("TPU v5e", 16 * 2**30, 197 * TERA),
     "TPU v5": Chip("TPU v5p", 95 * 2**30, 459 * TERA),
@@ -28,6 +29,11 @@ CHIPS = {
     "NVIDIA A100-SXM4-80GB": Chip("A100", 80e9, 312 * TERA),
     "NVIDIA H100 80GB HBM3": Chip("H100", 80e9, 989 * TERA),
     "NVIDIA H200": Chip("H200", 141e9, 989 * TERA),
+    "NVIDIA RTX A6000": Chip("RTX A6000", 48e9, 155 * TERA),
+    "NVIDIA GeForce RTX 3090": Chip("RTX 3090", 24e9, 71 * TERA),
+    "NVIDIA GeForce RTX 4090": Chip("RTX 4090", 24e9, 165 * TERA),
+    "NVIDIA L4": Chip("L4", 24e9, 121 * TERA),
+    "NVIDIA L40S": Chip("L40S", 48e9, 362 * TERA),
 }
 
 

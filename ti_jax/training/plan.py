@@ -1,6 +1,7 @@
 """``ti-jax plan``: memory and FLOPs of a training run, from its compiled step. No weights are loaded or allocated.
 
-For a TPU slice the step is compiled ahead of time with libtpu, which runs on any Linux machine without the chips.
+For a TPU slice the step is compiled ahead of time with libtpu, which runs on any Linux machine without the chips; for
+an NVIDIA GPU that is not there with XLA's CUDA plug-in (`ti_jax.training.gpus`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from ti_jax.machine import SPARE, free_memory
 from ti_jax.models.networks import make_networks, network_shapes
 from ti_jax.ops.platform import Platform
 from ti_jax.text.templates import for_captions, load_templates
+from ti_jax.training import gpus
 from ti_jax.training.chips import CHIPS, TERA, Chip, peak_flops
 from ti_jax.training.compile import StepBuilder, compile_fitting
 from ti_jax.training.feeding import WINDOWS, bytes_of, bytes_of_window, feeds, window_of, without_moments
@@ -81,6 +83,7 @@ class Plan:
       largest_batch: the largest that fits, None if it was not searched for.
       gradient_checkpointing: the given policy, or the first one that fits.
       on_host: pictures whose moments are fed to the devices, see `ti_jax.training.feeding`; 0: they are there.
+      tuned: whether the kernels are those of a run. On a GPU XLA chooses them by trying, which an absent one prevents.
     """
 
     model: str
@@ -98,6 +101,7 @@ class Plan:
     largest_batch: int | None = None
     gradient_checkpointing: str = "none"
     on_host: int = 0
+    tuned: bool = True
 
     @property
     def peak_memory(self) -> int:
@@ -123,6 +127,12 @@ class Plan:
         if self.peak:
             flops = self.flops or self.least_flops
             floor, usual = (flops / self.peak / share * 1e3 for share in (1, USUAL_UTILISATION))
+            if not self.tuned:
+                yield (
+                    "  time           not known: a GPU's kernels are chosen by trying them on it; the work alone takes "
+                    f"{floor:.1f} ms per update at the published peak of {self.peak / TERA:.0f} TFLOP/s"
+                )
+        if self.peak and self.tuned:
             yield (
                 f"  time           {floor:.1f} ms per update at the published peak of {self.peak / TERA:.0f} TFLOP/s, "
                 f"{usual:.1f} ms at {USUAL_UTILISATION:.0%} of it: an estimate, nothing was run"
@@ -186,6 +196,8 @@ class Planner:
         if self.resolution % factor:
             raise InputError(f"--resolution {self.resolution}: must be a multiple of {factor}")
         self.on_cpu = devices[0].platform == "cpu"
+        topology = config.topology
+        self.card = gpus.parse(topology)[0] if topology is not None and gpus.is_gpu(topology) else None
         chip = CHIPS.get(devices[0].device_kind)
         self.memory = self._memory_for_the_step(devices, chip)
         self.peak = peak_flops(devices[0].device_kind, dtype)
@@ -214,11 +226,12 @@ class Planner:
             waiting = (WINDOWS - 1) * bytes_of_window(window)
             memory -= waiting
         lower = partial(builder.lower, frozen, state, fed=window)
-        compiled = compile_fitting(lower, config.gradient_checkpointing, memory)
+        with gpus.tracing_for(self.card):
+            compiled = compile_fitting(lower, config.gradient_checkpointing, memory)
         if compiled is None:
             return None
-        cost, text = compiled.program.cost_analysis(), compiled.program.as_text()
-        assert cost is not None and text is not None, "every backend that compiles has them"
+        text = compiled.program.as_text()
+        assert text is not None, "every backend that compiles has it"
         return Plan(
             model=config.pretrained_model_name_or_path or "mini-sd",
             devices=self.devices,
@@ -228,14 +241,23 @@ class Planner:
             temporary=compiled.temporary,
             code=compiled.code,
             memory=self.memory,
-            # The cost analysis counts a loop's body once: the updates of a chunk, and the micro-batches of an update.
-            flops=None if self.on_cpu or any(kernel in text for kernel in KERNELS) else cost["flops"] * accumulation,
+            flops=self._counted_flops(compiled.program, text),
             least_flops=self.least_flops(batch) * accumulation,
             crossing=crossing_bytes(text),
             peak=self.peak,
             gradient_checkpointing=compiled.gradient_checkpointing,
             on_host=0 if window is None else pictures,
+            tuned=self.card is None,
         )
+
+    def _counted_flops(self, program: jax.stages.Compiled, text: str) -> float | None:
+        """FLOPs of an update as the compiler counts them, None where it does not count all."""
+        if self.on_cpu or self.card is not None or any(kernel in text for kernel in KERNELS):
+            return None
+        cost = program.cost_analysis()
+        assert cost is not None, "every backend that compiles has it"
+        # The cost analysis counts a loop's body once: the updates of a chunk, and the micro-batches of an update.
+        return cost["flops"] * self.config.gradient_accumulation_steps
 
     def largest(self, first: Plan) -> int:
         """The largest batch that fits, 0 if none does, by extrapolation: memory is about linear in the batch."""
@@ -265,8 +287,11 @@ class Planner:
 
     def _memory_for_the_step(self, devices: Sequence[Any], chip: Chip | None) -> float | None:
         """Bytes available on each device; None if unknown."""
-        published = chip.memory * (1 - SPARE) if chip else None
-        return free_memory(devices) if self.config.topology is None else published
+        if self.config.topology is None:
+            return free_memory(devices)
+        if self.card is not None:
+            return gpus.available(self.card) * (1 - SPARE)
+        return chip.memory * (1 - SPARE) if chip else None
 
     def _rows(self) -> dict[str, jax.Array]:
         return {
@@ -363,9 +388,11 @@ def _configs(config: PlanConfig) -> Mapping[str, Mapping[str, Any]]:
 
 
 def _devices(topology: str | None) -> Sequence[Any]:
-    """This machine's devices, or descriptions of a TPU slice's devices, which need not exist here."""
+    """This machine's devices, or descriptions of GPUs or of a TPU slice's devices, which need not exist here."""
     if topology is None:
         return jax.devices()
+    if gpus.is_gpu(topology):
+        return gpus.topology_devices(topology)
     from jax.experimental import topologies
 
     try:

@@ -46,6 +46,7 @@ OPTIMISED = {
     "test_caption_training::test_eight_devices_with_captions_end_with_the_rows_of_one",
     "test_embedded_model",
     "test_memory",
+    "test_negative::test_with_the_word_in_the_negative_prompt_the_judge_sees_somebody_else",
     "test_plan::test_for_a_tpu_slice",
     "test_step::test_eight_devices_end_with_the_rows_of_one",
     "test_together::test_eight_devices_end_with_the_rows_of_one",

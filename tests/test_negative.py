@@ -11,10 +11,13 @@ from PIL import Image
 import ti_jax
 from ti_jax.config import ASSETS, TrainConfig, resolve
 from ti_jax.data.dataset import make_dataset
+from ti_jax.data.folder import as_uint8, load_images
 from ti_jax.data.inputs import read_inputs
 from ti_jax.embeddings import Embedding
 from ti_jax.errors import InputError
+from ti_jax.evaluation.avatar_judge import Judge
 from ti_jax.evaluation.evaluate import Evaluator
+from ti_jax.evaluation.scores import reference_attributes
 from ti_jax.training.flops import batch_flops
 from ti_jax.training.hub import model_card
 from ti_jax.training.job import load_model_and_concepts
@@ -167,3 +170,29 @@ def test_it_is_learned_alone(tmp_path):
         shutil.copytree(ASSETS / "concepts" / name, tmp_path / name)
     with pytest.raises(InputError, match=r"^--concepts .* and --learn_negative: a word for the negative prompt is lea"):
         resolve(TrainConfig(concepts=str(tmp_path), learn_negative=True))
+
+
+@pytest.mark.slow
+def test_with_the_word_in_the_negative_prompt_the_judge_sees_somebody_else(tmp_path):
+    """On the embedded model; benchmarks/negative.py measures it on more people."""
+    person = ASSETS / "concepts" / "cleo"
+    config = TrainConfig(
+        train_data_dir=str(person), placeholder_token="<no>", learn_negative=True,
+        overview_prompts=("a portrait of {}",), report_to="none", output_dir=str(tmp_path / "out"),
+    )  # fmt: skip
+    word = ti_jax.train(config, devices=jax.devices()[:1]).embedding
+    sd = ti_jax.StableDiffusion.from_pretrained()
+    judge = Judge.load(sd.path)
+    own = as_uint8(load_images(person, sd.default_resolution).pixels)
+    reference = reference_attributes(judge, own)
+
+    def seen(**settings):
+        drawn = sd.generate(["a portrait of a person"] * 16, num_inference_steps=25, guidance_scale=3.0, **settings)
+        pixels = np.stack([np.asarray(image) for image in drawn])
+        readings = judge.read(pixels)
+        right = [reading[name] == value for reading in readings for name, value in reference.items()]
+        return np.mean(right), np.mean(judge.features(pixels) @ judge.features(own).T)
+
+    identity, likeness = seen()
+    identity_away, likeness_away = seen(embeddings=[word], negative_prompt="<no>")
+    assert identity_away < identity - 0.05 and likeness_away < likeness - 0.02

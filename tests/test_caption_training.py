@@ -48,7 +48,8 @@ def test_twenty_steps_with_captions_equal_a_pytorch_loop(tiny_sd, captioned, tmp
 @EACH
 def test_eight_devices_with_captions_end_with_the_rows_of_one(tiny_sd, captioned, tmp_path, changes):
     """Of few prompts each is encoded once, of many each sample's."""
-    problem = Problem(tiny_sd, captioned, tmp_path, recursive=True, **changes)
+    # Small pictures: a sum over many numbers one by one, as programs that are not optimised take it, is off by 1e-6.
+    problem = Problem(tiny_sd, captioned, tmp_path, recursive=True, resolution=8, **changes)
     one, losses_of_one = problem.run(num_devices=1, batch_size=8)
     eight, losses_of_eight = problem.run(num_devices=8, batch_size=1, shard_prompts=True)
     assert relative(eight.rows["text_encoder"], one.rows["text_encoder"]) < 1e-6

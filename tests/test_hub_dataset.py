@@ -12,14 +12,16 @@ from ti_jax.data.folder import load_images
 from ti_jax.data.hub_dataset import as_folder
 from ti_jax.errors import InputError
 
-datasets = pytest.importorskip("datasets", reason="needs the extra datasets")
-
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
+def datasets(tmp_path, monkeypatch):
+    """The library, with a cache of its own."""
+    # Here and not above: every process of the session collects this file, and it takes 100 MB.
+    datasets = pytest.importorskip("datasets", reason="needs the extra datasets")
     monkeypatch.setenv("TI_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
     datasets.disable_progress_bars()
+    return datasets
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def images():
 
 
 @pytest.fixture
-def parquet(tmp_path, images):
+def parquet(tmp_path, images, datasets):
     """Three pictures, of which two have captions."""
     rows = {"picture": images, "caption": ["red, hair", None, "blue"], "number": [1, 2, 3]}
     features = datasets.Features(
@@ -63,7 +65,7 @@ def test_a_parquet_file(parquet, images):
     assert read_captions(as_folder(replace(parquet, caption_column=None))) == {}, "there is no column text"
 
 
-def test_a_folder_of_pictures_and_one_that_was_saved(tmp_path, images):
+def test_a_folder_of_pictures_and_one_that_was_saved(tmp_path, images, datasets):
     folder = tmp_path / "photos"
     folder.mkdir()
     for number, image in enumerate(images):

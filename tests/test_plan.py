@@ -48,7 +48,9 @@ def test_the_shipped_configs_name_published_models():
 
 @pytest.fixture(scope="module")
 def config(tiny_sd):
-    return PlanConfig(pretrained_model_name_or_path=str(tiny_sd), train_batch_size=2, num_vectors=3)
+    return PlanConfig(
+        pretrained_model_name_or_path=str(tiny_sd), train_batch_size=1, gradient_accumulation_steps=2, num_vectors=3
+    )
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +124,7 @@ def test_transfers_are_found_in_a_program():
 
 
 def test_the_command_tells_it(capsys, tiny_sd):
-    flags = ["--train_batch_size", "1", "--gradient_accumulation_steps", "2"]
+    flags = ["--train_batch_size", "1", "--gradient_accumulation_steps", "2", "--num_vectors", "3"]
     assert main(["plan", "--pretrained_model_name_or_path", str(tiny_sd), *flags]) == 0
     out = capsys.readouterr().out
     assert f"{tiny_sd}: 1 per device on 8 x cpu, float32, 16 px, 16 samples per update" in out

@@ -217,6 +217,8 @@ def test_without_negative_ids_the_unconditional_half_is_zeros(sd):
 
 
 def test_one_program_for_everything_but_shapes_and_samplers(sd):
+    sampling._draw_batch.clear_cache()
+
     def compiled(**changes):
         before = sampling._draw_batch._cache_size()
         options = dict(seed=0, guidance_scale=3.0, num_inference_steps=2, scheduler="ddim", batch_size=1) | changes

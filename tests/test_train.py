@@ -16,6 +16,7 @@ from pathlib import Path
 import children
 import jax
 import numpy as np
+import programs
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
@@ -400,6 +401,7 @@ def test_ten_kills_end_with_the_rows_of_an_undisturbed_run(config, tmp_path):
 
 def test_the_step_is_compiled_once_a_run(config, caplog):
     """Chunks of any length, resuming and drawing between them are one program."""
+    programs.forget()
     config = replace(config, validation_prompt="a {}", validation_steps=5, save_steps=4)
     with jax.log_compiles(True):
         train(config)

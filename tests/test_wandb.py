@@ -15,13 +15,12 @@ from ti_jax.errors import InputError
 from ti_jax.training.report import Reporter
 from ti_jax.training.wandb_board import WandbBoard, _settings, check_wandb
 
-wandb = pytest.importorskip("wandb")
-from wandb.proto import wandb_internal_pb2  # noqa: E402
-
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch, tmp_path):
     """No network, and nothing of the home folder's."""
+    # Here and not above: every process of the session collects this file, and it takes 100 MB.
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("HOME", str(tmp_path))
     wandb.teardown()
@@ -31,6 +30,8 @@ def offline(monkeypatch, tmp_path):
 
 def stored(path):
     """The records in a .wandb file: after 7 bytes a log like LevelDB's, blocks of 32 kB of (checksum, length, kind)."""
+    from wandb.proto import wandb_internal_pb2
+
     content, place, part = path.read_bytes(), 7, b""
     while place + 7 <= len(content):
         length, kind = struct.unpack_from("<HB", content, place + 4)
@@ -116,6 +117,8 @@ def test_nobody_logged_in_is_told_before_the_model_is_read(monkeypatch):
 
 
 def test_a_board_that_fails_is_a_warning(tmp_path, monkeypatch, capsys):
+    import wandb
+
     def fail(*arguments, **settings):
         raise wandb.errors.CommError("no route to host")
 

@@ -223,7 +223,7 @@ def prepare(
         mesh,
         batch_size=batch_size,
         accumulation=config.gradient_accumulation_steps,
-        longest_chunk=min(config.logging_steps, total),
+        longest_chunk=config.logging_steps,  # a trial of a few steps compiles what the whole run will use
         deterministic=config.deterministic,
     )
     checkpoints = None

@@ -55,9 +55,9 @@ OPTIMISED = {
 # they serve the next modules, too. (Where the system does not say, they are dropped after each module.)
 ROOM = 0.3e9
 _left = 0
-# A worker that ever held more than this fails the session: the suite is to run on a laptop. Workers hold up to 1.9 GB;
-# how the tests are dealt out to them changes that by some hundred MB.
-LIMIT = 2.5e9
+# A worker that ever held more than this fails the session: the suite is to run on a laptop. How the tests are dealt out
+# to the workers changes what one holds by some hundred MB.
+LIMIT = 2e9
 
 
 def pytest_addoption(parser):

@@ -311,8 +311,18 @@ def tiny_sd(make_tiny_sd):
 
 
 @pytest.fixture(scope="session")
-def tiny_sdxl(tmp_path_factory):
+def make_tiny_sdxl(tmp_path_factory):
+    """``make_tiny_sdxl(levels)`` -> a folder with a random Stable Diffusion XL whose UNet has one level or two."""
+    return functools.cache(lambda levels: _tiny_sdxl(tmp_path_factory.mktemp("tiny-sdxl"), levels))
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(make_tiny_sdxl):
     """A folder with a random Stable Diffusion XL, 16 px, latents 8x8x4, text encoders of widths 32 and 48."""
+    return make_tiny_sdxl(1)
+
+
+def _tiny_sdxl(folder, levels):
     import diffusers
     import transformers
 
@@ -331,11 +341,13 @@ def tiny_sdxl(tmp_path_factory):
             transformers.CLIPTextModelWithProjection, hidden_size=48, hidden_act="gelu", projection_dim=24
         ),
         unet=diffusers.UNet2DConditionModel(
-            sample_size=8, block_out_channels=(32,), layers_per_block=1, cross_attention_dim=80, norm_num_groups=8,
-            attention_head_dim=4, transformer_layers_per_block=2, use_linear_projection=True,
+            sample_size=8, block_out_channels=(32, 64)[:levels], layers_per_block=1, cross_attention_dim=80,
+            attention_head_dim=4 if levels == 1 else (4, 8), transformer_layers_per_block=2 if levels == 1 else (1, 2),
+            norm_num_groups=8, use_linear_projection=True,
             addition_embed_type="text_time", addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=24 + 6 * 8,
-            down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D")[:levels],
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D")[2 - levels :],
         ),
         vae=diffusers.AutoencoderKL(
             block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, sample_size=16, scaling_factor=0.13025,
@@ -344,7 +356,6 @@ def tiny_sdxl(tmp_path_factory):
     )  # fmt: skip
     for seed, module in enumerate(modules.values()):
         randomize(module, seed)
-    folder = tmp_path_factory.mktemp("tiny-sdxl")
     diffusers.StableDiffusionXLPipeline(
         tokenizer=tokenizer, tokenizer_2=tokenizer, add_watermarker=False,
         scheduler=diffusers.EulerDiscreteScheduler(**SCHEDULER, timestep_spacing="leading"), **modules,

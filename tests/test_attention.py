@@ -12,6 +12,7 @@ import torch
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops import tpu as kernels_for_tpu
 
+from ti_jax.models.transformer import Attention
 from ti_jax.ops import attention
 from ti_jax.ops.attention import CPU_QUERY_CHUNK, cudnn_attention, dot_product_attention, flash_attention
 from ti_jax.ops.platform import Platform, compiling_for
@@ -170,6 +171,34 @@ def test_padding_for_cudnn_changes_nothing(length, key_length, causal, monkeypat
     weights = np.random.default_rng(1).normal(size=ours.shape).astype(np.float32)
     for gradient, reference in zip(pullback(weights), their_pullback(weights), strict=True):
         np.testing.assert_allclose(gradient, reference, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("platform", [Platform("cuda", 9), Platform("cuda", 7), Platform("cpu")])
+def test_a_text_is_padded_before_keys_and_values_are_made_of_it(platform, asked_of_a_gpu):
+    """And so neither keys nor values nor their gradients are, each by a kernel; without cuDNN nothing is."""
+    asked_of_a_gpu(9)
+    layer = Attention(2, jnp.bfloat16)
+    shapes = [jax.ShapeDtypeStruct((2, length, 64), jnp.bfloat16) for length in (256, 77)]
+    variables = jax.eval_shape(layer.init, jax.random.key(0), *shapes)
+    gradient = jax.grad(lambda *inputs: jnp.sum(jnp.square(layer.apply(*inputs))), argnums=(1, 2))
+    with compiling_for(platform):
+        text = jax.jit(gradient).trace(variables, *shapes).lower(lowering_platforms=(platform.name,)).as_text()
+    kernels = platform == Platform("cuda", 9)
+    assert len(re.findall(r"custom_call.*__cudnn\$fmha", text)) == 2 * kernels
+    assert text.count("high = [0, 3, 0]") == kernels  # the text [B, L, C]
+    assert text.count("high = [0, 3, 0, 0]") == 0  # keys and values [B, L, H, D]
+
+
+def test_padding_of_keys_is_never_seen():
+    """Whatever it holds; as on a GPU without a kernel for the head."""
+    query, key, value = queries_keys_values(9, 80)
+    expected = dot_product_attention(query, key[:, :77], value[:, :77])
+    np.testing.assert_array_equal(dot_product_attention(query, key, value, key_length=77), expected)
+    plain = jax.nn.dot_product_attention
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.nn, "dot_product_attention", lambda *a, implementation, **k: plain(*a, **k))
+        ours = cudnn_attention(*map(jnp.asarray, (query, key, value)), key_length=77)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu", "rocm"])

@@ -15,6 +15,8 @@ from ti_jax.errors import InputError
 from ti_jax.models.clip_layers import CLIPMLP, CLIPAttention, CLIPEncoderLayer
 from ti_jax.models.clip_text import CLIPTextConfig, CLIPTextModel, eos_positions
 from ti_jax.models.shapes import param_shapes
+from ti_jax.ops import attention
+from ti_jax.ops.platform import PLAIN, Platform, compiling_for
 from ti_jax.weights.load import load_component
 
 VOCAB, BOS, EOS = 60, 58, 59
@@ -226,6 +228,37 @@ def test_bfloat16_stays_near_float32_and_keeps_float32_gradients(tmp_path):
     error = np.sqrt(np.mean((np.asarray(rounded, np.float32) - exact) ** 2)) / np.std(exact)
     assert 0 < error < 0.02
     assert gradient.dtype == jnp.float32
+
+
+def test_padding_for_cudnn_is_never_seen(tmp_path, monkeypatch):
+    """Of 9 positions to 16, with XLA's attention for the kernels: outputs and gradients stay what they are."""
+    monkeypatch.setattr(attention, "CUDA_LONG", 8)
+    plain = jax.nn.dot_product_attention
+    lengths = []
+
+    def of_xla(query, *arrays, implementation, **options):
+        lengths.append(query.shape[1])
+        return plain(query, *arrays, **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", of_xla)
+    module, params = loaded(torch_encoder("sdxl-2"), tmp_path)
+    half = CLIPTextModel(module.config, jnp.bfloat16)
+    ids, rows = prompts(with_new=True), np.random.default_rng(0).normal(size=(NUM_ROWS, 32)).astype(np.float32)
+
+    def encoded(rows):
+        return half.apply({"params": params}, ids, rows)
+
+    def on(platform):
+        with compiling_for(platform):
+            gradient = jax.grad(lambda rows: sum(each.astype(jnp.float32).sum() for each in encoded(rows)))
+            return [np.asarray(each, np.float32) for each in (*encoded(rows), gradient(rows))]
+
+    expected = on(PLAIN)
+    assert not lengths
+    for ours, theirs in zip(on(Platform("cuda", 9)), expected, strict=True):
+        assert ours.shape == theirs.shape
+        assert np.linalg.norm(ours - theirs) < 2**-6 * np.linalg.norm(theirs)
+    assert set(lengths) == {16}
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ def test_an_option_that_xla_does_not_know_is_left_out(monkeypatch):
     """A newer version may have lost it, and would refuse to compile anything."""
     parallel.cpu_options.cache_clear()
     assert parallel.cpu_options() == parallel.CPU_OPTIONS
+    assert parallel.cuda_options() == parallel.CUDA_OPTIONS
     monkeypatch.setattr(parallel, "CPU_OPTIONS", {"xla_cpu_of_the_past": "1"})
     parallel.cpu_options.cache_clear()
     assert parallel.cpu_options() is None

@@ -18,6 +18,7 @@ from flax import linen as nn
 from ti_jax.errors import InputError
 from ti_jax.models.clip_layers import CLIPEncoder, CLIPOptions, layer_norm
 from ti_jax.models.layers import Dense
+from ti_jax.ops.attention import padded_for_cudnn
 from ti_jax.ops.lookup import lookup
 from ti_jax.ops.platform import current
 
@@ -119,7 +120,10 @@ class CLIPTextModel(nn.Module):
           rows: float32 [n, D], or None if there are no new words. Ids >= ``vocab_size + n`` encode as NaN.
         """
         hidden = CLIPTextEmbeddings(self.config, self.dtype, name="embeddings")(input_ids, rows)
-        states = CLIPEncoder(self.config, self.dtype, causal=True, name="encoder")(hidden)
+        padded = padded_for_cudnn(hidden)  # at the end, where causal attention never looks
+        states = CLIPEncoder(self.config, self.dtype, causal=True, name="encoder")(padded)
+        if padded is not hidden:
+            states = [state[:, : hidden.shape[1]] for state in states]
         final_layer_norm = layer_norm(self.config, self.dtype, "final_layer_norm")
         hidden = last = final_layer_norm(states[-1])
         if self.clip_skip:

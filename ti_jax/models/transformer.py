@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from ti_jax.models.layers import NO_PADDING, Conv2d, Dense, GroupNorm
 from ti_jax.ops.activations import gelu
-from ti_jax.ops.attention import dot_product_attention
+from ti_jax.ops.attention import dot_product_attention, padded_for_cudnn
 from ti_jax.ops.rematerialisation import checkpointed
 
 
@@ -28,13 +28,15 @@ class Attention(nn.Module):
     def __call__(self, hidden: jax.Array, context: jax.Array | None = None) -> jax.Array:
         """Attend to `context` [B, S, D], or to `hidden` itself if that is None."""
         width = hidden.shape[-1]
-        context = hidden if context is None else context
+        key_length = None if context is None else context.shape[1]
+        context = hidden if context is None else padded_for_cudnn(context)
 
         def heads(x: jax.Array, name: str) -> jax.Array:
             projected = Dense(width, use_bias=False, dtype=self.dtype, name=name)(x)
             return projected.reshape(*x.shape[:2], self.heads, width // self.heads)
 
-        attended = dot_product_attention(heads(hidden, "to_q"), heads(context, "to_k"), heads(context, "to_v"))
+        query, key, value = heads(hidden, "to_q"), heads(context, "to_k"), heads(context, "to_v")
+        attended = dot_product_attention(query, key, value, key_length=key_length)
         return Dense(width, dtype=self.dtype, name="to_out_0")(attended.reshape(hidden.shape))
 
 

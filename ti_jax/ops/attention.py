@@ -39,7 +39,9 @@ CUDA_LARGEST_HEAD = {8: 128, 9: 256, 10: 128, 12: 128}
 LARGEST_SCORES = 2**26
 
 
-def dot_product_attention(query: jax.Array, key: jax.Array, value: jax.Array, causal: bool = False) -> jax.Array:
+def dot_product_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, causal: bool = False, key_length: int | None = None
+) -> jax.Array:
     """``softmax(query key^T / sqrt(D)) value`` for every head (Vaswani et al. 2017, equation 1).
 
     Scores and softmax are always float32, so ``upcast_attention`` of a UNet's config makes no difference.
@@ -48,19 +50,22 @@ def dot_product_attention(query: jax.Array, key: jax.Array, value: jax.Array, ca
       query: [B, L, H, D].
       key, value: [B, S, H, D].
       causal: causal mask: query i attends to keys 0..i.
+      key_length: the keys and values from this one on are padding (of `padded_for_cudnn`); None: there is none.
 
     Returns:
       [B, L, H, D], in the dtype of `value`.
     """
     platform = current()
+    if platform.name == "cuda" and _suits_cudnn(query, key, platform.compute_capability):
+        return cudnn_attention(query, key, value, causal, key_length)
+    if key_length not in (None, key.shape[1]):
+        key, value = key[:, :key_length], value[:, :key_length]
     if platform.name == "cpu":
         if causal or min(query.shape[1], key.shape[1]) <= CPU_WHOLE_SCORES:
             return _attention_in_matrices(query, key, value, causal)
         return _attention_in_chunks(query, key, value)
     if platform.name == "tpu" and not causal and _suits_flash_attention(query, key):
         return flash_attention(query, key, value)
-    if platform.name == "cuda" and _suits_cudnn(query, key, platform.compute_capability):
-        return cudnn_attention(query, key, value, causal)
     if platform != PLAIN and not causal and _scores(query, key) > LARGEST_SCORES:
         return _attention_in_bounded_chunks(query, key, value)
     return _attention(query, key, value, causal)
@@ -79,15 +84,31 @@ def _suits_cudnn(query: jax.Array, key: jax.Array, compute_capability: int) -> b
     return half and long and query.shape[3] % 8 == 0 and query.shape[3] <= largest
 
 
-def cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array, causal: bool = False) -> jax.Array:
+def padded_for_cudnn(x: jax.Array) -> jax.Array:
+    """`x` [B, L, C] with zeros after its L positions where cuDNN's kernels would have them padded; else `x` itself.
+
+    Padded before the layers that make keys and values, for it is one kernel then and not several for each attention.
+    """
+    platform = current()
+    padding = -x.shape[1] % CUDA_MULTIPLE
+    half = x.dtype in (jnp.bfloat16, jnp.float16)
+    known = platform.name == "cuda" and platform.compute_capability in CUDA_LARGEST_HEAD
+    if not (known and half and padding and x.shape[1] >= CUDA_LONG):
+        return x
+    return jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
+
+
+def cudnn_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, causal: bool = False, key_length: int | None = None
+) -> jax.Array:
     """`dot_product_attention` by cuDNN's fused kernels, which never store a score matrix (Dao 2022, 2205.14135).
 
     For bfloat16 or float16, and a head dimension that is a multiple of 8. Lengths may be any: they are padded to a
     multiple of `CUDA_MULTIPLE`, and the kernels are given the true ones.
     """
-    lengths = (query.shape[1], key.shape[1])
+    lengths = (query.shape[1], key.shape[1] if key_length is None else key_length)
     attend = partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
-    if all(length % CUDA_MULTIPLE == 0 for length in lengths):
+    if all(length % CUDA_MULTIPLE == 0 for length in (*lengths, key.shape[1])):
         return attend(query, key, value)
     query, key, value = (
         jnp.pad(x, ((0, 0), (0, -x.shape[1] % CUDA_MULTIPLE), (0, 0), (0, 0))) for x in (query, key, value)

@@ -13,6 +13,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ti_jax.ops.platform import Platform
 from ti_jax.training.step import Fed, StepInputs, TrainState
 
 AXIS = "data"
@@ -23,15 +24,29 @@ SAMPLES = P(None, None, AXIS)  # of arrays [updates, accumulation, samples of a 
 # internal to XLA: a version without it refuses to compile, see `cpu_options`.
 CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
+# XLA:GPU merges products of one array with several kernels (query, key and value): each step it then concatenates the
+# kernels, and copies the parts out of the product. Apart they move less; see docs/gpu.md.
+CUDA_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": "0"}
+
 
 @functools.cache
 def cpu_options() -> dict[str, str] | None:
     """`CPU_OPTIONS`, or None if this version of XLA does not have the option."""
+    return _if_known(CPU_OPTIONS)
+
+
+@functools.cache
+def cuda_options() -> dict[str, str] | None:
+    """`CUDA_OPTIONS`, or None if this version of XLA does not have the option."""
+    return _if_known(CUDA_OPTIONS)
+
+
+def _if_known(options: dict[str, str]) -> dict[str, str] | None:
     try:
-        jax.jit(jnp.negative, compiler_options=CPU_OPTIONS).lower(0.0).compile()
+        jax.jit(jnp.negative, compiler_options=options).lower(0.0).compile()
     except jax.errors.JaxRuntimeError:
         return None
-    return CPU_OPTIONS
+    return options
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -115,8 +130,8 @@ def make_run_steps(
         in_specs = tuple(SAMPLES if isinstance(each, Fed) else P() for each in arguments)
         return jax.shard_map(updates, mesh=mesh, in_specs=in_specs, out_specs=(P(), P()), check_vma=False)(*arguments)
 
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    options = {**(compiler_options or {}), **((on_cpu and cpu_options()) or {})}
+    own = {"cpu": cpu_options, "cuda": cuda_options}.get(Platform.of(mesh.devices.flat[0]).name)
+    options = {**(compiler_options or {}), **((own and own()) or {})}
     return jax.jit(run_steps, donate_argnums=1, compiler_options=options or None)
 
 

@@ -1,13 +1,15 @@
 """Do masks keep a background out of a word? The dev people before one loud background, in all four pictures.
 
     python benchmarks/cluttered.py                          # all dev people
-    python benchmarks/cluttered.py --people ana --ways masked
+    python benchmarks/cluttered.py --people ana --ways masked --behind squares
+    python benchmarks/cluttered.py --set max_train_steps=1000 learning_rate=5e-3      # over-trained
     python benchmarks/cluttered.py --table                  # the table of all results so far
 
 The people are cut out of their pictures, whose backgrounds the recipe can draw again, and set before the same one. A
 word is learned with ti_jax's defaults from the pictures as they were ("ordinary"), from the new ones without masks
-("cluttered"), and with them ("masked"). It is measured as in benchmarks/learning.py: *background* is the share of the
+("cluttered"), and with them ("masked"). It is measured as in benchmarks/learning.py: *asked* is the share of the
 backgrounds that prompts ask for, and *identity* the share of the person that is right, as the judge sees them.
+*Unasked* is the share of orange striped backgrounds where the prompt names none: what the word has of the stripes.
 
 Every measurement is a line in --results and is not repeated.
 """
@@ -16,28 +18,41 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
-from learning import CORES, ROOT, Bench, Person, people, read_results, scores
+from learning import CORES, IMAGES_A_PROBE, ROOT, Bench, Person, given_changes, label, people, read_results, scores
 from PIL import Image, ImageDraw
 
 import data  # isort: skip  (of the recipe: learning.py puts its folder on the path)
 import world  # isort: skip
 
+from ti_jax.evaluation.avatar_judge import Judge
 from ti_jax.machine import enable_compilation_cache
 
+FIGURES = ("asked", "unasked", "editability", "identity")
 WAYS = ("ordinary", "cluttered", "masked")
 # Largest distance, in any channel, of a pixel from the background that it is taken for.
 NEAR = 12
+STRIPES = {"background": "orange", "pattern": "striped"}
 
 
-def loud(side: int) -> np.ndarray:
+def squares(side: int) -> np.ndarray:
     """Magenta and lime in squares, uint8 [side, side, 3]: no background that the model knows looks like it."""
-    squares = np.add(*np.mgrid[:side, :side] // (side // 8)) % 2
-    return np.where(squares[..., None], np.uint8([240, 20, 200]), np.uint8([150, 255, 40]))
+    odd = np.add(*np.mgrid[:side, :side] // (side // 8)) % 2
+    return np.where(odd[..., None], np.uint8([240, 20, 200]), np.uint8([150, 255, 40]))
+
+
+def stripes(side: int) -> np.ndarray:
+    """Orange stripes, uint8 [side, side, 3], which the model draws where a prompt asks for them."""
+    return data.background_pixels(*STRIPES.values(), side)
+
+
+BEHIND = {"squares": squares, "stripes": stripes}
 
 
 def person_in(picture: np.ndarray) -> np.ndarray:
@@ -64,14 +79,27 @@ def person_in(picture: np.ndarray) -> np.ndarray:
     return np.asarray(area)[1:-1, 1:-1] != 128
 
 
-def write_cluttered(person: Person, folder: Path, masked: bool) -> None:
-    """Write the person's pictures before the loud background, and if asked for their masks."""
+def write_cluttered(person: Person, folder: Path, behind: str, masked: bool) -> None:
+    """Write the person's pictures before the background `behind`, and if asked for their masks."""
     for path in sorted(person.folder.glob("*.png")):
         picture = np.asarray(Image.open(path).convert("RGB"))
         inside = person_in(picture)
-        Image.fromarray(np.where(inside[..., None], picture, loud(len(picture)))).save(folder / path.name)
+        Image.fromarray(np.where(inside[..., None], picture, BEHIND[behind](len(picture)))).save(folder / path.name)
         if masked:
             Image.fromarray(np.where(inside, 255, 0).astype(np.uint8)).save(folder / f"{path.stem}.mask.png")
+
+
+def figures_of(line: Mapping[str, Any], truth: Mapping[str, str], judge: Judge) -> dict[str, float]:
+    """The `FIGURES` of a line of the results."""
+    found = scores(line, truth, judge)
+    silent = [
+        reading
+        for number, reading in enumerate(line["readings"])
+        if "background" not in judge.config.probes[number // IMAGES_A_PROBE].expects
+    ]
+    unasked = np.mean([all(reading[name] == word for name, word in STRIPES.items()) for reading in silent])
+    values = found["editability/background"], float(unasked), found["editability"], found["identity"]
+    return dict(zip(FIGURES, values, strict=True))
 
 
 def main() -> None:
@@ -79,31 +107,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--people", nargs="+", default=None, help="only these of the dev people")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="what to measure")
+    parser.add_argument(
+        "--behind", choices=tuple(BEHIND), default="stripes", help="the background of all four pictures"
+    )
     parser.add_argument("--results", type=Path, default=ROOT / ".work" / "cluttered.jsonl", help="where lines are kept")
     parser.add_argument("--table", action="store_true", help="measure nothing; print the table")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings other than the defaults")
     arguments = parser.parse_args()
+    changes = given_changes(arguments.set)
     enable_compilation_cache()
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
     everyone = people("dev")
     bench = Bench(arguments.results.parent / "cluttered-strips", everyone)
     bench.strips.mkdir(exist_ok=True)
     lines = read_results(arguments.results)
-    done = {(line["person"], line["way"]) for line in lines}
+    done = [(line["person"], line["way"], line["behind"], line["changes"]) for line in lines]
     for person in [] if arguments.table else everyone:
         for way in arguments.ways:
-            if (person.name, way) in done or person.name not in (arguments.people or [person.name]):
+            behind = arguments.behind if way != "ordinary" else ""
+            if (person.name, way, behind, changes) in done or person.name not in (arguments.people or [person.name]):
                 continue
             with TemporaryDirectory() as folder:
                 shown = person
                 if way != "ordinary":
-                    write_cluttered(person, Path(folder), way == "masked")
+                    write_cluttered(person, Path(folder), behind, way == "masked")
                     shown = replace(person, folder=Path(folder))
-                drawn, figures = bench.pictures("ours", shown, 0, {})
-            Image.fromarray(np.concatenate(list(drawn[::4]), axis=1)).save(bench.strips / f"{person.name}-{way}.png")
+                drawn, figures = bench.pictures("ours", shown, 0, changes)
+            Image.fromarray(np.concatenate(list(drawn[::4]), axis=1)).save(
+                bench.strips / f"{person.name}-{way}{behind}.png"
+            )
             readings = bench.judge.read(drawn)
             line = {
                 "person": person.name,
                 "way": way,
+                "behind": behind,
+                "changes": changes,
                 "method": "ours",
                 "cores": CORES,
                 **figures,
@@ -112,20 +150,17 @@ def main() -> None:
             lines.append(line)
             with arguments.results.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-            found = scores(line, person.truth, bench.judge)
-            print(f"{person.name} {way}: background {found['editability/background']:.2f}, identity "
-                  f"{found['identity']:.2f}", flush=True)  # fmt: skip
+            found = figures_of(line, person.truth, bench.judge)
+            print(f"{person.name} {way} {behind}: " + ", ".join(f"{n} {v:.2f}" for n, v in found.items()), flush=True)
     truth = {person.name: person.truth for person in everyone}
-    print("\n| pictures | people | background | editability | identity |\n|---|---|---|---|---|")
-    for way in WAYS:
-        found = [scores(line, truth[line["person"]], bench.judge) for line in lines if line["way"] == way]
-        if found:
-            names = ("editability/background", "editability", "identity")
-            print(
-                f"| {way} | {len(found)} | "
-                + " | ".join(f"{np.mean([each[n] for each in found]):.2f}" for n in names)
-                + " |"
-            )
+    print(f"\n| pictures | before | settings | people | {' | '.join(FIGURES)} |\n{'|---' * (4 + len(FIGURES))}|")
+    groups: dict[tuple[str, ...], list[dict[str, float]]] = {}
+    for line in lines:
+        found = figures_of(line, truth[line["person"]], bench.judge)
+        groups.setdefault((line["way"], line["behind"], label(line)), []).append(found)
+    for names, group in groups.items():
+        means = (f"{np.mean([each[name] for each in group]):.2f}" for name in FIGURES)
+        print(f"| {' | '.join(names)} | {len(group)} | {' | '.join(means)} |")
 
 
 if __name__ == "__main__":

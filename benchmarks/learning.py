@@ -42,7 +42,7 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -317,6 +317,18 @@ def sheet(strips: Path, chosen: list[Person], methods: list[str]) -> Image.Image
     return Image.fromarray(np.concatenate(padded))
 
 
+def given_changes(items: Sequence[str]) -> dict[str, Any]:
+    """Settings that a command line gives as ``NAME=VALUE``; a value is JSON or a plain string."""
+    changes = {}
+    for item in items:
+        name, _, value = item.partition("=")
+        try:
+            changes[name] = json.loads(value)
+        except json.JSONDecodeError:
+            changes[name] = value
+    return changes
+
+
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -334,13 +346,7 @@ def main() -> None:
     )
     parser.add_argument("--table", action="store_true", help="measure nothing; print the table, write the sheet")
     arguments = parser.parse_args()
-    changes = {}
-    for item in arguments.set:
-        name, _, value = item.partition("=")
-        try:
-            changes[name] = json.loads(value)
-        except json.JSONDecodeError:  # a word
-            changes[name] = value
+    changes = given_changes(arguments.set)
 
     enable_compilation_cache()
     everyone = people(arguments.split)

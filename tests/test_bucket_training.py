@@ -68,8 +68,13 @@ class Buckets(Problem):
         return state, losses
 
 
-def torch_rows(problem, model):
-    """The rows of a PyTorch loop on the draws of ours, each step with the pictures of its bucket."""
+def torch_rows(problem, model, weights_of=None):
+    """The rows of a PyTorch loop on the draws of ours, each step with the pictures of its bucket.
+
+    Args:
+      weights_of: weights of the squared errors [B, 1, h, w], of a bucket's dataset and a batch's latents, unscaled.
+    """
+    scale = problem.sd.networks.vae.config.scaling_factor
     unet = UNet2DConditionModel.from_pretrained(model / "unet").requires_grad_(False)
     scheduler = DDPMScheduler.from_pretrained(model / "scheduler")
     encoders = {name: TorchTextEncoder(model, name, rows) for name, rows in problem.concept.rows.items()}
@@ -87,7 +92,10 @@ def torch_rows(problem, model):
         context, added = torch_condition(encoders, batch)
         noisy = scheduler.add_noise(latents, noise, timesteps)
         optimizer.zero_grad()
-        loss = torch.nn.functional.mse_loss(unet(noisy, timesteps, context, added_cond_kwargs=added).sample, noise)
+        errors = (unet(noisy, timesteps, context, added_cond_kwargs=added).sample - noise) ** 2
+        if weights_of is not None:
+            errors = errors * weights_of(frozen.dataset, np.asarray(batch.latents) / scale)
+        loss = errors.mean()
         loss.backward()
         optimizer.step()
         for encoder in encoders.values():
@@ -109,6 +117,56 @@ def test_twenty_steps_with_two_buckets_equal_a_pytorch_loop(family, shapes, tmp_
     for name, value in rows.items():
         assert relative(state.rows[name], value) < 1e-5
         assert relative(state.rows[name], problem.concept.rows[name]) > 0.01, "nothing was learned"
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory):
+    """Two lying and two square pictures, twice as large as their buckets; three of them have masks in squares of two
+    pixels, by their names."""
+    folder = tmp_path_factory.mktemp("masked")
+    rng = np.random.default_rng(4)
+    masks = {}
+    for index, (height, width) in enumerate([(16, 48), (32, 32), (32, 32), (16, 48)]):
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(folder / f"{index}.png")
+        mask = np.full((height, width), 255, np.uint8)
+        if index != 2:
+            mask = np.kron(rng.integers(0, 256, (height // 2, width // 2), np.uint8), np.ones((2, 2), np.uint8))
+            mask[: height // 2] = 0
+            Image.fromarray(mask).save(folder / f"{index}.mask.png")
+        masks[f"{index}.png"] = mask
+    return folder, masks
+
+
+def test_masks_weigh_each_bucket_on_its_own_grid_as_in_pytorch(masked, tiny_sd, tmp_path):
+    """The weights are made of the masks by PyTorch; which picture is drawn, and mirrored, is read off the latents."""
+    folder, masks = masked
+    problem = Buckets(tiny_sd, folder, tmp_path, unmasked_weight=0.1)
+    names = [
+        problem.concept.pictures.names[index] for each in problem.concept.pictures.buckets for index in each.indices
+    ]
+    assert names == ["1.png", "2.png", "0.png", "3.png"]
+    weights = []
+    for name in names:
+        pooled = torch.nn.functional.avg_pool2d(torch.tensor(masks[name] / 255.0)[None, None], 4)
+        weight = 0.1 + 0.9 * pooled
+        weights.append((weight / weight.mean()).float())
+    assert [tuple(each.shape[2:]) for each in weights] == [(8, 8)] * 2 + [(4, 12)] * 2
+
+    def weights_of(dataset, latents):
+        means, variances = np.split(np.asarray(dataset.moments), 2, axis=-1)
+        found = []
+        for latent in latents:
+            distances = (np.square(latent - means) / np.exp(variances)).mean(axis=(2, 3, 4))
+            picture, mirrored = np.unravel_index(distances.argmin(), distances.shape)
+            assert np.sort(distances.ravel())[1] > 1.2 * distances.min(), "which picture is it?"
+            weight = weights[picture + (0 if latents.shape[1:3] == (8, 8) else 2)]
+            found.append(weight.flip(-1) if mirrored else weight)
+        return torch.cat(found)
+
+    state, losses = problem.train(num_devices=1, batch_size=2)
+    rows, their_losses = torch_rows(problem, tiny_sd, weights_of)
+    assert relative(losses, their_losses) < 1e-5
+    assert relative(state.rows["text_encoder"], rows["text_encoder"]) < 1e-5
 
 
 def test_four_devices_end_with_the_rows_of_one(tiny_sd, shapes, tmp_path):
@@ -216,6 +274,25 @@ def test_words_in_one_run_have_as_many_samples_though_their_pictures_have_other_
         frozen = problem.frozen()._replace(dataset=datasets[bucket])
         words.update((np.asarray(draw(frozen, step, turn)) >= first_of_ben).tolist())
     assert sum(words.values()) == 240 and abs(words[True] - 120) <= 8
+
+
+def test_words_in_buckets_are_resumed_to_the_bit(config, shapes, masked, tmp_path):
+    """A whole run of two words; the pictures of the second have masks, too."""
+    shutil.copytree(shapes, tmp_path / "family" / "ana")
+    shutil.copytree(masked[0], tmp_path / "family" / "ben")
+    config = replace(
+        config, concepts=str(tmp_path / "family"), train_data_dir=None, placeholder_token=None, max_train_steps=6,
+        checkpointing_steps=3, overview_prompts=("{}",), validation_inference_steps=1,
+    )  # fmt: skip
+    whole = train(replace(config, output_dir=str(tmp_path / "whole")))
+    assert [each.token for each in whole.embeddings] == ["<ana>", "<ben>"]
+    shutil.copytree(whole.output_dir, tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "6")
+    again = train(replace(config, output_dir=str(tmp_path / "again"), resume_from_checkpoint="latest"))
+    assert np.array_equal(again.losses, whole.losses[3:])
+    for ours, theirs in zip(again.embeddings, whole.embeddings, strict=True):
+        assert np.array_equal(ours.vectors["text_encoder"], theirs.vectors["text_encoder"])
+    assert (whole.output_dir / "ben" / "learned_embeds.safetensors").exists()
 
 
 def test_a_bucket_with_fewer_pictures_than_a_batch_is_told(config, capsys):

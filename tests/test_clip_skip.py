@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +25,8 @@ from ti_jax.pipeline import StableDiffusion
 from ti_jax.pipeline.model_description import open_model_of
 from ti_jax.weights.config_files import read_component_config
 from ti_jax.weights.load import load_component
+
+CASE = Path(__file__).parent / "cases" / "clipskip_text_encoder_config.json"
 
 
 @pytest.fixture
@@ -55,6 +58,23 @@ def test_as_transformers_loads_it(cut, caplog):
     theirs = transformers.CLIPTextModel.from_pretrained(cut / "text_encoder").eval()
     with torch.no_grad():
         expected = theirs(torch.tensor(ids, dtype=torch.long)).last_hidden_state.numpy()
+    np.testing.assert_allclose(module.apply({"params": params}, ids).last_hidden_state, expected, rtol=0, atol=1e-5)
+
+
+def test_a_config_with_a_layer_less_as_transformers_writes_it(tmp_path):
+    """The file that is advised for clip skip: the text encoder's own, with a smaller num_hidden_layers."""
+    config = transformers.CLIPTextConfig.from_pretrained(CASE)
+    config.num_hidden_layers += 1
+    model = transformers.CLIPTextModel(config)
+    randomize(model, 0)
+    model.save_pretrained(tmp_path / "text_encoder")
+    shutil.copy(CASE, tmp_path / "text_encoder" / "config.json")
+    module, params = load(tmp_path)
+    ids = np.array([[49406, 320, 1125, 49407, 49407, 49407, 49407, 49407]], np.int32)
+    with torch.no_grad():
+        states = model.eval()(torch.tensor(ids, dtype=torch.long), output_hidden_states=True).hidden_states
+        norm = getattr(model, "text_model", model).final_layer_norm
+        expected = norm(states[-2]).numpy()
     np.testing.assert_allclose(module.apply({"params": params}, ids).last_hidden_state, expected, rtol=0, atol=1e-5)
 
 

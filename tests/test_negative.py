@@ -4,6 +4,7 @@ import shutil
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -128,6 +129,33 @@ def test_pictures_of_the_run_have_the_word_in_their_negative_prompt(config):
     )  # fmt: skip
     assert np.abs(np.asarray(drawn).astype(int) - pixels).max() <= 1
     assert (out / "progress.png").exists()
+
+
+@pytest.fixture(scope="module")
+def problem(tiny_sd, pictures, tmp_path_factory):
+    from test_step import Problem
+
+    changes = {"learn_negative": True, "negative_class": "a person", "negative_guidance_scale": 0.5}
+    return Problem(tiny_sd, pictures, tmp_path_factory.mktemp("problem"), **changes)
+
+
+def test_a_resumed_run_is_the_same_to_the_bit(problem):
+    run_steps, frozen, start = problem.program(num_devices=1, batch_size=2)
+    whole, losses = run_steps(frozen, start, jnp.int32(8))
+    middle, first = run_steps(frozen, start, jnp.int32(3))
+    again, rest = run_steps(frozen, jax.device_put(jax.device_get(middle)), jnp.int32(5))
+    assert np.array_equal(np.concatenate([first[:3], rest[:5]]), losses[:8])
+    for resumed, expected in zip(jax.tree.leaves(again), jax.tree.leaves(whole), strict=True):
+        assert np.array_equal(resumed, expected)
+    assert not np.array_equal(whole.rows["text_encoder"], middle.rows["text_encoder"])
+
+
+def test_eight_devices_end_with_the_rows_of_one(problem):
+    one, losses = problem.run(num_devices=1, batch_size=8, steps=10)
+    eight, losses_of_eight = problem.run(num_devices=8, batch_size=1, steps=10)
+    found, expected = (np.asarray(each.rows["text_encoder"]) for each in (eight, one))
+    assert np.abs(found - expected).max() < 1e-6 * np.abs(expected).max()
+    np.testing.assert_allclose(losses_of_eight, losses, rtol=1e-6)
 
 
 @pytest.mark.parametrize("negative", [False, True])

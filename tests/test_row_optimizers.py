@@ -176,6 +176,18 @@ def test_twenty_steps_equal_a_pytorch_loop(run, tiny_sd):
     assert moved > (1e-4 if problem.config.optimizer == "prodigy" else 0.01), "nothing was learned"
 
 
+def test_eight_devices_end_with_the_rows_of_one(run):
+    problem, *_ = run
+    states = []
+    for devices in (1, 8):
+        run_steps, frozen, start = problem.program(devices, 8 // devices)
+        states.append(run_steps(frozen, start, jnp.int32(10)))
+    (one, losses), (eight, losses_of_eight) = states
+    assert relative(losses_of_eight, losses) < 1e-6
+    for ours, theirs in [(one.rows, eight.rows), (one.shown_rows, eight.shown_rows)]:
+        assert relative(ours["text_encoder"], theirs["text_encoder"]) < 1e-6
+
+
 def test_resuming_is_exact(run, tmp_path):
     """From a checkpoint on disk, in the middle, with the averages."""
     _, steps, start, state, losses = run

@@ -209,7 +209,10 @@ def test_a_resumed_run_is_the_same_to_the_bit(config, tmp_path, capsys):
     with Image.open(whole.output_dir / "samples" / "overview-00.png") as picture:
         assert picture.size == (16, 16), "what is drawn keeps the square"
     for change, message in [
-        ({"aspect_ratio_buckets": False}, "aspect_ratio_buckets True there, False here"),
+        (
+            {"aspect_ratio_buckets": False, "bucket_step": 64, "max_aspect_ratio": 2.0},
+            "aspect_ratio_buckets True there, False here",
+        ),
         ({"max_aspect_ratio": 3.5}, "max_aspect_ratio 3.0 there, 3.5 here"),
     ]:
         with pytest.raises(ti_jax.InputError, match=message):
@@ -310,6 +313,7 @@ def test_a_bucket_with_fewer_pictures_than_a_batch_is_told(config, capsys):
     [
         ({"bucket_step": 12}, "--bucket_step 12: must be from 8 to 8192 pixels and divisible by 8"),
         ({"max_aspect_ratio": 0.5}, "--max_aspect_ratio 0.5: must be 1 or more and finite"),
+        ({"aspect_ratio_buckets": False}, "--bucket_step 8: does nothing without --aspect_ratio_buckets; give both or"),
         ({"bucket_step": 64}, "no bucket but the square has sides that are multiples of --bucket_step 64"),
     ],
 )

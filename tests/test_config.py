@@ -171,7 +171,8 @@ CONFIGS_OF = {  # of each config class what checks it, and values that it must h
 WITHOUT_RULE = {"report_to", "negative_prompt", "validation_negative_prompt", "weights", "keep", "drop"}
 # What a setting does nothing without.
 NEEDED_BY = {
-    "huber_c": {"loss": "huber"}, "initializer_embedding": {"initializer_token": None},
+    "huber_c": {"loss": "huber"}, "bucket_step": {"aspect_ratio_buckets": True},
+    "max_aspect_ratio": {"aspect_ratio_buckets": True}, "initializer_embedding": {"initializer_token": None},
     "concepts_per_batch": {"concepts": "family"}, "dataset_name": {"train_data_dir": None},
     "negative_class": {"learn_negative": True}, "negative_guidance_scale": {"learn_negative": True},
 }  # fmt: skip

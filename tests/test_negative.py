@@ -141,9 +141,15 @@ def problem(tiny_sd, pictures, tmp_path_factory):
 
 def test_a_resumed_run_is_the_same_to_the_bit(problem):
     run_steps, frozen, start = problem.program(num_devices=1, batch_size=2)
-    whole, losses = run_steps(frozen, start, jnp.int32(8))
-    middle, first = run_steps(frozen, start, jnp.int32(3))
-    again, rest = run_steps(frozen, jax.device_put(jax.device_get(middle)), jnp.int32(5))
+    start = jax.device_get(start)
+
+    def steps(state, count):
+        state, losses = run_steps(frozen, jax.device_put(state), jnp.int32(count))
+        return jax.device_get(state), losses
+
+    whole, losses = steps(start, 8)
+    middle, first = steps(start, 3)
+    again, rest = steps(middle, 5)
     assert np.array_equal(np.concatenate([first[:3], rest[:5]]), losses[:8])
     for resumed, expected in zip(jax.tree.leaves(again), jax.tree.leaves(whole), strict=True):
         assert np.array_equal(resumed, expected)
@@ -151,11 +157,12 @@ def test_a_resumed_run_is_the_same_to_the_bit(problem):
 
 
 def test_eight_devices_end_with_the_rows_of_one(problem):
-    one, losses = problem.run(num_devices=1, batch_size=8, steps=10)
-    eight, losses_of_eight = problem.run(num_devices=8, batch_size=1, steps=10)
-    found, expected = (np.asarray(each.rows["text_encoder"]) for each in (eight, one))
-    assert np.abs(found - expected).max() < 1e-6 * np.abs(expected).max()
-    np.testing.assert_allclose(losses_of_eight, losses, rtol=1e-6)
+    from test_step import relative
+
+    one, _ = problem.run(num_devices=1, batch_size=8, steps=10)
+    eight, _ = problem.run(num_devices=8, batch_size=1, steps=10)
+    assert relative(eight.rows["text_encoder"], one.rows["text_encoder"]) < 1e-6
+    assert relative(one.rows["text_encoder"], problem.concept.rows["text_encoder"]) > 0.01, "nothing was learned"
 
 
 @pytest.mark.parametrize("negative", [False, True])

@@ -73,6 +73,10 @@ def check_train(config: TrainConfig) -> None:
             raise InputError("--adam_beta1 0: must be above 0 with --optimizer schedule_free, whose average it weighs")
     if config.huber_c is not None and config.loss != "huber":
         raise InputError(f"--huber_c {config.huber_c:g}: does nothing without --loss huber; give both or neither")
+    for name in ("bucket_step", "max_aspect_ratio"):
+        value = getattr(config, name)
+        if value != getattr(TrainConfig, name) and not config.aspect_ratio_buckets:
+            raise InputError(f"--{name} {value:g}: does nothing without --aspect_ratio_buckets; give both or neither")
     if config.process_id is not None and config.num_processes is not None and config.process_id >= config.num_processes:
         raise InputError(
             f"--process_id {config.process_id}: must be from 0 to {config.num_processes - 1}, one below --num_processes"

@@ -15,7 +15,10 @@ class Rates(str):
       ValueError: other text.
     """
 
-    EXPECTED = "a number, or rates with the updates where they end, the last without, like 5e-3:200, 1e-3:1000, 2e-4"
+    EXPECTED = (
+        "a number, or rates with the updates where they end, in ascending order and the last without, like "
+        "5e-3:200, 1e-3:1000, 2e-4"
+    )
 
     steps: tuple[tuple[float, int | None], ...]
 

@@ -177,9 +177,17 @@ def interruptible(make: Callable[[], T]) -> T:
     return value  # type: ignore[return-value]
 
 
+def beside(work: Callable[[], None]) -> threading.Thread:
+    """Start ``work`` in another thread, for what may be abandoned when the program ends (`leave`), and return that."""
+    thread = threading.Thread(target=work, name="beside")
+    thread.start()
+    _abandoned.append(thread)
+    return thread
+
+
 def leave(status: int) -> NoReturn:
-    """End the program. If a computation was abandoned, skip the interpreter's teardown, which would crash it."""
-    if not _abandoned:
+    """End the program. If a computation still runs in a thread, skip the teardown, which would crash or wait for it."""
+    if not any(thread.is_alive() for thread in _abandoned):
         sys.exit(status)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):

@@ -1,11 +1,14 @@
-"""Settings that must be made before JAX is imported."""
+"""What is to be settled about other libraries before they are imported."""
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import importlib.metadata
 import importlib.util
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 GOOGLE = "0x1ae0"  # the vendor of a TPU's PCI device
@@ -21,6 +24,19 @@ def avoid_missing_tpu() -> None:
         return
     if not _installed("jax_plugins") and not any(importlib.metadata.entry_points(group="jax_plugins")):
         os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+@contextlib.contextmanager
+def without(module: str) -> Iterator[None]:
+    """Context in which importing a module fails as if it were not installed; one that is imported already stays."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
 
 
 def _installed(module: str) -> bool:

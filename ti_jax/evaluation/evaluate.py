@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -55,31 +56,8 @@ class Evaluator:
           embedding: the word. others: other learned words that prompts may use. A word for the negative prompt is used
             there, and what stands for it in the prompts is in its metadata; it is good if the identity is low.
         """
-        height, width = self.pictures.shape[1:3]
-        subject = embedding.metadata.get(NEGATIVE_CLASS)
-        negative_prompt = None if subject is None else embedding.token
-        subject = subject or embedding.token
-
-        def draw(prompts: Sequence[str]) -> list[Image.Image]:
-            # A prompt's seeds do not depend on the other prompts, so that scores of two words are comparable.
-            count: dict[str, int] = {}
-            seeds = []
-            for prompt in prompts:
-                seeds.append((self.seed + count.get(prompt, 0)) % 2**32)
-                count[prompt] = count.get(prompt, 0) + 1
-            return sd.generate(
-                prompts,
-                embeddings=[embedding, *others],
-                negative_prompt=negative_prompt,
-                num_inference_steps=self.num_inference_steps,
-                guidance_scale=self.guidance_scale,
-                scheduler=self.scheduler,
-                height=height,
-                width=width,
-                seed=seeds,
-                batch_size=self.batch_size,
-            )
-
+        draw = partial(self._draw, sd, embedding, others)
+        subject = embedding.metadata.get(NEGATIVE_CLASS) or embedding.token
         if isinstance(self.measure, Judge):
             return judge_scores(
                 self.measure, draw, subject, self.pictures, self.images or JUDGE_IMAGES, self.distractors
@@ -88,6 +66,42 @@ class Evaluator:
             [Image.fromarray(picture) for picture in concept] for concept in (self.pictures, *self.distractors)
         )
         return clip_scores(self.measure, draw, subject, pictures, self.images or CLIP_IMAGES, distractors=distractors)
+
+    def compile(self, sd: StableDiffusion, embedding: Embedding, others: Sequence[Embedding] = ()) -> None:
+        """Compile what `scores` draws with; the arguments are of the same kinds."""
+        together = self.images or CLIP_IMAGES
+        if isinstance(self.measure, Judge):
+            together = (self.images or JUDGE_IMAGES) * len(self.measure.config.probes)
+        self._draw(sd, embedding, others, [embedding.token] * together, compile_only=True)
+
+    def _draw(
+        self,
+        sd: StableDiffusion,
+        embedding: Embedding,
+        others: Sequence[Embedding],
+        prompts: Sequence[str],
+        compile_only: bool = False,
+    ) -> list[Image.Image]:
+        # A prompt's seeds do not depend on the other prompts, so that scores of two words are comparable.
+        count: dict[str, int] = {}
+        seeds = []
+        for prompt in prompts:
+            seeds.append((self.seed + count.get(prompt, 0)) % 2**32)
+            count[prompt] = count.get(prompt, 0) + 1
+        height, width = self.pictures.shape[1:3]
+        return sd.generate(
+            prompts,
+            embeddings=[embedding, *others],
+            negative_prompt=embedding.token if NEGATIVE_CLASS in embedding.metadata else None,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            scheduler=self.scheduler,
+            height=height,
+            width=width,
+            seed=seeds,
+            batch_size=self.batch_size,
+            compile_only=compile_only,
+        )
 
 
 def sampler_steps(config: TrainConfig) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -135,6 +136,10 @@ def _draw_batch(
     return jnp.where(finite[:, None, None, None], levels, 0.0).astype(jnp.uint8), finite
 
 
+# What one thread compiles ahead, another that is to draw with it waits for.
+_compiling = threading.Lock()
+
+
 def draw(
     networks: Networks,
     params: Params,
@@ -148,6 +153,7 @@ def draw(
     seed: int | Sequence[int] = 0,
     batch_size: int = DEFAULT_BATCH_SIZE,
     vae_tiling: VaeTiling = "auto",
+    compile_only: bool = False,
 ) -> np.ndarray:
     """Pictures of N prompts, uint8 [N, H, W, 3]. Held to diffusers' ``StableDiffusionPipeline``.
 
@@ -162,6 +168,7 @@ def draw(
         prompt alone, so that any one of a call can be drawn again by itself.
       batch_size: pictures in one dispatch. The last batch is filled up, so that one program draws any number.
       vae_tiling: whether the VAE decodes in tiles (`choose_tile`).
+      compile_only: compile the program that would draw them, for a later call with the same shapes, and draw nothing.
 
     Raises:
       InputError: a seed out of range, a batch size below 1, an unknown `vae_tiling`, or a picture with non-finite
@@ -183,7 +190,11 @@ def draw(
     def lower(tile: int | None) -> jax.stages.Lowered:
         return _draw_batch.lower(*arguments(0), latent_shape=latent_shape, guided=guided, tile=tile)
 
-    tile = choose_tile(networks, latent_shape, batch_size, vae_tiling, lower)
+    with _compiling:
+        tile = choose_tile(networks, latent_shape, batch_size, vae_tiling, lower)
+        if compile_only:
+            lower(tile).compile()
+            return np.empty((0, 0, 0, 3), np.uint8)
     drawn = [
         _draw_batch(*arguments(first), latent_shape=latent_shape, guided=guided, tile=tile)
         for first in range(0, count, batch_size)

@@ -170,6 +170,7 @@ class StableDiffusion(ModelDescription):
         batch_size: int | None = None,
         vae_tiling: VaeTiling = "auto",
         weighted: bool = False,
+        compile_only: bool = False,
     ) -> list[Image.Image]:
         """Draw one picture for each prompt.
 
@@ -185,6 +186,8 @@ class StableDiffusion(ModelDescription):
           vae_tiling: "auto", "always" or "never": whether the VAE decodes in tiles (`ti_jax.pipeline.vae_tiling`).
           weighted: parse prompts in AUTOMATIC1111's notation, ``(word:1.2)``, ``[word]``, ``BREAK``, and allow any
             length (`ti_jax.text.prompt_weights`).
+          compile_only: only compile what a later call with prompts, words and settings of the same kinds needs, and
+            return no pictures.
 
         Raises:
           InputError: a prompt that is too long, an embedding of another model family, or a setting out of range.
@@ -220,6 +223,9 @@ class StableDiffusion(ModelDescription):
                 seed=seeds[chosen].tolist(),
                 batch_size=batch_size or sampling.DEFAULT_BATCH_SIZE,
                 vae_tiling=vae_tiling,
+                compile_only=compile_only,
             )
+            if compile_only:
+                continue
             pictures |= dict(zip(chosen, pixels, strict=True))
-        return [Image.fromarray(pictures[number]) for number in range(len(prompts))]
+        return [Image.fromarray(pixels) for _, pixels in sorted(pictures.items())]

@@ -8,19 +8,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import jax
 from tqdm import tqdm
 
-from ti_jax.errors import InputError
 from ti_jax.training import run_folder, validation
 from ti_jax.training.job import Job
 from ti_jax.training.progress import ProgressSheet
 from ti_jax.training.report import Reporter
 from ti_jax.training.rows import row_figures
 from ti_jax.training.step import TrainState
-
-# Faults of drawing and measuring: a NaN, too little device memory, a full disk.
-DRAWING_FAULTS = (InputError, jax.errors.JaxRuntimeError, MemoryError)
+from ti_jax.training.validation import DRAWING_FAULTS
 
 
 class Action(abc.ABC):

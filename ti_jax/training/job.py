@@ -29,7 +29,7 @@ from ti_jax.models.networks import Rows
 from ti_jax.ops.platform import Platform
 from ti_jax.pipeline import StableDiffusion
 from ti_jax.pipeline.model_description import open_model_of
-from ti_jax.training import multihost, run_folder
+from ti_jax.training import ahead, multihost, run_folder
 from ti_jax.training.checkpoint import Checkpoints, fingerprint
 from ti_jax.training.compile import StepBuilder
 from ti_jax.training.feeding import without_moments
@@ -184,6 +184,7 @@ def prepare(
     trackers = tuple(make_score_tracker(sd, concept) for concept in measured)
     platform = Platform.of(mesh.devices.flat[0], config.deterministic)
     sd = dataclasses.replace(sd, networks=sd.networks.compiled_for(platform))
+    ahead.compile_pictures(sd, concepts, trackers, mesh.devices.flat[0])
     with clock.phase("encode"):
         datasets = make_datasets(config, sd, concepts, mixing.in_batch, open_cache())
 

@@ -17,6 +17,7 @@ from ti_jax.evaluation.scores import Scores
 from ti_jax.files import append, write_atomically
 from ti_jax.interrupts import interruptible
 from ti_jax.pipeline import StableDiffusion
+from ti_jax.pipeline.sampling import DEFAULT_BATCH_SIZE
 from ti_jax.training.report import read_lines
 from ti_jax.training.run_folder import copy_name
 
@@ -124,13 +125,17 @@ def make_score_tracker(sd: StableDiffusion, concept: Concept) -> ScoreTracker:
     """
     config = concept.config
     assert config.validation_guidance_scale is not None, "the config is resolved"
+    steps = sampler_steps(config)
+    # Where the run's other pictures have as many steps, the same program draws all of them.
+    alike = steps == config.validation_inference_steps
     evaluator = Evaluator(
         load_measure(sd, config.evaluation_clip),
         as_uint8(concept.pictures.pixels[: concept.pictures.files]),
         images=config.evaluation_images,
-        num_inference_steps=sampler_steps(config),
+        num_inference_steps=steps,
         guidance_scale=config.validation_guidance_scale,
         scheduler=config.scheduler,
         seed=config.seed,
+        batch_size=DEFAULT_BATCH_SIZE if alike else Evaluator.batch_size,
     )
     return ScoreTracker(evaluator, concept.others, concept.folder, config.keep_best)

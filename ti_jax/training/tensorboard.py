@@ -14,11 +14,15 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tensorboardX import summary
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.record_writer import masked_crc32c
 
 from ti_jax.files import append, disk_errors
+from ti_jax.startup import without
+
+# Of PyTorch it makes use for tensors alone, and importing that takes seconds.
+with without("torch"):
+    from tensorboardX import summary
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.record_writer import masked_crc32c
 
 
 class Board:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 from PIL import Image
 
 from ti_jax.config import TrainConfig
@@ -25,6 +26,9 @@ from ti_jax.training.run_folder import OVERVIEW_FILE
 
 OVERVIEW_COLUMNS = 4
 
+# Faults of drawing and measuring: a NaN, too little device memory, a full disk.
+DRAWING_FAULTS = (InputError, jax.errors.JaxRuntimeError, MemoryError)
+
 
 def _draw(
     sd: StableDiffusion,
@@ -33,6 +37,7 @@ def _draw(
     learned: Sequence[Embedding],
     seeds: list[int],
     negative_prompt: str | list[str] | None,
+    compile_only: bool = False,
 ) -> list[Image.Image]:
     config = concept.config
     assert config.validation_inference_steps is not None and config.validation_guidance_scale is not None
@@ -49,8 +54,9 @@ def _draw(
         width=config.resolution,
         seed=seeds,
         weighted=True,
+        compile_only=compile_only,
     )
-    return interruptible(draw)
+    return draw() if compile_only else interruptible(draw)
 
 
 def _settings(config: TrainConfig, sd: StableDiffusion, negative_prompt: str | None) -> dict[str, Any]:
@@ -76,6 +82,39 @@ def validation_paths(concept: Concept, step: int) -> list[Path]:
     return [concept.folder / "samples" / f"step-{step:06d}{end}.png" for end in ends]
 
 
+def compile_pictures(sd: StableDiffusion, concept: Concept, learned: Sequence[Embedding]) -> None:
+    """Compile what `save_validation`, if the run has prompts for it, and `save_overview` draw with.
+
+    Args:
+      learned: words with as many vectors as those that will be drawn with.
+    """
+    if concept.validation_prompts:
+        prompts, seeds = _repeated(concept)
+        _draw(sd, concept, prompts, learned, seeds, concept.negative_prompt, compile_only=True)
+    _draw_overview(sd, concept, learned, compile_only=True)
+
+
+def _repeated(concept: Concept) -> tuple[list[str], list[int]]:
+    """The prompt and the seed of each validation picture."""
+    count = concept.config.num_validation_images
+    prompts = [prompt for prompt in concept.validation_prompts for _ in range(count)]
+    return prompts, _seeds(concept.config, count) * len(concept.validation_prompts)
+
+
+def _draw_overview(
+    sd: StableDiffusion, concept: Concept, learned: Sequence[Embedding], compile_only: bool = False
+) -> tuple[list[str], list[int], list[str | None], list[Image.Image]]:
+    """The prompts, seeds, negative prompts and pictures of the overview."""
+    columns, prompts = OVERVIEW_COLUMNS, concept.overview_prompts
+    drawn_prompts = [prompt for prompt in (concept.first_prompt_before_training, *prompts) for _ in range(columns)]
+    # The same seeds in every row, so that within a column only the prompt differs.
+    seeds = _seeds(concept.config, columns) * (1 + len(prompts))
+    # Before training there is no word: one of the negative prompt is not in it.
+    negatives = [concept.negative_prompt_before_training] * columns + [concept.negative_prompt] * columns * len(prompts)
+    given = None if concept.negative_prompt is None else [negative or "" for negative in negatives]
+    return drawn_prompts, seeds, negatives, _draw(sd, concept, drawn_prompts, learned, seeds, given, compile_only)
+
+
 def save_validation(
     sd: StableDiffusion, concept: Concept, learned: Sequence[Embedding], step: int
 ) -> list[Image.Image]:
@@ -89,9 +128,9 @@ def save_validation(
     """
     prompts, config = concept.validation_prompts, concept.config
     count = config.num_validation_images
-    repeated = [prompt for prompt in prompts for _ in range(count)]
+    repeated, seeds = _repeated(concept)
     negative = concept.negative_prompt
-    images = _draw(sd, concept, repeated, learned, _seeds(config, count) * len(prompts), negative)
+    images = _draw(sd, concept, repeated, learned, seeds, negative)
     by_prompt = [images[first : first + count] for first in range(0, len(images), count)]
     grids = [grid(pictures, min(count, OVERVIEW_COLUMNS)) for pictures in by_prompt]
     for path, prompt, picture in zip(validation_paths(concept, step), prompts, grids, strict=True):
@@ -110,14 +149,7 @@ def save_overview(sd: StableDiffusion, concept: Concept, learned: Sequence[Embed
     """
     columns, config, folder = OVERVIEW_COLUMNS, concept.config, concept.folder
     prompts = concept.overview_prompts
-    before = concept.first_prompt_before_training
-    drawn_prompts = [prompt for prompt in (before, *prompts) for _ in range(columns)]
-    # The same seeds in every row, so that within a column only the prompt differs.
-    seeds = _seeds(config, columns) * (1 + len(prompts))
-    # Before training there is no word: one of the negative prompt is not in it.
-    negatives = [concept.negative_prompt_before_training] * columns + [concept.negative_prompt] * columns * len(prompts)
-    given = None if concept.negative_prompt is None else [negative or "" for negative in negatives]
-    drawn = _draw(sd, concept, drawn_prompts, learned, seeds, given)
+    drawn_prompts, seeds, negatives, drawn = _draw_overview(sd, concept, learned)
     shown = [Image.fromarray(pixels) for pixels in as_uint8(concept.pictures.pixels[:columns])]
     first = concept.in_prompts(concept.first_prompt)
     rows = [(f"the pictures of {concept.token}", shown), (f"{first}, before training", drawn[:columns])]

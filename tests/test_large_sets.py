@@ -1,5 +1,7 @@
 """Sets that memory cannot hold are read again when needed; moments on disk; further views of a picture."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -28,6 +30,7 @@ class Encoder:
     """In the place of a model: a picture's mean in patches of 8 x 8 pixels, and how many pictures came each time."""
 
     identity, dtype = "an encoder", np.float32
+    networks = SimpleNamespace(platform=None)
 
     def __init__(self):
         self.seen = 0
@@ -108,7 +111,12 @@ def test_only_new_pictures_are_encoded(mixed, cache):
     np.testing.assert_array_equal(together, encoded(pixels, None)[0])
 
 
-@pytest.mark.parametrize("changes", [{"identity": "another"}, {"dtype": np.float16}, {"with_mirrored": False}])
+DETERMINISTIC = SimpleNamespace(platform=SimpleNamespace(compiler_options=(("an_option", True),)))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"identity": "another"}, {"dtype": np.float16}, {"with_mirrored": False}, {"networks": DETERMINISTIC}]
+)
 def test_moments_of_another_model_are_not_taken(mixed, cache, changes):
     pixels = load_images(mixed, 24).pixels
     encoded(pixels, cache)

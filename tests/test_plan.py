@@ -97,8 +97,9 @@ def test_moments_that_stay_on_the_host_are_planned_as_windows(config, tiny, tmp_
     assert planner._frozen().dataset.moments.shape == (500, 2, 8, 8, 8)
     monkeypatch.setattr("ti_jax.training.plan.feeds", lambda datasets, mesh, free: True)
     planner.memory = 1e9
-    fed = planner.at(2)
-    # In place of the moments of four there are three windows of ten updates, two samples each; and 496 pictures more.
+    fed = planner.at(1)
+    # In place of the moments of four there are three windows of ten updates, two samples each (two micro-steps of one);
+    # and 496 pictures more.
     windows, moments = 3 * 10 * 2 * (8 * 8 * 8 * 4 + 2 * 4), 4 * 2 * 8 * 8 * 8 * 4
     prompts_and_sizes = 496 * 4 * (planner._frozen().dataset.prompts_of.shape[1] + 2 * 6)
     entries = 500 * 4  # which the program needs no more

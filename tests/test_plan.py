@@ -219,7 +219,7 @@ def test_gpus_and_tpu_slices_are_told_apart():
 
 
 def test_without_the_compiler_for_gpus_one_line(capsys, monkeypatch):
-    monkeypatch.setattr(gpus, "_installed", lambda module: False)
+    monkeypatch.setattr(gpus, "installed", lambda module: False)
     assert main(["plan", "--topology", "h100:1"]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "jax-cuda13-plugin is not installed: pip install 'ti_jax[plan-gpu]'" in err

@@ -48,7 +48,7 @@ def test_another_accelerator_is_still_found(libtpu):
 def test_without_libtpu_nothing_is_done(libtpu):
     (libtpu / "libtpu" / "__init__.py").unlink()
     (libtpu / "libtpu").rmdir()
-    if startup._installed("libtpu"):
+    if startup.installed("libtpu"):
         pytest.skip("libtpu is installed here")
     assert platforms() is None
 
@@ -64,5 +64,5 @@ def test_commands_do_it_before_jax_starts(libtpu):
         [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
         check=True,
     )  # fmt: skip
-    expected = "None" if startup._installed("jax_plugins") else "cpu"
+    expected = "None" if startup.installed("jax_plugins") else "cpu"
     assert done.stdout.split()[-1] == expected, done.stderr

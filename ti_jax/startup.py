@@ -20,9 +20,9 @@ def avoid_missing_tpu() -> None:
     JAX would otherwise print several lines of errors. Does nothing if JAX_PLATFORMS is set, or if a plugin for another
     accelerator is installed. Call it before JAX is imported.
     """
-    if "JAX_PLATFORMS" in os.environ or not _installed("libtpu") or _has_tpu():
+    if "JAX_PLATFORMS" in os.environ or not installed("libtpu") or _has_tpu():
         return
-    if not _installed("jax_plugins") and not any(importlib.metadata.entry_points(group="jax_plugins")):
+    if not installed("jax_plugins") and not any(importlib.metadata.entry_points(group="jax_plugins")):
         os.environ["JAX_PLATFORMS"] = "cpu"
 
 
@@ -39,8 +39,12 @@ def without(module: str) -> Iterator[None]:
         del sys.modules[module]
 
 
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+def installed(module: str) -> bool:
+    """Whether a module, maybe one of a package, could be imported."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package
+        return False
 
 
 def has_tpu_device(dev: Path = Path("/dev")) -> bool:

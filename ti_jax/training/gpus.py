@@ -8,7 +8,6 @@ equivalent ones on a GPU: so no time can be told, and the memory of other kernel
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 import jax
 
 from ti_jax.errors import InputError
+from ti_jax.startup import installed
 
 # cuDNN's version that programs are compiled for, as JAX and XLA write it: any from 9.12 on has the kernels.
 CUDNN = (9, 12, 0)
@@ -133,7 +133,7 @@ def topology_devices(topology: str) -> Sequence[Any]:
 
     card, count = parse(topology)
     for package, module in (("jax-cuda13-plugin", "jax_plugins.xla_cuda13"), ("nvidia-nvvm", "nvidia.cu13")):
-        if not _installed(module):
+        if not installed(module):
             raise InputError(
                 f"--topology {topology} needs XLA's compiler for NVIDIA GPUs, and {package} is not installed: "
                 "pip install 'ti_jax[plan-gpu]' (Linux only)"
@@ -153,13 +153,6 @@ def topology_devices(topology: str) -> Sequence[Any]:
         remedy = f"is the plug-in that of jax {jax.__version__}?"
         raise InputError(f"--topology {topology}: XLA's CUDA plug-in: {reason.rstrip('. ')}; {remedy}") from error
     return description.devices
-
-
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import http.client
-import importlib.util
 import os
 import queue
 import sys
@@ -23,7 +22,7 @@ from pathlib import Path
 
 from ti_jax.config import TrainConfig
 from ti_jax.errors import InputError
-from ti_jax.startup import has_tpu_device
+from ti_jax.startup import has_tpu_device, installed
 
 # On a Google Cloud VM the metadata server answers in milliseconds. Elsewhere even the DNS lookup may time out.
 METADATA_SECONDS = 5.0
@@ -125,7 +124,7 @@ def _of_torchrun(environment: Mapping[str, str]) -> Launch | None:
 def _on_tpu(environment: Mapping[str, str], dev: Path) -> bool:
     """Whether this machine has TPU chips that JAX will use."""
     wanted = (environment.get("JAX_PLATFORMS") or "tpu").split(",")
-    library = "TPU_LIBRARY_PATH" in environment or importlib.util.find_spec("libtpu") is not None
+    library = "TPU_LIBRARY_PATH" in environment or installed("libtpu")
     return has_tpu_device(dev) and "tpu" in wanted and library
 
 

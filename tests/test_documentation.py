@@ -1,0 +1,147 @@
+"""The commands in the README and the documentation: each parses, and the marked ones run as they are written.
+
+``<!-- run -->`` in the line before a block of commands: it runs in the suite; ``<!-- run: slow -->``: with ``-m slow``.
+The blocks of a page run in its order, in a folder that has what a clone has.
+"""
+
+import functools
+import itertools
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ti_jax.cli import embedding, main
+from ti_jax.cli.flags import NO_COUNTERPART, parse
+from ti_jax.config import DataConfig, EvaluateConfig, InferConfig, PlanConfig, TrainConfig, check_fields
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "configs").glob("*.yaml")]
+)
+BLOCK = re.compile(r"(?:<!-- (run|run: slow) -->\n)?```(\w*)\n(.*?)```", re.DOTALL)
+CONFIGS = {
+    "train": TrainConfig, "infer": InferConfig, "plan": PlanConfig, "data": DataConfig, "evaluate": EvaluateConfig,
+    "verify": main.VerifyConfig,
+}  # fmt: skip
+
+
+def commands_of(path):
+    """Command lines of a page: those of its blocks and its inline code, as words; of a config those of its header."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".yaml":
+        text = re.sub(r"(?<=\w) {3,}(?=\w)", "\n", re.sub(r"^# ?", "", text, flags=re.MULTILINE))
+        text = f"```sh\n{text}```"
+    found = [line for _, kind, block in BLOCK.findall(text) if kind == "sh" for line in lines_of(block)]
+    inline = re.findall(r"`([^`]+)`", BLOCK.sub("", text))
+    return [words for line in found + [" ".join(each.split()) for each in inline] for words in programs_in(line)]
+
+
+def lines_of(block):
+    """The lines of a block of shell commands, continued ones joined, without what is passed to a program as text."""
+    block = re.sub(r"<<'(\w+)'\n.*?^\1$", "", block, flags=re.DOTALL | re.MULTILINE)
+    return block.replace("\\\n", " ").splitlines()
+
+
+def programs_in(line):
+    """The words of each call of our programs in a line, also of one that is passed to another program as text."""
+    if re.search(r"(train|infer)\.py|ti-jax", line) is None:
+        return
+    words = ["&&", *shlex.split(line, comments=True)]
+    for at, word in enumerate(words):
+        if " " in word:
+            yield from programs_in(word)
+        started = words[at - 1] in ("&&", "python") or "torchrun" in words[:at]
+        if (word == "ti-jax" and words[at - 1] == "&&") or (word in ("train.py", "infer.py") and started):
+            rest = list(itertools.takewhile(lambda word: word not in ("&&", "|", ">"), words[at + 1 :]))
+            rest = [each for before, each in itertools.pairwise(["", *rest]) if each != "..." or before.startswith("-")]
+            yield [*([] if word == "ti-jax" else [word[:-3]]), *rest]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_command_parses(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for words in commands_of(path):
+        check(*words)
+
+
+@functools.cache
+def check(*words):
+    """Raise an error where a command line has a flag or a value that does not exist."""
+    if not words or words[0].startswith("--"):
+        assert words in ((), ("--help",), ("--version",)), words
+        return
+    command, *rest = words
+    if command == "embedding":
+        return check_embedding(rest)
+    assert command in CONFIGS, f"there is no command {' '.join(words)}"
+    rest = rest[1:] if rest and not rest[0].startswith("-") else rest
+    if rest in ([], ["--help"]):
+        return
+    if "--config" in rest and not (ROOT / rest[rest.index("--config") + 1]).exists():  # one that a run has written
+        at = rest.index("--config")
+        rest = rest[:at] + rest[at + 2 :]
+    if command == "infer" and "--prompt" not in rest:  # left out with "..."
+        rest += ["--prompt", "{}"]
+    has_file = command not in ("evaluate", "verify")
+    check_fields(
+        parse(CONFIGS[command], rest, prog="", examples="", config_file=has_file, no_counterpart=NO_COUNTERPART)
+    )
+
+
+def check_embedding(words):
+    if words:
+        _, cls, *_ = embedding.COMMANDS[words[0]]
+        first = next((index for index, word in enumerate(words) if word.startswith("-")), len(words))
+        check_fields(parse(cls, words[first:], prog="", examples="", config_file=False))
+
+
+def test_what_is_not_right_in_a_page_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "Write `ti-jax data cat/ --recursive`.\n\n```sh\ncd x && python train.py --num_vector 2 \\\n  --seed 1\n```\n"
+    )
+    wrong, right = commands_of(page)
+    check(*right)
+    assert wrong == ["train", "--num_vector", "2", "--seed", "1"]
+    with pytest.raises(Exception, match="unknown flag --num_vector; did you mean --num_vectors"):
+        check(*wrong)
+
+
+def marked(mark):
+    """The blocks of each page that have a mark."""
+    for path in PAGES:
+        if blocks := [block for how, _, block in BLOCK.findall(path.read_text(encoding="utf-8")) if how == mark]:
+            yield pytest.param(blocks, id=str(path.relative_to(ROOT)))
+
+
+@pytest.mark.parametrize("blocks", marked("run"))
+def test_marked_commands_run(blocks, tmp_path):
+    run(blocks, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("blocks", marked("run: slow"))
+def test_marked_commands_that_take_long_run(blocks, tmp_path):
+    run(blocks, tmp_path)
+
+
+def run(blocks, folder):
+    for name in ("train.py", "infer.py", "configs", "docs", "ti_jax"):
+        (folder / name).symlink_to(ROOT / name)
+    programs = folder / "bin"
+    programs.mkdir()
+    for name, arguments in (("python", ""), ("ti-jax", "-m ti_jax")):
+        (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments} "$@"\n')
+        (programs / name).chmod(0o755)
+    paths = {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", "\n".join(blocks)],
+        cwd=folder, env=os.environ | paths, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr and "error:" not in done.stderr

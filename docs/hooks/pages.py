@@ -64,7 +64,10 @@ def _entries(group: list[Message]) -> Iterator[str]:
     """Lines of a list: the message, its remedy on a line of its own."""
     for message in group:
         marked = (f"\x01{part.replace('_', ' ')}\x02" if isinstance(part, Slot) else part for part in message.text)
-        what, _, remedy = " ".join("".join(marked).split()).rpartition("; ")
+        text = " ".join("".join(marked).split())
+        what, _, remedy = text.rpartition("; ")
+        if re.fullmatch(r"\x01[^\x02]*\x02", remedy):  # it depends
+            what, remedy = text, ""
         lines = [_plain(line).replace("\x01", "<i>").replace("\x02", "</i>") for line in (what, remedy) if line]
         yield "- " + "<br>→ ".join(f"<code>{line}</code>" for line in lines)
 

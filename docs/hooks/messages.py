@@ -335,9 +335,7 @@ def _label(node: ast.expr | None) -> str:
             return "value"
         case ast.Call(func=ast.Name(id="one_line" | "str"), args=[ast.Name(id="error")]):
             return "reason"
-        case ast.Call(
-            func=ast.Attribute(value=inner, attr="strip" | "rstrip" | "removesuffix" | "partition" | "lower")
-        ):
+        case ast.Call(func=ast.Attribute(value=inner, attr="strip" | "rstrip" | "removesuffix" | "partition")):
             return _label(inner)
         case ast.Call(func=ast.Attribute(attr="join" | "get"), args=[inner, *_]):
             return _label(inner)

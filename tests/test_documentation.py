@@ -119,13 +119,13 @@ def marked(mark):
             yield pytest.param(blocks, id=str(path.relative_to(ROOT)))
 
 
-@pytest.mark.parametrize("blocks", marked("run"))
+@pytest.mark.parametrize("blocks", list(marked("run")))
 def test_marked_commands_run(blocks, tmp_path):
     run(blocks, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("blocks", marked("run: slow"))
+@pytest.mark.parametrize("blocks", list(marked("run: slow")))
 def test_marked_commands_that_take_long_run(blocks, tmp_path):
     run(blocks, tmp_path)
 

@@ -1,10 +1,10 @@
 """Does training learn a word, and better than diffusers' method? Measured on people unknown to the embedded model.
 
     python benchmarks/learning.py --split dev --seeds 1     # for choosing settings
-    python benchmarks/learning.py --split test --seeds 3    # once, for the README's table
+    python benchmarks/learning.py --split test --seeds 3    # once, for the table of docs/benchmarks.md
     python benchmarks/learning.py --split style --seeds 3   # a style that the model has never seen
     python benchmarks/learning.py --table                   # table of all results so far
-    python benchmarks/learning.py --split test --table --results benchmarks/learning.jsonl.gz     # the README's
+    python benchmarks/learning.py --split test --table --results benchmarks/learning.jsonl.gz     # that table
 
 Each person's word is learned from four pictures by
 

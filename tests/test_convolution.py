@@ -47,7 +47,7 @@ def torch_conv(x, kernel, stride, padding):
 @pytest.mark.parametrize(("x_shape", "channels", "size", "stride", "padding"), CASES)
 def test_output_and_gradients(x_shape, channels, size, stride, padding):
     x, kernel = arrays(x_shape, channels, size)
-    ours, pullback = jax.vjp(lambda x, kernel: conv2d(x, kernel, stride, padding), x, kernel)
+    ours, pullback = jax.vjp(jax.jit(lambda x, kernel: conv2d(x, kernel, stride, padding)), x, kernel)
     torch_x, torch_kernel = (torch.from_numpy(array).requires_grad_() for array in (x, kernel))
     theirs = torch_conv(torch_x, torch_kernel, stride, padding)
     np.testing.assert_allclose(ours, theirs.detach(), rtol=1e-5, atol=1e-5)
@@ -62,8 +62,8 @@ def test_output_and_gradients(x_shape, channels, size, stride, padding):
 def test_the_forms_of_cpu_and_of_elsewhere_agree(x_shape, channels, size, stride, padding):
     x, kernel = arrays(x_shape, channels, size)
     np.testing.assert_allclose(
-        convolution._im2col(stride, padding, x, kernel),
-        convolution._convolution(stride, padding, x, kernel),
+        jax.jit(partial(convolution._im2col, stride, padding))(x, kernel),
+        jax.jit(partial(convolution._convolution, stride, padding))(x, kernel),
         rtol=1e-5,
         atol=1e-5,
     )
@@ -73,11 +73,13 @@ def test_the_forms_of_cpu_and_of_elsewhere_agree(x_shape, channels, size, stride
 def test_by_taps(x_shape, channels, size, stride, padding):
     """The form for bfloat16 on CPU, in float32, so that nothing is hidden by rounding."""
     x, kernel = arrays(x_shape, channels, size)
-    exact, transpose = jax.vjp(lambda x: convolution._convolution(stride, padding, x, kernel), x)
-    np.testing.assert_allclose(convolution._by_taps(stride, padding, x, kernel), exact, rtol=1e-5, atol=1e-5)
+    exact, transpose = jax.vjp(jax.jit(lambda x: convolution._convolution(stride, padding, x, kernel)), x)
+    by_taps = jax.jit(partial(convolution._by_taps, stride, padding))
+    np.testing.assert_allclose(by_taps(x, kernel), exact, rtol=1e-5, atol=1e-5)
     gradient = np.random.default_rng(1).normal(size=exact.shape).astype(np.float32)
+    gradient_by_taps = jax.jit(partial(convolution._gradient_by_taps, stride, padding, x_shape))
     np.testing.assert_allclose(
-        convolution._gradient_by_taps(stride, padding, x_shape, jnp.asarray(gradient), jnp.asarray(kernel)),
+        gradient_by_taps(gradient, kernel),
         transpose(gradient)[0],
         rtol=1e-5,
         atol=1e-5,

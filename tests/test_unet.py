@@ -80,23 +80,26 @@ def test_whole_unet_of_rarer_options(name, tmp_path):
 
 
 def test_gradient_checkpointing_recomputes_every_block_and_changes_nothing(tmp_path):
-    levels = dict(
-        block_out_channels=(16, 32), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )  # fmt: skip
-    module, params = loaded_unet(torch_unet(**SD1 | levels), tmp_path)
-    inputs = unet_inputs(module.config, 8, 8)
+    def unet(*down, up):
+        levels = dict(block_out_channels=(16, 32)[: len(down)], down_block_types=down, up_block_types=up)
+        module, params = loaded_unet(torch_unet(**SD1 | levels), tmp_path / str(len(down)))
+        return module, params, unet_inputs(module.config, 8, 8)
 
-    def recomputed(module):
-        jaxpr = jax.make_jaxpr(lambda inputs: module.apply({"params": params}, **inputs))(inputs)
+    # With all kinds of blocks; nothing is compiled.
+    module, params, inputs = unet("CrossAttnDownBlock2D", "DownBlock2D", up=("UpBlock2D", "CrossAttnUpBlock2D"))
+
+    def recomputed(way):
+        frugal = dataclasses.replace(module, gradient_checkpointing=way)
+        jaxpr = jax.make_jaxpr(lambda inputs: frugal.apply({"params": params}, **inputs))(inputs)
         return sum(equation.primitive.name.startswith(("remat", "checkpoint")) for equation in jaxpr.jaxpr.eqns)
 
-    assert recomputed(module) == 0
+    # Residual blocks: 2 down, 2 mid, 4 up. Transformer blocks: 1 down, 1 mid, 2 up.
+    assert [recomputed(way) for way in REMAT_POLICIES] == [0, 8 + 4, 8 + 4]
+
+    module, params, inputs = unet("CrossAttnDownBlock2D", up=("UpBlock2D",))
     output, gradient = function_of_text(module, params, inputs)(inputs["encoder_hidden_states"])
     for way in ("policy", "full"):
         frugal = dataclasses.replace(module, gradient_checkpointing=way)
-        # Residual blocks: 2 down, 2 mid, 4 up. Transformer blocks: 1 down, 1 mid, 2 up.
-        assert recomputed(frugal) == 8 + 4
         ours = function_of_text(frugal, params, inputs)(inputs["encoder_hidden_states"])
         assert_close(ours[0], output, 1e-5)
         assert_close(ours[1], gradient, 1e-5)
@@ -147,6 +150,12 @@ def parts(request, tmp_path_factory):
     return model, module.config, params
 
 
+@partial(jax.jit, static_argnums=0)
+def apply(module, params, *inputs):
+    """One program: operation by operation there would be dozens to compile."""
+    return module.apply({"params": params}, *inputs)
+
+
 @torch.no_grad()
 def test_resnet(parts):
     model, config, params = parts
@@ -155,7 +164,7 @@ def test_resnet(parts):
     for block, name, channels in ((model.down_blocks[1], "down_blocks_1", 16), (model.mid_block, "mid_block", 48)):
         x = normal(BATCH, 4, 6, channels)
         theirs = channels_last(block.resnets[0](channels_first(x), torch.from_numpy(time)))
-        ours = ResnetBlock2D(theirs.shape[-1], 8, 1e-5).apply({"params": params[name]["resnets_0"]}, x, time)
+        ours = apply(ResnetBlock2D(theirs.shape[-1], 8, 1e-5), params[name]["resnets_0"], x, time)
         assert_close(ours, theirs, 1e-5)
 
 
@@ -164,9 +173,8 @@ def test_transformer(parts):
     model, config, params = parts
     x, context = normal(BATCH, 4, 6, 32), normal(BATCH, CONTEXT_LENGTH, CONTEXT_DIM, seed=1)
     theirs = model.down_blocks[1].attentions[0](channels_first(x), torch.from_numpy(context), return_dict=False)[0]
-    ours = Transformer2DModel(4, 1, 8, config.use_linear_projection).apply(
-        {"params": params["down_blocks_1"]["attentions_0"]}, x, context
-    )
+    module = Transformer2DModel(4, 1, 8, config.use_linear_projection)
+    ours = apply(module, params["down_blocks_1"]["attentions_0"], x, context)
     assert_close(ours, channels_last(theirs), 1e-5)
 
 
@@ -178,12 +186,12 @@ def test_transformer_block_and_its_parts(parts):
     hidden, context = normal(BATCH, 24, 32), normal(BATCH, CONTEXT_LENGTH, CONTEXT_DIM, seed=1)
     torch_hidden, torch_context = torch.from_numpy(hidden), torch.from_numpy(context)
 
-    ours = BasicTransformerBlock(4).apply({"params": params}, hidden, context)
+    ours = apply(BasicTransformerBlock(4), params, hidden, context)
     assert_close(ours, block(torch_hidden, encoder_hidden_states=torch_context), 1e-5)
-    assert_close(Attention(4).apply({"params": params["attn1"]}, hidden), block.attn1(torch_hidden), 1e-5)
-    ours = Attention(4).apply({"params": params["attn2"]}, hidden, context)
+    assert_close(apply(Attention(4), params["attn1"], hidden), block.attn1(torch_hidden), 1e-5)
+    ours = apply(Attention(4), params["attn2"], hidden, context)
     assert_close(ours, block.attn2(torch_hidden, torch_context), 1e-5)
-    assert_close(FeedForward().apply({"params": params["ff"]}, hidden), block.ff(torch_hidden), 1e-5)
+    assert_close(apply(FeedForward(), params["ff"], hidden), block.ff(torch_hidden), 1e-5)
 
 
 @torch.no_grad()

@@ -91,12 +91,13 @@ def _settings(command: str) -> str:
         if field.name in without:
             continue
         if field.name in headings:
-            lines.append(f"### {headings[field.name]}\n")
+            heading, _, about = headings[field.name].partition(": ")
+            lines += [f"### {heading}\n", *([f"{about[0].upper()}{about[1:]}.\n"] if about else [])]
         rule, hint = setting_of(field).rule, strip_optional(hints[field.name])[0]
-        about = [] if field.default in (None, (), False) else [f"default: {_shown(field.default)}"]
-        about += [rule.allowed] if rule is not None and not rule.allowed.startswith("text") else []
-        about += [expected(hint)] if typing.get_origin(hint) is Literal else []
-        note = f" ({_plain('; '.join(about))})" if about else ""
+        notes = [] if field.default in (None, (), False) else [f"default: {_shown(field.default)}"]
+        notes += [rule.allowed] if rule is not None and not rule.allowed.startswith("text") else []
+        notes += [expected(hint)] if typing.get_origin(hint) is Literal else []
+        note = f" ({_plain('; '.join(notes))})" if notes else ""
         parts = docs[field.name].split("`")  # every other one is code
         doc = "`".join(part if number % 2 else _plain(part) for number, part in enumerate(parts))
         lines.append(f"`--{field.name}`{note}\n:   {doc}\n")

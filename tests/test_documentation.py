@@ -146,3 +146,48 @@ def run(blocks, folder):
     done = subprocess.run(commands, cwd=folder, env=own, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Traceback" not in done.stderr and "error:" not in done.stderr
+
+
+PACKAGE = """
+KINDS = {"a": "an apple tree", "b": "a banana plant"}
+RESUME = "start again"
+
+def check(path, kind, number):
+    remedy = "give another picture, " if number else "leave the picture out, "
+    for name in ("training_folder", "validation_folder"):
+        raise InputError(f"--{name} {path.stem!r}: {KINDS[kind]}; {remedy}" + _hint(number))
+
+def _hint(number):
+    return f"like {number + 1}"
+
+def warn(what):
+    print(f"warning: {what}; {RESUME}")
+
+def run():
+    warn("the network is away")
+"""
+
+
+def test_messages_are_read_from_the_code(tmp_path, monkeypatch):
+    """What is put together from names, constants, other functions and callers is followed."""
+    monkeypatch.syspath_prepend(ROOT / "docs" / "hooks")
+    from messages import Slot, messages
+
+    def shown(folder):
+        return [
+            "".join(f"[{part}]" if isinstance(part, Slot) else part for part in message.text)
+            for message in messages(folder)
+        ]
+
+    (tmp_path / "module.py").write_text(PACKAGE)
+    *errors, warning = shown(tmp_path)
+    assert set(errors) == {
+        f"--{name} [stem]: {kind}; {remedy}, like [number]"
+        for name in ("training_folder", "validation_folder")
+        for kind in ("an apple tree", "a banana plant")
+        for remedy in ("give another picture", "leave the picture out")
+    }
+    assert warning == "warning: the network is away; start again"
+    assert "--huber_c [huber_c]: does nothing without --loss huber; give both or neither" in shown(
+        ROOT / "ti_jax" / "config"
+    )

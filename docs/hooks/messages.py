@@ -133,13 +133,11 @@ class _Reader:
         match node:
             case ast.Constant(value=str(value)):
                 return [(value,)]
-            case ast.JoinedStr(values=parts):
-                return self._joined(parts, place)
+            case ast.JoinedStr() | ast.BinOp(op=ast.Add()):
+                return self._joined(_parts(node), place)
             case ast.FormattedValue(value=value, conversion=conversion):
                 quote = "'" if conversion == ord("r") else ""
                 return [_merged((quote, *text, quote)) for text in self.texts(value, place)]
-            case ast.BinOp(left=left, op=ast.Add(), right=right):
-                return self._joined([left, right], place)
             case ast.IfExp(body=body, orelse=other):
                 return self.texts(body, place) + self.texts(other, place)
             case ast.BoolOp(values=values):
@@ -238,6 +236,16 @@ def _called(node: ast.Call) -> str:
         case ast.Name(id=name) | ast.Attribute(attr=name):
             return name
     return ""
+
+
+def _parts(node: ast.expr) -> list[ast.expr]:
+    """What an f-string or a sum of texts is joined from."""
+    match node:
+        case ast.JoinedStr(values=values):
+            return values
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return _parts(left) + _parts(right)
+    return [node]
 
 
 def _starts(node: ast.expr) -> str:

@@ -19,10 +19,11 @@ def config(short_run):
     return replace(short_run, train_batch_size=4, max_train_steps=6, report_to="none")
 
 
-def test_two_cores_learn_what_one_device_learns(config, tmp_path, monkeypatch):
+def test_two_cores_learn_what_one_device_learns(config, tmp_path):
     whole = ti_jax.train(config, devices=jax.devices()[:1])
-    monkeypatch.setattr("ti_jax.training.loop.use_cores", lambda config: 2)
-    shared = ti_jax.train(replace(config, output_dir=str(tmp_path / "shared")))
+    with pytest.MonkeyPatch.context() as patch:  # not the fixture: steps are shared with other runs
+        patch.setattr("ti_jax.training.loop.use_cores", lambda config: 2)
+        shared = ti_jax.train(replace(config, output_dir=str(tmp_path / "shared")))
     np.testing.assert_allclose(shared.losses, whole.losses, rtol=1e-5)
     learned = whole.embedding.vectors["text_encoder"]
     np.testing.assert_allclose(shared.embedding.vectors["text_encoder"], learned, rtol=1e-5, atol=1e-6)

@@ -59,9 +59,16 @@ def test_text_context_and_noise_prediction(sd, pipe, prompts):
     close(ours, theirs, 1e-4)
 
 
-def test_pictures(sd, pipe, prompts):
-    judge, asked = prompts
-    texts = [text for _, text in asked]
+PORTRAITS = [
+    f"a portrait of a person with {hair} hair on a {ground} background"
+    for hair, ground in [("red", "blue"), ("black", "yellow")]
+]
+
+
+@pytest.fixture(scope="module")
+def drawn(sd, pipe, prompts):
+    """Pictures of the portraits and of the probes, uint8 [N, 64, 64, 3]: ours and diffusers'."""
+    texts = [*PORTRAITS, *(text for _, text in prompts[1])]
     noise = image_noise(image_keys(jnp.asarray(image_seeds(0, len(texts)))), 0, sd.latent_shape(64, 64))
     theirs = pipe(
         texts, num_inference_steps=STEPS, guidance_scale=GUIDANCE, output_type="np",
@@ -71,9 +78,28 @@ def test_pictures(sd, pipe, prompts):
     ours = np.stack(
         [np.asarray(image) for image in sd.generate(texts, num_inference_steps=STEPS, guidance_scale=GUIDANCE, seed=0)]
     )
+    return ours, theirs
+
+
+def test_pictures(drawn):
+    ours, theirs = drawn
     assert np.abs(ours.astype(int) - theirs).max() <= 2
-    # And they are what was asked for.
+
+
+def test_pictures_are_what_was_asked_for(drawn, prompts):
+    judge, asked = prompts
     expected = [{"hair_colour": "red", "skin": "brown", **dict(probe.expects)} for probe, _ in asked]
-    for pictures in (ours, theirs):
-        both = zip(judge.read(pictures), expected, strict=True)
+    for pictures in drawn:
+        both = zip(judge.read(pictures[len(PORTRAITS) :]), expected, strict=True)
         assert np.mean([seen[name] == word for seen, wanted in both for name, word in wanted.items()]) > 0.9
+
+
+def test_hair_and_backgrounds_have_the_colours_that_they_are_asked_to_have(drawn):
+    blue, yellow = drawn[0][: len(PORTRAITS)].astype(int)
+    corners = np.s_[:12, [*range(8), *range(-8, 0)]]
+    red, green, azure = blue[corners].mean((0, 1))
+    assert azure > green + 50 > red + 50
+    red, green, azure = yellow[corners].mean((0, 1))
+    assert min(red, green) > azure + 100
+    hair = np.s_[14:20, 28:36]
+    assert blue[hair].mean((0, 1))[0] > 150 > 120 > yellow[hair].mean()

@@ -182,12 +182,12 @@ def settings(judged_sd, pictures, tmp_path, **changes):
         pretrained_model_name_or_path=str(judged_sd), train_data_dir=str(pictures), placeholder_token="<x>",
         initializer_token="person", output_dir=str(tmp_path / "out"), max_train_steps=6, train_batch_size=2,
         learning_rate=0.1, validation_inference_steps=2, overview_prompts=("a {}",), evaluation_images=1,
-        report_to="none", resolution=16,
+        report_to="none", resolution=16, logging_steps=1,
     )  # fmt: skip
     return TrainConfig(**values | changes)
 
 
-def test_keep_best_ends_with_the_best_state(judged_sd, pictures, tmp_path, monkeypatch):
+def test_keep_best_ends_with_the_best_state(judged_sd, pictures, tmp_path):
     """Measured at 2, 4 and 6; the middle one is said to be the best, and must be what the run ends with."""
     values = {2: 0.2, 4: 0.9, 6: 0.4}
     real = Evaluator.scores
@@ -197,9 +197,10 @@ def test_keep_best_ends_with_the_best_state(judged_sd, pictures, tmp_path, monke
             identity=values[int(embedding.metadata["steps"])], editability=real(self, sd, embedding, others).editability
         )
 
-    monkeypatch.setattr(Evaluator, "scores", told)
     config = settings(judged_sd, pictures, tmp_path, keep_best="identity", evaluation_steps=2, save_steps=2)
-    result = ti_jax.train(config, devices=jax.devices()[:1])
+    with pytest.MonkeyPatch.context() as patch:  # not the fixture: the step is shared with other runs
+        patch.setattr(Evaluator, "scores", told)
+        result = ti_jax.train(config, devices=jax.devices()[:1])
     folder = tmp_path / "out"
     assert result.embedding.metadata["steps"] == "4"
     best = ti_jax.Embedding.load(folder / "learned_embeds-steps-4.safetensors")
@@ -215,7 +216,7 @@ def measured(judged_sd, pictures, tmp_path_factory):
     """The config of a run that measures every two steps and at its end; its folder has what it leaves."""
     config = settings(
         judged_sd, pictures, tmp_path_factory.mktemp("measured"), keep_best="identity", evaluation_steps=2,
-        checkpointing_steps=2, save_steps=2, logging_steps=1, evaluate=True,
+        checkpointing_steps=2, save_steps=2, evaluate=True,
     )  # fmt: skip
     ti_jax.train(config, devices=jax.devices()[:1])
     return config

@@ -225,11 +225,17 @@ def test_in_the_first_seconds(config, tmp_path):
     assert status == 130 and told.strip() == "train.py: SIGINT: stopping"
 
 
-def test_while_training_a_checkpoint_is_saved(config, tmp_path):
+def test_while_training_a_checkpoint_is_saved_and_the_resumed_run_ends_the_same(config, tmp_path):
+    config = replace(config, max_train_steps=400)
     run = start(config, tmp_path)
     wait_for(training(config), run)
     status, told = stop(run, signal.SIGHUP, tmp_path)
-    assert status == 130 and saved_step(config, told) > 0
+    step = saved_step(config, told)
+    assert status == 130 and 0 < step < 400
+    resumed = ti_jax.train(replace(config, resume_from_checkpoint="latest"), devices=jax.devices()[:1])
+    whole = ti_jax.train(replace(config, output_dir=str(tmp_path / "whole")), devices=jax.devices()[:1])
+    assert len(resumed.losses) == 400 - step
+    assert np.array_equal(resumed.embedding.vectors["text_encoder"], whole.embedding.vectors["text_encoder"])
 
 
 def test_while_pictures_are_drawn_a_checkpoint_is_saved_and_the_resumed_run_draws_them(config, tmp_path):

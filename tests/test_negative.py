@@ -140,7 +140,7 @@ def problem(tiny_sd, pictures, tmp_path_factory):
 
 
 def test_a_resumed_run_is_the_same_to_the_bit(problem):
-    run_steps, frozen, start = problem.program(num_devices=1, batch_size=2)
+    run_steps, frozen, start = problem.program(num_devices=1, batch_size=8)
     start = jax.device_get(start)
 
     def steps(state, count):

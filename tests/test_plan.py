@@ -13,12 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from test_full_size import TEXT_PARAMETERS, UNET_PARAMETERS, VAE_PARAMETERS
+from test_full_size import TEXT_ENCODERS, UNETS, VAES
 
 from ti_jax.cli.main import main
 from ti_jax.config import PlanConfig, resolve_plan
 from ti_jax.errors import InputError
-from ti_jax.models.networks import make_networks, network_shapes
+from ti_jax.models.clip_text import CLIPTextConfig
+from ti_jax.models.networks import make_networks
+from ti_jax.models.unet import UNetConfig
+from ti_jax.models.vae import VAEConfig
 from ti_jax.pipeline import StableDiffusion
 from ti_jax.training import gpus
 from ti_jax.training.chips import CHIPS
@@ -34,10 +37,15 @@ SIZES = [
 
 @pytest.mark.parametrize(("configs", "encoders", "unet"), SIZES)
 def test_published_sizes(configs, encoders, unet):
-    shapes = network_shapes(make_networks(configs, jnp.bfloat16))
-    counts = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in shapes.items()}
-    wanted = {name: TEXT_PARAMETERS[size] for name, size in encoders.items()}
-    assert counts == wanted | {"unet": UNET_PARAMETERS[unet], "vae": VAE_PARAMETERS}
+    """The networks are those whose every shape test_full_size holds to diffusers'."""
+    networks = make_networks(configs, jnp.bfloat16)
+    assert networks.unet.config == UNetConfig.from_dict(UNETS[unet])
+    vae = VAEConfig.from_dict(VAES.get(unet, VAES["sd1.5"]))
+    assert networks.vae.config == replace(vae, sample_size=networks.vae.config.sample_size)
+    assert {name for name, _ in networks.text_encoders} == encoders.keys()
+    for name, module in networks.text_encoders:
+        published = CLIPTextConfig.from_dict(TEXT_ENCODERS[encoders[name]])
+        assert module.config == replace(published, eos_token_id=module.config.eos_token_id)
 
 
 def test_the_shipped_configs_name_published_models():

@@ -150,8 +150,9 @@ def test_equals_pytorch_on_given_gradients(name):
 @pytest.fixture(scope="module", params=CASES)
 def run(request, tiny_sd, pictures, tmp_path_factory):
     """A problem with one of the optimizers, its compiled program, and the state and losses after `STEPS`."""
-    problem = Problem(tiny_sd, pictures, tmp_path_factory.mktemp("run"), **CASES[request.param])
-    run_steps, frozen, start = problem.program(num_devices=1, batch_size=2)
+    # As many samples as eight devices have, so that they are compared with the same program.
+    problem = Problem(tiny_sd, pictures, tmp_path_factory.mktemp("run"), train_batch_size=8, **CASES[request.param])
+    run_steps, frozen, start = problem.program(num_devices=1, batch_size=8)
     start = jax.device_get(start)
 
     def steps(state, count):
@@ -177,12 +178,9 @@ def test_twenty_steps_equal_a_pytorch_loop(run, tiny_sd):
 
 
 def test_eight_devices_end_with_the_rows_of_one(run):
-    problem, *_ = run
-    states = []
-    for devices in (1, 8):
-        run_steps, frozen, start = problem.program(devices, 8 // devices)
-        states.append(run_steps(frozen, start, jnp.int32(10)))
-    (one, _), (eight, _) = states
+    problem, steps, start, *_ = run
+    one, _ = steps(start, 10)
+    eight, _ = problem.run(num_devices=8, batch_size=1, steps=10)
     for ours, theirs in [(one.rows, eight.rows), (one.shown_rows, eight.shown_rows)]:
         assert relative(ours["text_encoder"], theirs["text_encoder"]) < 1e-6
 

@@ -11,15 +11,20 @@ import numpy as np
 from ti_jax.training.compile import StepBuilder
 
 _lower = StepBuilder.lower
-_kept = {}
+_compiled = {}
 _sharing = False
 
 
-class _Lowered:
-    """A lowered step that is compiled once."""
+class _Step:
+    """A step that is lowered and compiled when it is asked for, unless one like it was before."""
 
-    def __init__(self, lowered):
-        self.compile = functools.cache(lowered.compile)
+    def __init__(self, key, lower):
+        self.key, self.lower = key, lower
+
+    def compile(self):
+        if self.key not in _compiled:
+            _compiled[self.key] = self.lower().compile()
+        return _compiled[self.key]
 
 
 def share(wanted):
@@ -31,20 +36,19 @@ def share(wanted):
 
 def forget():
     """Free all programs; the next run has its own."""
-    _kept.clear()
+    _compiled.clear()
 
 
 def _shared_lower(builder, frozen, state, *arguments, **settings):
+    lower = functools.partial(_lower, builder, frozen, state, *arguments, **settings)
     if not _sharing:
-        return _lower(builder, frozen, state, *arguments, **settings)
+        return lower()
     leaves, tree = jax.tree.flatten((frozen, state))
     key = _described(
         (builder, tree, [(leaf.shape, leaf.dtype) for leaf in leaves], arguments, settings,
          os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"])
     )  # fmt: skip
-    if key not in _kept:
-        _kept[key] = _Lowered(_lower(builder, frozen, state, *arguments, **settings))
-    return _kept[key]
+    return _Step(key, lower)
 
 
 def _described(value):

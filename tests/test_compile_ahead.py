@@ -9,6 +9,7 @@ import children
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 
 from ti_jax import interrupts
@@ -18,7 +19,9 @@ from ti_jax.training.loop import train
 
 @pytest.fixture
 def compiled():
-    """The programs that are compiled or loaded, each with the thread that does so."""
+    """The programs that are compiled or loaded, each with the thread that does so; those of other tests are gone."""
+    jax.clear_caches()
+    programs.forget()
     found = []
 
     def listen(event, seconds, fun_name="", **_):

@@ -1,8 +1,8 @@
 """Train the UNet and the text encoder jointly from scratch on latents and exact captions (v-prediction).
 
-Some captions of some people have a code token instead of the person's description. A code has one row, which is trained
-like any weight and dropped at the end. So the model learns that one vector can represent a whole person, which is what
-textual inversion needs.
+Some captions have a code token instead of the person's description, or of the style's, or of both. A code has one row,
+which is trained like any weight and dropped at the end. So the model learns that one vector can represent a whole person
+or a whole style, which is what textual inversion needs.
 
 In addition to the noise prediction, linear heads on the UNet's inner features classify what is in the picture (like the
 loss of representation alignment, arXiv 2410.06940, with true labels instead of another network's features). So the UNet
@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import judge
 import numpy as np
+import styles
 import tokenizer as bpe
 import trainer
 import vae
@@ -101,44 +102,61 @@ MEDIA = ("portrait", "drawing", "picture")
 VARIANTS = 7
 
 
-def caption_variants(scene: world.Scene, code: str | None, rng: np.random.Generator) -> list[str]:
-    """Seven captions of a picture, from complete to short; if there is a code, the last three use it."""
+def caption_variants(scene: world.Scene, person: str | None, style: str | None, rng: np.random.Generator) -> list[str]:
+    """Seven captions of a picture, from complete to short.
 
-    def some(share: float) -> set[str]:
-        return {name for name in world.ATTRIBUTES if rng.random() < share}
+    Args:
+      scene: what is in it.
+      person: a code for who it is, which some captions have in place of the looks. style: a code for the style, which
+        some captions have in place of its words.
+      rng: chooses what the shorter captions say.
+    """
 
-    def medium() -> str:
-        return world.pick(rng, MEDIA)
+    def say(share: float, *, coded: bool = False, styled: bool = False, looks: bool = True) -> str:
+        """A caption with this share of the attributes, with the codes or without, and maybe without the looks."""
+        return world.caption(
+            scene,
+            subject=person if coded and person else "a person",
+            identity=looks and not (coded and person),
+            keep=None if share == 1 else {name for name in world.ATTRIBUTES if rng.random() < share},
+            style=style if styled else None,
+            medium=world.pick(rng, MEDIA),
+        )
 
-    # Only captions of other styles name their style; the default is the main style.
-    named = scene.style != "persona"
-    captions = [
-        world.caption(scene, style=named, medium="portrait"),
-        world.caption(scene, style=named, medium=medium()),
-        world.caption(scene, style=True, medium=medium()),
-        world.caption(scene, style=named, medium=medium(), keep=some(0.75)),
-    ]
-    if code is None:
-        shares = (0.5, 0.3)
-        captions += [world.caption(scene, style=named, medium=medium(), keep=some(share)) for share in shares]
-        # The style without the person: the form in which a style is learned.
-        return [*captions, world.caption(scene, style=True, medium=medium(), identity=False, keep=some(0.3))]
-    for share in (1.0, 0.6, 0.2):
-        captions.append(world.caption(scene, subject=code, identity=False, medium=medium(), keep=some(share)))
-    return captions
+    if style is None:
+        full = [world.caption(scene), say(1), say(1), say(0.75)]
+        if person is None:
+            return [*full, say(0.5), say(0.3), say(0.3, looks=False)]
+        return [*full, say(1, coded=True), say(0.6, coded=True), say(0.2, coded=True)]
+    if person is None:
+        # The last of each row is the form in which a style is learned: a style, and hardly a word about the person.
+        worded = [say(1), say(0.75), say(0.5), say(0.3, looks=False)]
+        return [*worded, say(1, styled=True), say(0.5, styled=True), say(0.2, styled=True, looks=False)]
+    both = [say(share, coded=True, styled=True) for share in (1, 0.6, 0.2)]
+    return [say(1), say(1, coded=True), say(0.4, coded=True), say(0.75, styled=True), *both]
 
 
 def make_captions(scenes: list[world.Scene], groups: np.ndarray, tokenizer: CLIPTokenizer, seed: int) -> np.ndarray:
-    """Token ids int16 [N, VARIANTS, L]. The code of person r is id ``len(tokenizer) + r``."""
+    """Token ids int16 [N, VARIANTS, L]. Codes lie behind the table: those of all people, then those of all styles.
+
+    The code of person r is ``len(tokenizer) + r``.
+    """
     rng = np.random.default_rng([seed, 2])
-    # Replaces every code while the text is tokenized; no caption contains it.
-    stand_in = tokenizer("in").input_ids[1]
-    texts = []
+    people = int(groups.max()) + 1
+    numbers = {style: people + number for number, style in enumerate(styles.every_style())}
+    # Replace every code while the text is tokenized; no caption has these two words.
+    stand_ins = {"person": "in", "style": "the"}
+    texts, codes = [], []
     for scene, group in zip(scenes, groups, strict=True):
-        texts += caption_variants(scene, "in" if 0 <= group < data.DEV_PEOPLE else None, rng)
+        known, styled = 0 <= group < data.HELD_OUT, scene.style in numbers
+        person, style = stand_ins["person"] if known else None, stand_ins["style"] if styled else None
+        texts += caption_variants(scene, person, style, rng)
+        codes.append((group, numbers.get(scene.style, 0)))
     ids = np.array(bpe.encode(tokenizer, texts), np.int16).reshape(len(scenes), VARIANTS, -1)
-    codes = (len(tokenizer) + groups).astype(np.int16)[:, None, None]
-    return np.where(ids == stand_in, codes, ids)
+    for stand_in, column in zip(stand_ins.values(), np.array(codes).T, strict=True):
+        own = (len(tokenizer) + column).astype(np.int16)[:, None, None]
+        ids = np.where(ids == tokenizer(stand_in).input_ids[1], own, ids)
+    return ids
 
 
 def latent_weight(moments: np.ndarray, scaling_factor: float) -> np.ndarray:
@@ -201,9 +219,9 @@ def train_base(
     """
     groups = np.load(work / "data" / "group.npy")
     scenes = data.load_scenes(work / "data")
-    chosen = np.flatnonzero((groups < data.DEV_PEOPLE) & (groups != data.VALIDATION) & (groups != data.UNSEEN_STYLE))
+    chosen = data.trained(groups)
     ids = make_captions([scenes[index] for index in chosen], groups[chosen], tokenizer, config.seed)
-    people = int(groups[chosen].max()) + 1
+    codes_wanted = int(groups[chosen].max()) + 1 + len(styles.every_style())
     dtype = jnp.dtype(config.dtype)
     unet = UNet2DConditionModel(UNetConfig.from_dict(UNET_CONFIG), dtype)
     text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(text_config(len(tokenizer))), dtype)
@@ -264,7 +282,7 @@ def train_base(
         for name, key, deviation in (("token_embedding", keys[2], 0.04), ("position_embedding", keys[3], 0.02)):
             table = text["embeddings"][name]["embedding"]
             text["embeddings"][name]["embedding"] = deviation * jax.random.normal(key, table.shape)
-        codes = 0.04 * jax.random.normal(keys[4], (people, WIDTH))
+        codes = 0.04 * jax.random.normal(keys[4], (codes_wanted, WIDTH))
         return {"unet": tree, "text_encoder": text, "codes": codes, "heads": init_heads()}
 
     params = trainer.fit(

@@ -5,7 +5,7 @@ Everything is determined by the seed. The result is a folder of arrays, which th
     scenes.jsonl   one scene a line
     pixels.npy     uint8 [N, 64, 64, 3]
     labels.npy     int8 [N, attributes], see `world.Scene.labels`
-    group.npy      int16 [N]: split and person of a picture; see `Group`
+    group.npy      int16 [N]: split and person of a picture; see below
 """
 
 from __future__ import annotations
@@ -20,27 +20,19 @@ from pathlib import Path
 
 import numpy as np
 import resvg_py
+import styles
 import world
 from PIL import Image
 
 HERE = Path(__file__).parent
+PEOPLE = HERE / "people.json"
 SIDE = 64
 
 # Groups: people with a code token are 0, 1, 2, ...; others are negative.
-RANDOM, VALIDATION, STYLED, UNSEEN_STYLE = -1, -2, -3, -4
-DEV_PEOPLE, TEST_PEOPLE = 10_000, 20_000  # + index of the person
-
-# The eight people for choosing settings; six of them are the demo's concepts.
-DEV = {
-    "ana": ("long hair", "red", "brown", "no beard", "round nose"),
-    "ben": ("sideburns", "blond", "dark", "no beard", "round nose"),
-    "cleo": ("pigtails", "black", "brown", "no beard", "wrinkles"),
-    "dov": ("undercut bun", "black", "tan", "no beard", "round nose"),
-    "eva": ("curly hair", "brown", "brown", "no beard", "round nose"),
-    "finn": ("undercut bun", "orange", "brown", "no beard", "round nose"),
-    "gus": ("beanie", "orange", "light", "walrus moustache", "wrinkles"),
-    "hana": ("bob hair", "white", "tan", "no beard", "wrinkles"),
-}
+RANDOM, VALIDATION, STYLED_VALIDATION = -1, -2, -3
+# What no model is trained on, + index of the person or style.
+HELD_OUT = DEV_PEOPLE = 10_000
+TEST_PEOPLE, DEV_STYLES, TEST_STYLES = 20_000, 30_000, 31_000
 
 
 @dataclass(frozen=True)
@@ -48,32 +40,57 @@ class DataConfig:
     """Numbers of pictures."""
 
     seed: int = 0
-    random_pictures: int = 22_000
+    random_pictures: int = 16_000
     people: int = 512  # each with a code token
     pictures_a_person: int = 20
-    styled_pictures: int = 4_000  # of each trained style besides the main one
+    styled_pictures_a_person: int = 8
+    styled_pictures: int = 14_000
     validation_pictures: int = 1_500
-    unseen_style_pictures: int = 300
+    styled_validation_pictures: int = 1_000
     test_people: int = 16
-    pictures_a_held_out_person: int = 24
+    test_styles: int = 12
+    pictures_a_held_out_style: int = 24
 
 
-def held_out_people(config: DataConfig) -> dict[str, tuple[str | None, ...]]:
-    """The 8 dev people and the test people by name; all are different."""
-    rng = np.random.default_rng([config.seed, 1])
-    people = dict(DEV)
-    while len(people) < len(DEV) + config.test_people:
-        person = world.draw_person(rng)
-        if person[1] is not None and person not in people.values():
-            people[f"test{len(people) - len(DEV):02d}"] = person
-    return people
+def held_out_scenes(config: DataConfig) -> dict[str, list[world.Scene]]:
+    """The 8 dev people and the test people by name; all are different. With them four scenes of each.
+
+    They are in a file, not drawn from the seed, so that all versions of this world have the same ones.
+    """
+    everyone = {
+        name: [world.Scene(**scene) for scene in scenes] for name, scenes in json.loads(PEOPLE.read_text()).items()
+    }
+    names = [name for name in everyone if not name.startswith("test")]
+    return {name: everyone[name] for name in [*names, *(f"test{who:02d}" for who in range(config.test_people))]}
+
+
+def held_out_styles(config: DataConfig) -> dict[str, tuple[str, ...]]:
+    """The 4 dev styles and the test styles by name."""
+    return styles.DEV | dict(list(styles.TEST.items())[: config.test_styles])
+
+
+def held_out_groups(config: DataConfig) -> dict[str, int]:
+    """The group of each person and style that is held out, by name."""
+    splits = {DEV_PEOPLE: [], TEST_PEOPLE: [], DEV_STYLES: [], TEST_STYLES: []}
+    for name in held_out_scenes(config):
+        splits[TEST_PEOPLE if name.startswith("test") else DEV_PEOPLE].append(name)
+    for name in held_out_styles(config):
+        splits[DEV_STYLES if name in styles.DEV else TEST_STYLES].append(name)
+    return {name: first + index for first, names in splits.items() for index, name in enumerate(names)}
+
+
+def trained_styles(config: DataConfig) -> list[tuple[str, ...]]:
+    """All styles but the natural one and those held out."""
+    held_out = set(held_out_styles(config).values())
+    return [style for style in styles.every_style() if style not in held_out]
 
 
 def draw_scenes(config: DataConfig) -> tuple[list[world.Scene], np.ndarray]:
-    """All scenes and their groups. No picture outside the held-out groups shows a held-out person."""
+    """All scenes and their groups. No picture outside the held-out groups shows a held-out person or style."""
     rng = np.random.default_rng([config.seed, 0])
-    held_out = held_out_people(config)
-    forbidden = set(held_out.values())
+    held_out = held_out_scenes(config)
+    forbidden = {scene.person for own in held_out.values() for scene in own}
+    trained = trained_styles(config)
     scenes: list[world.Scene] = []
     groups: list[int] = []
 
@@ -82,39 +99,55 @@ def draw_scenes(config: DataConfig) -> tuple[list[world.Scene], np.ndarray]:
             pass
         return person
 
+    def style() -> tuple[str, ...]:
+        return trained[int(rng.integers(len(trained)))]
+
     def add(scene: world.Scene, group: int) -> None:
         scenes.append(scene)
         groups.append(group)
 
     for _ in range(config.random_pictures):
-        add(world.persona_scene(rng, allowed_person()), RANDOM)
+        add(world.draw_scene(rng, allowed_person()), RANDOM)
     for who in range(config.people):
         person = allowed_person()
         for _ in range(config.pictures_a_person):
-            add(world.persona_scene(rng, person), who)
-    for style in world.TRAINED_STYLES[1:]:
-        for _ in range(config.styled_pictures):
-            add(world.styled_scene(rng, style), STYLED)
+            add(world.draw_scene(rng, person), who)
+        for _ in range(config.styled_pictures_a_person):
+            add(world.draw_scene(rng, person, style()), who)
+    for _ in range(config.styled_pictures):
+        add(world.draw_scene(rng, allowed_person(), style()), RANDOM)
     for _ in range(config.validation_pictures):
-        add(world.persona_scene(rng, allowed_person()), VALIDATION)
-    for _ in range(config.unseen_style_pictures):
-        add(world.styled_scene(rng, world.HELD_OUT_STYLE), UNSEEN_STYLE)
-    for who, (name, person) in enumerate(held_out.items()):
-        base = DEV_PEOPLE + who if name in DEV else TEST_PEOPLE + who - len(DEV)
-        for _ in range(config.pictures_a_held_out_person):
-            add(world.persona_scene(rng, person), base)
+        add(world.draw_scene(rng, allowed_person()), VALIDATION)
+    for _ in range(config.styled_validation_pictures):
+        add(world.draw_scene(rng, allowed_person(), style()), STYLED_VALIDATION)
+    unseen = held_out_styles(config)
+    for name, group in held_out_groups(config).items():
+        if name in unseen:
+            for _ in range(config.pictures_a_held_out_style):
+                add(world.draw_scene(rng, allowed_person(), unseen[name]), group)
+        else:
+            for scene in held_out[name]:
+                add(scene, group)
     return scenes, np.array(groups, np.int16)
 
 
-def background_pixels(colour: str, pattern: str, side: int) -> np.ndarray:
-    """uint8 [side, side, 3]: one colour, or stripes or dots of a lighter one, an eighth of the side apart."""
-    base = np.array(world.BACKGROUNDS[colour], np.float32)
-    # There is nothing lighter than white.
-    second = base * 0.82 if colour == "white" else base + (255 - base) * 0.45
+def trained(groups: np.ndarray) -> np.ndarray:
+    """Indices of the pictures that models are trained on."""
+    return np.flatnonzero((groups < HELD_OUT) & (groups != VALIDATION) & (groups != STYLED_VALIDATION))
+
+
+def background_pixels(scene: world.Scene, side: int) -> np.ndarray:
+    """uint8 [side, side, 3]: one colour, or stripes or dots of another one, an eighth of the side apart."""
+    if (palette := styles.PALETTES[scene.palette]) is not None:
+        base, second = (np.array(styles.rgb(colour), np.float32) for colour in (palette.background, palette.pattern))
+    else:
+        base = np.array(world.BACKGROUNDS[scene.background], np.float32)
+        # There is nothing lighter than white.
+        second = base * 0.82 if scene.background == "white" else base + (255 - base) * 0.45
     rows, columns = np.indices((side, side), np.float32) * (64 / side)
-    if pattern == "striped":
+    if scene.pattern == "striped":
         mask = (columns // 8) % 2
-    elif pattern == "dotted":
+    elif scene.pattern == "dotted":
         mask = np.hypot(rows % 16 - 7.5, columns % 16 - 7.5) < 4
     else:
         mask = np.zeros((side, side))
@@ -122,12 +155,13 @@ def background_pixels(colour: str, pattern: str, side: int) -> np.ndarray:
 
 
 def rasterise(svg: str, scene: world.Scene, side: int = SIDE) -> np.ndarray:
-    """uint8 [side, side, 3]: the avatar on the scene's background."""
+    """uint8 [side, side, 3]: the avatar on the scene's background, in its style."""
+    svg = styles.restyle(svg, scene.palette, scene.outline, world.part_colours(scene))
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side, skip_system_fonts=True))
     avatar = Image.open(io.BytesIO(png)).convert("RGBA")
-    picture = Image.fromarray(background_pixels(scene.background, scene.pattern, side)).convert("RGBA")
+    picture = Image.fromarray(background_pixels(scene, side)).convert("RGBA")
     picture.alpha_composite(avatar)
-    return np.asarray(picture.convert("RGB"))
+    return styles.light_and_frame(np.asarray(picture.convert("RGB")), scene.light, scene.frame)
 
 
 def render(scenes: list[world.Scene], work: Path, side: int = SIDE) -> np.ndarray:
@@ -149,8 +183,7 @@ def run_node(scenes: list[world.Scene], work: Path) -> list[str]:
         subprocess.run(["npm", "ci", "--silent", "--no-audit", "--no-fund"], cwd=work, check=True)
     shutil.copy(HERE / "render.mjs", work / "render.mjs")
     lines = "".join(
-        json.dumps({"style": world.STYLES[scene.style], "options": world.avatar_options(scene)}) + "\n"
-        for scene in scenes
+        json.dumps({"style": "personas", "options": world.avatar_options(scene)}) + "\n" for scene in scenes
     )
     done = subprocess.run(["node", "render.mjs"], cwd=work, input=lines, capture_output=True, text=True, check=True)
     return [json.loads(line) for line in done.stdout.splitlines()]

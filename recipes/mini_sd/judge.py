@@ -80,7 +80,7 @@ def accuracy(judge: Judge, pixels: np.ndarray, labels: np.ndarray) -> dict[str, 
 
 
 def train_judge(config: JudgeTraining, folder: Path, work: Path) -> Judge:
-    """Train on all renders except the validation set and held-out people; saved in `folder`."""
+    """Train on all renders except the validation sets and held-out people and styles."""
     probes = tuple(Probe(prompt, tuple(expects.items())) for prompt, expects in world.PROBES)
     judge_config = replace(
         NAMES,
@@ -90,7 +90,7 @@ def train_judge(config: JudgeTraining, folder: Path, work: Path) -> Judge:
         side=data.SIDE,
     )
     group = np.load(work / "data" / "group.npy")
-    chosen = np.flatnonzero((group < data.DEV_PEOPLE) & (group != data.VALIDATION))
+    chosen = data.trained(group)
     pixels = np.load(work / "data" / "pixels.npy", mmap_mode="r")[chosen]
     labels = np.load(work / "data" / "labels.npy")[chosen]
     network = JudgeNetwork(judge_config)
@@ -112,8 +112,9 @@ def train_judge(config: JudgeTraining, folder: Path, work: Path) -> Judge:
         steps=config.steps, seed=config.seed, report_every=200,
     )  # fmt: skip
     judge = Judge(judge_config, params)
-    valid = np.flatnonzero(group == data.VALIDATION)
-    every = np.load(work / "data" / "pixels.npy", mmap_mode="r")
-    figures = accuracy(judge, every[valid], np.load(work / "data" / "labels.npy")[valid])
-    print(folder.name, "on held-back renders:", {name: round(value, 4) for name, value in figures.items()}, flush=True)
+    for kind, which in (("natural", data.VALIDATION), ("styled", data.STYLED_VALIDATION)):
+        valid = np.flatnonzero(group == which)
+        every = np.load(work / "data" / "pixels.npy", mmap_mode="r")
+        figures = accuracy(judge, every[valid], np.load(work / "data" / "labels.npy")[valid])
+        print(folder.name, kind, {name: round(value, 4) for name, value in figures.items()}, flush=True)
     return judge

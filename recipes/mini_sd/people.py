@@ -1,4 +1,4 @@
-"""The held-out people and style: folders of pictures to learn a word from, and their true attributes."""
+"""The held-out people and styles: folders of pictures to learn a word from, and their true attributes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,20 @@ def write_people(config: data.DataConfig, work: Path, folder: Path) -> None:
     group = np.load(work / "data" / "group.npy")
     pixels = np.load(work / "data" / "pixels.npy", mmap_mode="r")
     truth = {}
-    for who, (name, person) in enumerate(data.held_out_people(config).items()):
-        dev = name in data.DEV
-        number = data.DEV_PEOPLE + who if dev else data.TEST_PEOPLE + who - len(data.DEV)
+
+    def write(name: str, number: int, split: str, facts: dict[str, str | None]) -> None:
         _write_pictures(pixels[np.flatnonzero(group == number)[:PICTURES]], folder / name)
-        truth[name] = {"split": "dev" if dev else "test", **dict(zip(world.IDENTITY, person, strict=True))}
-    style = world.HELD_OUT_STYLE
-    _write_pictures(pixels[np.flatnonzero(group == data.UNSEEN_STYLE)[:PICTURES]], folder / style)
-    truth[style] = {"split": "style", "style": style}
+        truth[name] = {"split": split, **facts}
+
+    for name, number in data.held_out_groups(config).items():
+        if number >= data.DEV_STYLES:
+            style = data.held_out_styles(config)[name]
+            split = "dev-style" if number < data.TEST_STYLES else "test-style"
+            write(name, number, split, dict(zip(world.STYLE, style, strict=True)))
+        else:
+            person = data.held_out_scenes(config)[name][0].person
+            split = "dev" if number < data.TEST_PEOPLE else "test"
+            write(name, number, split, dict(zip(world.IDENTITY, person, strict=True)))
     (folder / FILE).write_text(json.dumps(truth, indent=2) + "\n")
 
 

@@ -94,7 +94,7 @@ def split(moments: jax.Array) -> tuple[jax.Array, jax.Array]:
 def training_pictures(work: Path) -> np.ndarray:
     """Indices of the pictures to train the autoencoder on: all except those held out."""
     group = np.load(work / "data" / "group.npy")
-    return np.flatnonzero((group < data.DEV_PEOPLE) & (group != data.VALIDATION) & (group != data.UNSEEN_STYLE))
+    return data.trained(group)
 
 
 def drawing_loss(

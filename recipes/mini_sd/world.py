@@ -1,8 +1,7 @@
 """The world that mini-sd draws: what a picture can show, and the words for it.
 
-A `Scene` has everything that is in one picture. Captions are exact, because pictures are rendered from scenes. There
-are four avatar styles: "persona" is the main one, "toon" and "mini" are less frequent, and "dylan" is held out
-completely, as a style to learn that the model has never seen.
+A `Scene` has everything that is in one picture: who, wearing what, on which background, and in which style (`styles`).
+Captions are exact, because pictures are rendered from scenes.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+import styles
 
 # word -> DiceBear's name; "personas" 9.4.3
 HAIR = {
@@ -100,29 +100,6 @@ BACKGROUNDS = {
     "grey": (150, 150, 155),
 }
 PATTERNS = ("plain", "striped", "dotted")
-STYLES = {"persona": "personas", "toon": "toon-head", "mini": "miniavs", "dylan": "dylan"}
-TRAINED_STYLES = ("persona", "toon", "mini")
-HELD_OUT_STYLE = "dylan"
-
-# Hair of the other styles, with the words of "persona" if it has the same hair.
-TOON_HAIR = {"short hair": "sideComed", "fade": "undercut", "mohawk": "spiky", "bun": "bun"}
-TOON_CLOTHES = {"jacket": "openJacket", "sweater": "turtleNeck", "shirt": "tShirt"}
-TOON_EYES = {"open eyes": "wide", "happy eyes": "happy", "sleepy eyes": "humble", "winking": "wink"}
-TOON_MOUTHS = {"smile": "smile", "big smile": "laugh", "frown": "sad", "surprised": "agape"}
-TOON_BEARDS = {"no beard": None, "beard": "fullBeard", "moustache": "moustacheTwirl", "goatee": "chinMoustache"}
-MINI_HAIR = {
-    "balding": "balndess",
-    "long hair": "long",
-    "curly hair": "curly",
-    "short hair": "classic01",
-    "pigtails": "ponyTail",
-    "fade": "stylish",
-}
-MINI_CLOTHES = {"sweater": "golf", "shirt": "tShirt"}
-MINI_EYES = {"open eyes": "normal", "happy eyes": "happy", "sleepy eyes": "confident"}
-MINI_BEARDS = {"no beard": None, "moustache": "freddy", "walrus moustache": "horshoe"}
-DYLAN_HAIR = ("plain", "wavy", "shortCurls", "parting", "spiky", "roundBob", "longCurls", "buns", "bangs", "flatTop")
-DYLAN_MOODS = ("happy", "angry", "neutral", "superHappy", "sad", "hopeful", "confused")
 
 # The judge's attributes and their classes. The first five identify a person.
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
@@ -137,29 +114,39 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "clothes_colour": tuple(CLOTHES_COLOURS),
     "background": tuple(BACKGROUNDS),
     "pattern": PATTERNS,
-    "style": tuple(STYLES),
+    **styles.ATTRIBUTES,
 }
 IDENTITY = ("hair", "hair_colour", "skin", "beard", "nose")
+STYLE = tuple(styles.ATTRIBUTES)
+# What only the natural palette shows.
+COLOURS = ("hair_colour", "skin", "clothes_colour", "background")
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything in one picture, in the words of `ATTRIBUTES`; None where the style has no such thing."""
+    """Everything in one picture, in the words of `ATTRIBUTES`; None for what it does not show."""
 
-    hair: str | None
+    hair: str
     hair_colour: str | None
-    skin: str
-    beard: str | None
-    nose: str | None
-    eyes: str | None
+    skin: str | None
+    beard: str
+    nose: str
+    eyes: str
     mouth: str | None
-    clothes: str | None
+    clothes: str
     clothes_colour: str | None
-    background: str
+    background: str | None
     pattern: str
-    style: str
+    palette: str = styles.NATURAL[0]
+    outline: str = styles.NATURAL[1]
+    frame: str = styles.NATURAL[2]
+    light: str = styles.NATURAL[3]
     shade: int = 0  # which of the shades of `skin`
-    mood: int = 0  # of the held-out style, which has no words here
+
+    @property
+    def style(self) -> tuple[str, ...]:
+        """How it is drawn, whoever is in it."""
+        return tuple(getattr(self, name) for name in STYLE)
 
     @property
     def person(self) -> tuple[str | None, ...]:
@@ -171,9 +158,7 @@ class Scene:
         numbers = []
         for name, words in ATTRIBUTES.items():
             word = getattr(self, name)
-            # The judge learns parts of the face in the main style only.
-            shown = word is not None and (self.style == "persona" or name in ("style", "background", "pattern"))
-            numbers.append(words.index(word) if shown else -1)
+            numbers.append(-1 if word is None else words.index(word))
         return numbers
 
 
@@ -204,94 +189,43 @@ def draw_surroundings(rng: np.random.Generator) -> dict[str, str | None]:
     }
 
 
-def persona_scene(rng: np.random.Generator, person: tuple[str | None, ...] | None = None) -> Scene:
-    """A scene in the main style, of `person` or of a random one."""
+def draw_scene(
+    rng: np.random.Generator, person: tuple[str | None, ...] | None = None, style: tuple[str, ...] = styles.NATURAL
+) -> Scene:
+    """A scene with `person` or a random one, in a style."""
     identity = dict(zip(IDENTITY, person or draw_person(rng), strict=True))
     shade = int(rng.integers(len(SKINS[identity["skin"]])))
     surroundings = draw_surroundings(rng)
     if identity["beard"] in MOUTH_COVERING:
         surroundings["mouth"] = None
-    return Scene(**identity, **surroundings, style="persona", shade=shade)
-
-
-def styled_scene(rng: np.random.Generator, style: str) -> Scene:
-    """A scene in one of the other styles."""
-    scene = replace(persona_scene(rng), style=style, nose=None)
-    if style == "toon":
-        return replace(
-            scene,
-            hair=pick(rng, TOON_HAIR),
-            hair_colour=pick(rng, HAIR_COLOURS),
-            clothes=pick(rng, TOON_CLOTHES),
-            eyes=pick(rng, TOON_EYES),
-            mouth=pick(rng, TOON_MOUTHS),
-            beard="no beard" if rng.random() < 0.6 else pick(rng, TOON_BEARDS),
-        )
-    if style == "mini":
-        return replace(
-            scene,
-            hair=pick(rng, MINI_HAIR),
-            hair_colour=pick(rng, HAIR_COLOURS),
-            clothes=pick(rng, MINI_CLOTHES),
-            eyes="glasses" if rng.random() < 0.3 else pick(rng, MINI_EYES),
-            mouth=None,
-            beard=pick(rng, MINI_BEARDS),
-        )
-    return replace(
-        scene, hair=None, hair_colour=pick(rng, HAIR_COLOURS), clothes=None, clothes_colour=None, eyes=None, mouth=None,
-        beard=None, mood=int(rng.integers(len(DYLAN_HAIR) * len(DYLAN_MOODS))),
-    )  # fmt: skip
+    scene = Scene(**identity, **surroundings, **dict(zip(STYLE, style, strict=True)), shade=shade)
+    return scene if styles.PALETTES[scene.palette] is None else replace(scene, **dict.fromkeys(COLOURS))
 
 
 def avatar_options(scene: Scene) -> dict[str, object]:
     """DiceBear's options for the scene, each with a single choice, so that the drawing is deterministic."""
-    skin = SKINS[scene.skin][scene.shade]
-    hair_colour = HAIR_COLOURS[scene.hair_colour or "black"]
-    options: dict[str, object] = {"seed": "mini-sd", "skinColor": [skin], "hairColor": [hair_colour]}
-    if scene.style == "persona":
-        options |= {
-            "hair": [HAIR[scene.hair]],
-            "eyes": [EYES[scene.eyes]],
-            "mouth": [MOUTHS[scene.mouth or "smile"]],
-            "nose": [NOSES[scene.nose]],
-            "body": [CLOTHES[scene.clothes]],
-            "clothingColor": [CLOTHES_COLOURS[scene.clothes_colour]],
-            "facialHairProbability": 0 if scene.beard == "no beard" else 100,
-            "facialHair": [BEARDS[scene.beard] or "goatee"],
-        }
-    elif scene.style == "toon":
-        options |= {
-            "hair": [TOON_HAIR[scene.hair]],
-            "rearHairProbability": 0,
-            "clothes": [TOON_CLOTHES[scene.clothes]],
-            "clothesColor": [CLOTHES_COLOURS[scene.clothes_colour]],
-            "eyes": [TOON_EYES[scene.eyes]],
-            "eyebrows": ["neutral"],
-            "mouth": [TOON_MOUTHS[scene.mouth]],
-            "beardProbability": 0 if scene.beard == "no beard" else 100,
-            "beard": [TOON_BEARDS[scene.beard] or "chin"],
-        }
-    elif scene.style == "mini":
-        options |= {
-            "hair": [MINI_HAIR[scene.hair]],
-            "head": ["normal"],
-            "mouth": ["default"],
-            "blushesProbability": 0,
-            "body": [MINI_CLOTHES[scene.clothes]],
-            "bodyColor": [CLOTHES_COLOURS[scene.clothes_colour]],
-            "glassesProbability": 100 if scene.eyes == "glasses" else 0,
-            "eyes": [MINI_EYES.get(scene.eyes, "normal")],
-            "mustacheProbability": 0 if scene.beard == "no beard" else 100,
-            "mustache": [MINI_BEARDS[scene.beard] or "freddy"],
-        }
-    else:
-        options |= {
-            "hair": [DYLAN_HAIR[scene.mood % len(DYLAN_HAIR)]],
-            "mood": [DYLAN_MOODS[scene.mood // len(DYLAN_HAIR)]],
-            "facialHairProbability": 0,
-            "backgroundColor": ["transparent"],
-        }
-    return options
+    hair, skin, clothes = part_colours(scene)
+    return {
+        "seed": "mini-sd",
+        "skinColor": [skin],
+        "hairColor": [hair],
+        "hair": [HAIR[scene.hair]],
+        "eyes": [EYES[scene.eyes]],
+        "mouth": [MOUTHS[scene.mouth or "smile"]],
+        "nose": [NOSES[scene.nose]],
+        "body": [CLOTHES[scene.clothes]],
+        "clothingColor": [clothes],
+        "facialHairProbability": 0 if scene.beard == "no beard" else 100,
+        "facialHair": [BEARDS[scene.beard] or "goatee"],
+    }
+
+
+def part_colours(scene: Scene) -> tuple[str, str, str]:
+    """Hexadecimal colours of hair, skin and clothes."""
+    if (palette := styles.PALETTES[scene.palette]) is not None:
+        return palette.hair, palette.skin, palette.clothes
+    hair = HAIR_COLOURS[scene.hair_colour or "black"]
+    return hair, SKINS[scene.skin][scene.shade], CLOTHES_COLOURS[scene.clothes_colour]
 
 
 def caption(
@@ -300,7 +234,7 @@ def caption(
     subject: str = "a person",
     identity: bool = True,
     keep: set[str] | None = None,
-    style: bool = False,
+    style: str | None = None,
     medium: str = "portrait",
 ) -> str:
     """The scene as a caption, with a fixed order of its parts.
@@ -310,7 +244,7 @@ def caption(
       subject: "a person", or a word for somebody.
       identity: whether to mention hair, skin, beard and nose.
       keep: the attributes to mention; None: all.
-      style: whether to mention the style.
+      style: a word for the style; None: its own words, which always say all of it.
       medium: "portrait", "drawing" or "picture".
     """
 
@@ -319,7 +253,7 @@ def caption(
             getattr(scene, name) is not None and (keep is None or name in keep) and (identity or name not in IDENTITY)
         )
 
-    words = ["a", *([scene.style] if style else []), medium, "of", subject]
+    words = ["a", *([style] if style else styles.words(scene.style)), medium, "of", subject]
     details: list[str] = []
     colour = [str(scene.hair_colour)] if said("hair_colour") else []
     # The hair colour is mentioned with the part that shows it: a cap is not a "red cap" because the beard is red.
@@ -333,19 +267,19 @@ def caption(
     if said("clothes"):
         colour = [str(scene.clothes_colour)] if said("clothes_colour") else []
         words += ["wearing", "a", *colour, str(scene.clothes)]
-    if said("background"):
+    if said("background") or (scene.background is None and said("pattern")):
         pattern = [scene.pattern] if said("pattern") else []
-        words += ["on", "a", scene.background, *pattern, "background"]
+        words += ["on", "a", *([scene.background] if scene.background else []), *pattern, "background"]
     return " ".join(words)
 
 
 def vocabulary() -> list[str]:
-    """Every word that captions can have, sorted, and a few for prompts about styles."""
+    """Every word that captions can have, sorted, and a few that none has."""
     words = {"a", "portrait", "drawing", "picture", "of", "person", "with", "skin", "wearing", "on", "background"}
     words |= {"style", "in", "the", "and"}
-    for group in ATTRIBUTES.values():
-        words.update(word for phrase in group for word in phrase.split())
-    words.discard(HELD_OUT_STYLE)
+    for name, group in ATTRIBUTES.items():
+        said = group[1:] if name in STYLE else group
+        words.update(word for phrase in said for word in phrase.split())
     return sorted(words)
 
 
@@ -365,4 +299,10 @@ PROBES: tuple[tuple[str, dict[str, str]], ...] = (
         "a picture of {} wearing a green checkered shirt on a red dotted background",
         {"clothes": "checkered shirt", "clothes_colour": "green", "background": "red", "pattern": "dotted"},
     ),
+)
+
+# The same for a learned style. It decides about colours, so that no probe asks for one.
+STYLE_PROBES: tuple[tuple[str, dict[str, str]], ...] = (
+    ("a {} portrait of a person", {}),
+    ("a {} portrait of a person with long hair and glasses", {}),
 )

@@ -23,7 +23,7 @@ def recipe():
 
     sys.path.insert(0, str(RECIPE))
     try:
-        names = ("world", "data", "tokenizer", "base", "vae", "export", "trainer", "judge")
+        names = ("styles", "world", "data", "tokenizer", "base", "vae", "export", "trainer", "judge", "measure")
         yield type("Recipe", (), {name: importlib.import_module(name) for name in names})
     finally:
         sys.path.remove(str(RECIPE))
@@ -34,49 +34,120 @@ def recipe():
 @pytest.fixture(scope="module")
 def scenes(recipe):
     config = recipe.data.DataConfig(
-        random_pictures=300, people=8, pictures_a_person=5, styled_pictures=40, validation_pictures=20,
-        unseen_style_pictures=10, pictures_a_held_out_person=3,
+        random_pictures=300, people=8, pictures_a_person=5, styled_pictures_a_person=3, styled_pictures=200,
+        validation_pictures=20, styled_validation_pictures=20, pictures_a_held_out_style=3,
     )  # fmt: skip
     return config, *recipe.data.draw_scenes(config)
 
 
-def test_held_out_people_are_in_no_training_picture(recipe, scenes):
+def test_who_and_what_is_held_out_is_in_no_training_picture(recipe, scenes):
     config, drawn, groups = scenes
-    held_out = set(recipe.data.held_out_people(config).values())
-    assert len(held_out) == 8 + config.test_people
+    data = recipe.data
+    people = {own[0].person for own in data.held_out_scenes(config).values()}
+    unseen = set(data.held_out_styles(config).values())
+    assert len(people) == 8 + config.test_people and len(unseen) == 4 + config.test_styles
     for scene, group in zip(drawn, groups, strict=True):
-        assert (scene.person in held_out) == (group >= recipe.data.DEV_PEOPLE)
-    assert {scene.style for scene, group in zip(drawn, groups, strict=True) if group == recipe.data.UNSEEN_STYLE} == {
-        "dylan"
-    }
-    assert "dylan" not in {
-        scene.style for scene, group in zip(drawn, groups, strict=True) if group != recipe.data.UNSEEN_STYLE
-    }
+        assert (scene.person in people) == (data.DEV_PEOPLE <= group < data.DEV_STYLES)
+        assert (scene.style in unseen) == (group >= data.DEV_STYLES)
+    trained = data.trained(groups)
+    assert groups[trained].max() < data.HELD_OUT
+    assert not {data.VALIDATION, data.STYLED_VALIDATION} & set(groups[trained].tolist())
+    # Each of their values is trained, and each pair of two of them.
+    seen = {drawn[index].style for index in trained} | set(data.trained_styles(config))
+    for style in unseen:
+        for one, other in itertools.combinations(range(len(style)), 2):
+            assert any(known[one] == style[one] and known[other] == style[other] for known in seen - unseen)
+
+
+def test_the_same_people_with_the_same_pictures_in_all_versions(recipe, scenes):
+    """Their scenes are those of the pictures in benchmarks/people and ti_jax/assets/concepts."""
+    config = scenes[0]
+    known = json.loads((RECIPE.parents[1] / "benchmarks" / "people" / "people.json").read_text())
+    for name, own in recipe.data.held_out_scenes(config).items():
+        facts = tuple(known[name].get(attribute) for attribute in recipe.world.IDENTITY)
+        assert {scene.person for scene in own} == {facts} and len(own) == 4
+        assert {scene.style for scene in own} == {recipe.styles.NATURAL}
+
+
+def test_styles_change_what_they_should(recipe, scenes):
+    """The natural style changes nothing; each other value changes the picture, and a palette hides all own colours."""
+    styles, world, data = recipe.styles, recipe.world, recipe.data
+    svg = (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64"><mask id="m">'
+        '<rect width="64" height="64" fill="#fff"/></mask><g mask="url(#m)">'
+        '<circle cx="32" cy="32" r="16" fill="#{skin}"/><path d="M18 20h28v8H18Z" fill="#{hair}"/>'
+        '<path d="M10 52h44v12H10Z" fill="#{clothes}"/><circle cx="28" cy="34" r="2" fill="#1B0640"/>'
+        '<circle cx="32" cy="40" r="3" fill="#E15c66"/></g></svg>'
+    )
+
+    def draw(scene):
+        hair, skin, clothes = world.part_colours(scene)
+        return data.rasterise(svg.format(hair=hair, skin=skin, clothes=clothes), scene).astype(int)
+
+    rng = np.random.default_rng(0)
+    person = ("long hair", "red", "brown", "no beard", "round nose")
+    scene, other = (
+        dataclasses.replace(world.draw_scene(rng, who), background=colour, pattern="plain", clothes_colour=clothes)
+        for who, colour, clothes in (
+            (person, "white", "blue"), (("long hair", "black", "dark", "no beard", "wrinkles"), "blue", "yellow"),
+        )
+    )  # fmt: skip
+    plain = draw(scene)
+    assert styles.restyle("<x/>", "natural", "no outline", ("fff",)) == "<x/>"
+    np.testing.assert_array_equal(plain, styles.light_and_frame(plain.astype(np.uint8), "flat", "no frame"))
+    pictures = [plain]
+    for name, values in styles.ATTRIBUTES.items():
+        for value in values[1:]:
+            changed = {name: value} | (dict.fromkeys(world.COLOURS) if name == "palette" else {})
+            pictures.append(draw(dataclasses.replace(scene, **changed)))
+            if name == "palette":  # whoever it is
+                np.testing.assert_array_equal(pictures[-1], draw(dataclasses.replace(other, **changed)))
+    for one, two in itertools.combinations(pictures, 2):
+        assert np.abs(one - two).mean() > 3
+    left, right = (draw(dataclasses.replace(scene, light=light)) for light in ("left lit", "right lit"))
+    assert left[:, :16].mean() > right[:, :16].mean() + 50 and right[:, -16:].mean() > left[:, -16:].mean() + 50
+    # Lines lie around the parts and leave the inside of the face alone.
+    lined = draw(dataclasses.replace(scene, outline="outlined"))
+    np.testing.assert_array_equal(lined[32:46, 24:40], plain[32:46, 24:40])
+    assert np.abs(lined - plain).max() > 100
 
 
 def test_a_person_is_the_same_in_all_its_pictures(scenes):
     _, drawn, groups = scenes
     for who in range(8):
-        assert len({scene.person for scene, group in zip(drawn, groups, strict=True) if group == who}) == 1
+        own = [scene for scene, group in zip(drawn, groups, strict=True) if group == who]
+        (person,) = {scene.person for scene in own if scene.style[0] == "natural"}
+        # A palette shows their shapes alone.
+        assert all(scene.person == (person[0], None, None, *person[3:]) for scene in own if scene.style[0] != "natural")
 
 
 def test_captions_say_what_is_in_the_scene_and_fit(recipe, scenes):
     _, drawn, _ = scenes
     words = set(recipe.world.vocabulary())
     rng = np.random.default_rng(0)
-    for scene in drawn[:100]:
+    for scene in [*drawn[:50], *drawn[340:440]]:
         full = recipe.world.caption(scene)
+        style = [value for value in recipe.styles.words(scene.style)]
         for name in recipe.world.ATTRIBUTES:
             value = getattr(scene, name)
-            if value is not None and name != "style":
+            if value is not None and name not in recipe.world.STYLE:
                 assert value in full, (name, full)
-        for text in recipe.base.caption_variants(scene, None, rng):
+            if value in style:
+                assert value in full.split(" of ")[0]
+        if scene.palette != "natural":
+            colours = set(itertools.chain(*(recipe.world.ATTRIBUTES[name] for name in recipe.world.COLOURS))) | {"skin"}
+            assert not colours & set(full.split())
+        for text in recipe.base.caption_variants(scene, None, None, rng):
             assert set(text.split()) <= words
             assert len(text.split()) + 2 <= recipe.tokenizer.MAX_LENGTH
-        with_code = recipe.base.caption_variants(scene, "in", rng)
+            assert all(value in text for value in style)  # a style is always said, and all of it
+        with_code = recipe.base.caption_variants(scene, "in", None, rng)
         assert all("in" in text.split() for text in with_code[-3:])
         # A code stands instead of the looks, so none of them may be said beside it.
         assert all(f"{scene.skin} skin" not in text for text in with_code[-3:])
+        both = recipe.base.caption_variants(scene, "in", "the", rng)
+        assert all({"in", "the"} <= set(text.split()) for text in both[-3:])
+        assert all(value not in text for value in style for text in both[-3:])
 
 
 def test_every_word_is_one_token_and_codes_lie_behind_the_table(recipe, scenes, tmp_path):
@@ -84,11 +155,16 @@ def test_every_word_is_one_token_and_codes_lie_behind_the_table(recipe, scenes, 
     tokenizer = recipe.tokenizer.make_tokenizer(tmp_path)
     # A run that goes on must keep its ids.
     assert recipe.tokenizer.make_tokenizer(tmp_path).get_vocab() == tokenizer.get_vocab()
-    ids = recipe.base.make_captions(drawn[-100:] + drawn[300:320], np.r_[groups[-100:], groups[300:320]], tokenizer, 0)
+    people = [index for index in recipe.data.trained(groups) if groups[index] >= 0]
+    ids = recipe.base.make_captions([drawn[index] for index in people], groups[people], tokenizer, 0)
     assert ids.shape[1:] == (recipe.base.VARIANTS, recipe.tokenizer.MAX_LENGTH)
-    coded = ids[-20:, -3:]
-    assert ((coded >= len(tokenizer)).sum(-1) == 1).all()
-    assert set(coded[coded >= len(tokenizer)]) == {len(tokenizer) + who for who in groups[300:320]}
+    numbers = {style: 8 + number for number, style in enumerate(recipe.styles.every_style())}
+    for index, own in zip(people, ids, strict=True):
+        codes = [set(row[row >= len(tokenizer)] - len(tokenizer)) for row in own]
+        style = numbers.get(drawn[index].style)
+        who = {groups[index]}
+        expected = [*[set()] * 4, *[who] * 3] if style is None else [set(), who, who, {style}, *[who | {style}] * 3]
+        assert codes == expected
     with pytest.raises(ValueError, match="tokens, at most"):
         recipe.tokenizer.encode(tokenizer, ["red " * 60])
 
@@ -98,8 +174,9 @@ def test_labels_are_asked_where_the_picture_shows_them(recipe, scenes):
     names = list(recipe.world.ATTRIBUTES)
     for scene in drawn:
         labels = dict(zip(names, scene.labels(), strict=True))
-        assert (labels["hair"] >= 0) == (scene.style == "persona")
-        assert labels["style"] >= 0
+        assert min(labels[name] for name in ("hair", "nose", "pattern", *recipe.world.STYLE)) >= 0
+        for name in recipe.world.COLOURS[1:]:
+            assert (labels[name] >= 0) == (scene.palette == "natural")
         if labels["skin"] >= 0:
             assert recipe.world.ATTRIBUTES["skin"][labels["skin"]] == scene.skin
 
@@ -110,12 +187,15 @@ def test_avatar_options_leave_nothing_to_chance(recipe, scenes):
             assert name == "seed" or name.endswith("Probability") or len(value) == 1, name
 
 
-def test_backgrounds_differ(recipe):
-    drawn = {
-        (colour, pattern): recipe.data.background_pixels(colour, pattern, 64)
-        for colour in recipe.world.BACKGROUNDS
-        for pattern in recipe.world.PATTERNS
-    }
+def test_backgrounds_differ(recipe, scenes):
+    drawn = {}
+    for palette, colours in {
+        **dict.fromkeys(recipe.styles.PALETTES, [None]),
+        "natural": recipe.world.BACKGROUNDS,
+    }.items():
+        for colour, pattern in itertools.product(colours, recipe.world.PATTERNS):
+            scene = dataclasses.replace(scenes[1][0], background=colour, pattern=pattern, palette=palette)
+            drawn[palette, colour, pattern] = recipe.data.background_pixels(scene, 64)
     for one, other in itertools.combinations(drawn, 2):
         assert np.abs(drawn[one].astype(int) - drawn[other]).mean() > 3, (one, other)
 
@@ -178,12 +258,24 @@ def test_a_cut_run_goes_on_as_if_it_had_not_been(recipe, tmp_path):
 
 
 def test_the_card_has_the_words_and_the_figures_of_its_run(recipe, tmp_path):
-    figures = {kind: {"hair": share, "eyes": 1.0} for kind, share in (("renders", 0.99), ("vae", 0.5), ("drawn", 0.25))}
-    recipe.export.write_card(tmp_path, (RECIPE / "card.md").read_text(), figures | {"vae_psnr": 29.51})
+    kinds = (("renders", 0.99), ("vae", 0.5), ("drawn", 0.25))
+    figures = {kind: {"hair": share, "eyes": 1.0} for kind, share in kinds} | {"vae_psnr": 29.51}
+    figures |= {f"styled/{kind}": {"light": share} for kind, share in kinds} | {"styled/vae_psnr": 27.3}
+    recipe.export.write_card(tmp_path, (RECIPE / "card.md").read_text(), figures)
     card = (tmp_path / "README.md").read_text()
     assert "{words}" not in card and "{figures}" not in card
     assert "- hair colour: black, brown, red, pink, orange, blond, white" in card
+    assert "- light: flat, left lit, right lit" in card
     assert "| through the autoencoder (29.5 dB) | 0.50 |  |" in card and "| drawn from full captions | 0.25 |" in card
+    assert "|  | 0.50 |\n| drawn from full captions with a style |" in card and "(27.3 dB)" in card
+
+
+def test_the_gate_asks_for_each_attribute_from_words_and_from_codes(recipe):
+    good = dict.fromkeys(recipe.world.STYLE, 0.95)
+    figures = {"styled/drawn": {**good, "hair": 0.5}, "codes/styles": good}
+    assert recipe.measure.passes(figures)
+    for kind, name in itertools.product(figures, recipe.world.STYLE):
+        assert not recipe.measure.passes(figures | {kind: {**figures[kind], name: 0.94}})
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused(recipe):
@@ -200,7 +292,19 @@ def test_smoke(tmp_path):
     command = [sys.executable, str(RECIPE / "make.py"), "--smoke", "--work", str(tmp_path)]
     subprocess.run(command, check=True, timeout=900)
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert set(figures) == {"renders", "vae", "vae_psnr", "drawn"}
+    kinds = {"renders", "vae", "vae_psnr", "drawn"}
+    kinds |= {f"styled/{kind}" for kind in kinds} | {
+        "styled/held out",
+        "codes/people",
+        "codes/styles",
+        "codes/both",
+        "gate",
+    }
+    assert set(figures) == kinds
+    assert figures["gate"] is False  # nothing was learned
+    people = json.loads((tmp_path / "people" / "people.json").read_text())
+    assert {facts["split"] for facts in people.values()} == {"dev", "test", "dev-style", "test-style"}
+    assert len(list((tmp_path / "people" / "amber").glob("*.png"))) == 4
     assert (tmp_path / "mini-sd" / "judge" / "model.safetensors").exists()
     # A second call finds everything there.
     assert subprocess.run(command, check=True, timeout=300, capture_output=True).returncode == 0

@@ -1,7 +1,7 @@
 """Train the UNet and the text encoder jointly from scratch on latents and exact captions (v-prediction).
 
 Some captions have a code token instead of the person's description, or of the style's, or of both. A code has one row,
-which is trained like any weight and dropped at the end. So the model learns that one vector can represent a whole person
+which is trained like any weight and not exported. So the model learns that one vector can represent a whole person
 or a whole style, which is what textual inversion needs.
 
 In addition to the noise prediction, linear heads on the UNet's inner features classify what is in the picture (like the
@@ -207,7 +207,7 @@ def train_base(
     folder: Path,
     work: Path,
 ) -> Any:
-    """Train or resume; returns the averaged ``{"unet": tree, "text_encoder": tree}``.
+    """Train or resume; returns the averaged ``{"unet": tree, "text_encoder": tree, "codes": [N, D]}``.
 
     Args:
       config: hyperparameters.
@@ -290,4 +290,4 @@ def train_base(
         optimizer=trainer.adamw(trainer.schedule(config.learning_rate, config.steps, 300), weight_decay=0.01),
         steps=config.steps, seed=config.seed, decay=0.999,
     )  # fmt: skip
-    return {name: params[name] for name in ("unet", "text_encoder")}
+    return {name: params[name] for name in ("unet", "text_encoder", "codes")}

@@ -67,12 +67,15 @@ def export(folder: Path, params: Tree, vae_params: Tree, scaling_factor: float, 
 
 def write_card(folder: Path, template: str, figures: dict[str, Any]) -> None:
     """The model card: `template` filled with the model's vocabulary and the `figures` of `measure.measure`."""
-    words = [f"- {name.replace('_', ' ')}: {', '.join(of)}" for name, of in world.ATTRIBUTES.items() if name != "style"]
-    names = [name for name in world.ATTRIBUTES if name != "style"]
+    words = [f"- {name.replace('_', ' ')}: {', '.join(of)}" for name, of in world.ATTRIBUTES.items()]
+    names = [*world.ATTRIBUTES]
     rows = {
         "true renders": "renders",
         f"through the autoencoder ({figures['vae_psnr']:.1f} dB)": "vae",
         "drawn from full captions": "drawn",
+        "true renders in a style": "styled/renders",
+        f"through the autoencoder ({figures['styled/vae_psnr']:.1f} dB)": "styled/vae",
+        "drawn from full captions with a style": "styled/drawn",
     }
     table = ["| share that the judge reads right | " + " | ".join(name.replace("_", " ") for name in names) + " |"]
     table += ["|---" * (1 + len(names)) + "|"]

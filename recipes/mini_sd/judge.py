@@ -37,6 +37,11 @@ class JudgeTraining:
 NAMES = JudgeConfig(tuple(world.ATTRIBUTES.items()), world.IDENTITY)
 
 
+def as_probes(probes: tuple[tuple[str, dict[str, str]], ...]) -> tuple[Probe, ...]:
+    """Probes of `world` in the judge's form."""
+    return tuple(Probe(prompt, tuple(expects.items())) for prompt, expects in probes)
+
+
 def augment(pixels: jax.Array, key: jax.Array) -> jax.Array:
     """Augment pictures [B, S, S, 3] in [-1, 1] with small changes that keep their labels."""
     blur, shift, noise, bright = jax.random.split(key, 4)
@@ -81,10 +86,11 @@ def accuracy(judge: Judge, pixels: np.ndarray, labels: np.ndarray) -> dict[str, 
 
 def train_judge(config: JudgeTraining, folder: Path, work: Path) -> Judge:
     """Train on all renders except the validation sets and held-out people and styles."""
-    probes = tuple(Probe(prompt, tuple(expects.items())) for prompt, expects in world.PROBES)
     judge_config = replace(
         NAMES,
-        probes=probes,
+        probes=as_probes(world.PROBES),
+        style=world.STYLE,
+        style_probes=as_probes(world.STYLE_PROBES),
         channels=config.channels,
         hidden=config.hidden,
         side=data.SIDE,

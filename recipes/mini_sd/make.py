@@ -116,7 +116,7 @@ def make_all(recipe: Recipe, work: Path, out: Path, kept: bool) -> dict[str, Any
     )
     export.export(out, params, vae_params, scaling_factor, tokenizer)
     reader.save(out / JUDGE_FOLDER)
-    figures = measure.measure(out, Judge.load(out), work, recipe.measured_captions)
+    figures = measure.measure(out, Judge.load(out), params["codes"], work, recipe.measured_captions)
     export.write_card(out, (HERE / "card.md").read_text(), figures)
     (work / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     return figures

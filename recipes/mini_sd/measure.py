@@ -1,49 +1,114 @@
-"""Accuracies by the judge for true renders, for renders through the VAE, and for pictures drawn from full captions."""
+"""Accuracies by the judge: true renders, renders through the VAE, and pictures drawn from captions and codes."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import data
 import numpy as np
+import styles
 import vae
 import world
 from judge import accuracy
 from PIL import Image
 
+from ti_jax import Embedding
 from ti_jax.evaluation.avatar_judge import Judge
 from ti_jax.pipeline import StableDiffusion
 
 STEPS, GUIDANCE = 25, 3.0
 SHEET = (8, 8)
+# The share of each style attribute that must be right in pictures of trained styles, from words and from codes.
+GATE = 0.95
 
 
-def measure(folder: Path, judge: Judge, work: Path, captions: int) -> dict[str, Any]:
-    """Accuracies by attribute of "renders", "vae" and "drawn", the VAE's PSNR in dB; and a sheet to look at."""
+def measure(folder: Path, judge: Judge, codes: np.ndarray, work: Path, captions: int) -> dict[str, Any]:
+    """Accuracies by attribute; and sheets to look at.
+
+    Args:
+      folder: the model.
+      judge: reads the pictures.
+      codes: rows of people and styles, float32 [N, D], in the order of `base.make_captions`.
+      work: folder with ``data``.
+      captions: how many pictures are drawn of each kind.
+
+    Returns:
+      "renders", "vae" and "drawn" of natural pictures that are held back, "vae_psnr" in dB; the same four of styled
+      ones, ``styled/renders`` and so on; ``styled/held out``, drawn from the words of styles that are held out;
+      ``codes/people``, ``codes/styles`` and ``codes/both``, drawn with codes that were trained; and ``gate``, whether
+      styles are drawn as they should be.
+    """
     group = np.load(work / "data" / "group.npy")
-    valid = np.flatnonzero(group == data.VALIDATION)
-    pixels = np.load(work / "data" / "pixels.npy", mmap_mode="r")[valid]
-    labels = np.load(work / "data" / "labels.npy")[valid]
-    every = data.load_scenes(work / "data")
-    scenes = [every[index] for index in valid]
-
+    pixels = np.load(work / "data" / "pixels.npy", mmap_mode="r")
+    labels = np.load(work / "data" / "labels.npy")
+    scenes = data.load_scenes(work / "data")
     sd = StableDiffusion.from_pretrained(folder)
-    moments = vae.encode(sd.params["vae"], pixels)
-    restored = vae.decode(sd.params["vae"], np.split(moments, 2, axis=-1)[0])
-    prompts = [world.caption(scene) for scene in scenes[:captions]]
-    drawn_images = sd.generate(
-        prompts, num_inference_steps=STEPS, guidance_scale=GUIDANCE, seed=0, batch_size=min(32, len(prompts))
-    )
-    drawn = np.stack([np.asarray(image) for image in drawn_images])
+    figures: dict[str, Any] = {}
+
+    def draw(kind: str, chosen: np.ndarray, prompts: list[str], *embeddings: Embedding) -> None:
+        drawn_images = sd.generate(
+            prompts, embeddings, num_inference_steps=STEPS, guidance_scale=GUIDANCE, seed=0,
+            batch_size=min(32, len(prompts)),
+        )  # fmt: skip
+        drawn = np.stack([np.asarray(image) for image in drawn_images])
+        save_sheet(drawn, work / f"{kind.replace('/', '-')}.png")
+        figures[kind] = accuracy(judge, drawn, labels[chosen])
+
+    for which, kind in ((data.VALIDATION, ""), (data.STYLED_VALIDATION, "styled/")):
+        chosen = np.flatnonzero(group == which)
+        moments = vae.encode(sd.params["vae"], pixels[chosen])
+        restored = vae.decode(sd.params["vae"], np.split(moments, 2, axis=-1)[0])
+        figures[f"{kind}renders"] = accuracy(judge, pixels[chosen], labels[chosen])
+        figures[f"{kind}vae"] = accuracy(judge, restored, labels[chosen])
+        figures[f"{kind}vae_psnr"] = vae.peak_signal_to_noise(pixels[chosen], restored)
+        chosen = chosen[:captions]
+        draw(f"{kind}drawn", chosen, [world.caption(scenes[index]) for index in chosen])
+
+    rng = np.random.default_rng(0)
+    people = int(group[data.trained(group)].max()) + 1
+    numbers = {style: people + number for number, style in enumerate(styles.every_style())}
+
+    def some(where: np.ndarray) -> np.ndarray:
+        return np.sort(rng.permutation(np.flatnonzero(where))[:captions])
+
+    def person(index: int) -> str:
+        return f"<person{group[index]}>"
+
+    def style(index: int) -> str:
+        return f"<style{numbers[scenes[index].style]}>"
+
+    def rows(words: list[str]) -> list[Embedding]:
+        return [Embedding(word, {"text_encoder": codes[[int(re.sub(r"\D", "", word))]]}) for word in sorted({*words})]
+
+    styled = np.array([scene.style in numbers for scene in scenes])
+    held_out = some(group >= data.DEV_STYLES)
+    draw("styled/held out", held_out, [world.caption(scenes[index]) for index in held_out])
+    known = (group >= 0) & (group < data.HELD_OUT)
+    chosen = some(known & ~styled)
+    prompts = [world.caption(scenes[index], subject=person(index), identity=False) for index in chosen]
+    draw("codes/people", chosen, prompts, *rows([person(index) for index in chosen]))
+    chosen = np.flatnonzero(group == data.STYLED_VALIDATION)[:captions]
+    prompts = [world.caption(scenes[index], style=style(index)) for index in chosen]
+    draw("codes/styles", chosen, prompts, *rows([style(index) for index in chosen]))
+    chosen = some(known & styled)
+    prompts = [world.caption(scenes[i], subject=person(i), identity=False, style=style(i)) for i in chosen]
+    draw("codes/both", chosen, prompts, *rows([word for index in chosen for word in (person(index), style(index))]))
+    figures["gate"] = passes(figures)
+    return figures
+
+
+def passes(figures: Mapping[str, Any]) -> bool:
+    """Whether trained styles are drawn from their words and from their codes, each attribute."""
+    return all(figures[kind][name] >= GATE for kind in ("styled/drawn", "codes/styles") for name in world.STYLE)
+
+
+def save_sheet(drawn: np.ndarray, path: Path) -> None:
+    """The first pictures of [N, S, S, 3] in rows."""
     columns, rows = SHEET
     sheet = drawn[: columns * rows]
     lines = [np.concatenate(list(sheet[i : i + columns]), axis=1) for i in range(0, len(sheet) - columns + 1, columns)]
     if lines:
-        Image.fromarray(np.concatenate(lines)).save(work / "drawn.png")
-    return {
-        "renders": accuracy(judge, pixels, labels),
-        "vae": accuracy(judge, restored, labels),
-        "vae_psnr": vae.peak_signal_to_noise(pixels, restored),
-        "drawn": accuracy(judge, drawn, labels[:captions]),
-    }
+        Image.fromarray(np.concatenate(lines)).save(path)

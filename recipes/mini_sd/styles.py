@@ -1,7 +1,7 @@
 """Styles: how a portrait is drawn, whoever is in it.
 
-A style is a combination of one value of each of four attributes: palette, outline, frame and light. Each palette but the
-natural one draws everybody with the same colours, so that shapes stay visible and nobody's own colours are.
+A style is a combination of one value of each of four attributes: palette, outline, frame and light. Each palette but
+the natural one draws everybody with the same colours, so that shapes stay visible and nobody's own colours are.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 class Palette:
     """Colours as hexadecimal numbers.
 
-    `pattern` is that of the background's stripes and dots. Of the avatars' own colours `line` replaces the dark ones (eyes,
-    glasses) and `accent` the others (lips, hats).
+    `pattern` is that of the background's stripes and dots. Of the avatars' own colours `line` replaces the dark ones
+    (eyes, glasses) and `accent` the others (lips, hats).
     """
 
     background: str
@@ -47,8 +47,8 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 # The first value of each is not mentioned in captions: it is how people are drawn if no style is asked for.
 NATURAL = tuple(values[0] for values in ATTRIBUTES.values())
 
-# Held out of all training in this combination: for choosing settings, and for the final figures. Each value is in as many of the
-# twelve as any other of its attribute, and no two have the same palette with the same frame or light.
+# Held out of all training in this combination: for choosing settings, and for the final figures. Each value is in as
+# many of the twelve as any other of its attribute, and no two have the same palette with the same frame or light.
 DEV = {
     "amber": ("blueprint", "outlined", "framed", "flat"),
     "basalt": ("sunset", "no outline", "vignette", "left lit"),
@@ -94,7 +94,7 @@ def rgb(colour: str) -> tuple[int, int, int]:
 
 
 def restyle(svg: str, palette: str, outline: str, parts: tuple[str, ...]) -> str:
-    """The avatar's SVG with the palette's colours, and with lines around the shapes that have one of the colours `parts`."""
+    """The avatar's SVG with the palette's colours, and lines around the shapes with one of the colours `parts`."""
     colours = PALETTES[palette]
     if colours:
 

@@ -304,5 +304,23 @@ PROBES: tuple[tuple[str, dict[str, str]], ...] = (
 # The same for a learned style. It decides about colours, so that no probe asks for one.
 STYLE_PROBES: tuple[tuple[str, dict[str, str]], ...] = (
     ("a {} portrait of a person", {}),
-    ("a {} portrait of a person with long hair and glasses", {}),
+    ("a {} drawing of a person with glasses on a striped background", {"eyes": "glasses", "pattern": "striped"}),
+    ("a {} picture of a person with long hair", {"hair": "long hair"}),
+    ("a {} portrait of a person with curly hair sunglasses", {"hair": "curly hair", "eyes": "sunglasses"}),
+    (
+        "a {} drawing of a person with bald happy eyes walrus moustache",
+        {"hair": "bald", "eyes": "happy eyes", "beard": "walrus moustache"},
+    ),
+    (
+        "a {} picture of a person wearing a jacket on a dotted background",
+        {"clothes": "jacket", "pattern": "dotted"},
+    ),
+    (
+        "a {} portrait of a person with pigtails big smile wearing a checkered shirt on a plain background",
+        {"hair": "pigtails", "mouth": "big smile", "clothes": "checkered shirt", "pattern": "plain"},
+    ),
+    (
+        "a {} drawing of a person with bun beard wearing a sweater",
+        {"hair": "bun", "beard": "beard", "clothes": "sweater"},
+    ),
 )

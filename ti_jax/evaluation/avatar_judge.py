@@ -51,7 +51,9 @@ class JudgeConfig:
     Attributes:
       attributes: name and possible values (words) of each attribute.
       identity: names of the attributes that belong to the subject; the others describe its surroundings.
-      probes: prompts in the model's vocabulary that a learned word is tested with.
+      style: names of the attributes that belong to the style, if the model has styles.
+      probes: prompts in the model's vocabulary that a learned word for somebody is tested with.
+      style_probes: the same for a word for a style.
       patch: side in pixels of a patch, one position of the first level.
       channels: of each level; each level after the first halves the resolution.
       hidden: width of the last hidden layer.
@@ -65,6 +67,16 @@ class JudgeConfig:
     channels: tuple[int, ...] = (64, 96, 128)
     hidden: int = 256
     side: int = 64
+    style: tuple[str, ...] = ()
+    style_probes: tuple[Probe, ...] = ()
+
+    def concept(self, learnable_property: str) -> tuple[tuple[str, ...], tuple[Probe, ...]]:
+        """What a word for an "object" or a "style" is, and what it is tested with.
+
+        A judge of a world without styles takes every word for somebody.
+        """
+        is_style = learnable_property == "style" and self.style
+        return (self.style, self.style_probes) if is_style else (self.identity, self.probes)
 
     @property
     def words(self) -> dict[str, tuple[str, ...]]:
@@ -159,12 +171,14 @@ class Judge:
         config = {
             "attributes": {name: list(words) for name, words in self.config.attributes},
             "identity": list(self.config.identity),
-            "probes": [{"prompt": probe.prompt, "expects": dict(probe.expects)} for probe in self.config.probes],
+            "probes": _as_json(self.config.probes),
             "patch": self.config.patch,
             "channels": list(self.config.channels),
             "hidden": self.config.hidden,
             "side": self.config.side,
         }
+        if self.config.style:
+            config |= {"style": list(self.config.style), "style_probes": _as_json(self.config.style_probes)}
         leaves = flatten_dict(self.params, sep=".")
         weights = {name: np.asarray(leaf, np.float16) for name, leaf in leaves.items()}
         ensure_writable_folder(folder)
@@ -187,10 +201,12 @@ class Judge:
             values = json.loads((folder / "config.json").read_text())
             leaves = load_file(folder / "model.safetensors")
             values["attributes"] = tuple((name, tuple(words)) for name, words in values["attributes"].items())
-            values["probes"] = tuple(
-                Probe(probe["prompt"], tuple(probe["expects"].items())) for probe in values["probes"]
-            )
-            values["identity"], values["channels"] = tuple(values["identity"]), tuple(values["channels"])
+            for name in ("probes", "style_probes"):
+                values[name] = tuple(
+                    Probe(probe["prompt"], tuple(probe["expects"].items())) for probe in values.get(name, ())
+                )
+            for name in ("identity", "style", "channels"):
+                values[name] = tuple(values.get(name, ()))
             config = JudgeConfig(**values)
         except FileNotFoundError as error:
             raise InputError(
@@ -205,6 +221,10 @@ class Judge:
         return cls(
             config, unflatten_dict({name: jnp.asarray(leaf, jnp.float32) for name, leaf in leaves.items()}, sep=".")
         )
+
+
+def _as_json(probes: tuple[Probe, ...]) -> list[dict[str, Any]]:
+    return [{"prompt": probe.prompt, "expects": dict(probe.expects)} for probe in probes]
 
 
 def judge_shapes(config: JudgeConfig) -> Tree:

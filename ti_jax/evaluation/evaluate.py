@@ -60,7 +60,13 @@ class Evaluator:
         subject = embedding.metadata.get(NEGATIVE_CLASS) or embedding.token
         if isinstance(self.measure, Judge):
             return judge_scores(
-                self.measure, draw, subject, self.pictures, self.images or JUDGE_IMAGES, self.distractors
+                self.measure,
+                draw,
+                subject,
+                self.pictures,
+                self.images or JUDGE_IMAGES,
+                self.distractors,
+                _kind(embedding),
             )
         pictures, *distractors = (
             [Image.fromarray(picture) for picture in concept] for concept in (self.pictures, *self.distractors)
@@ -71,7 +77,7 @@ class Evaluator:
         """Compile what `scores` draws with; the arguments are of the same kinds."""
         together = self.images or CLIP_IMAGES
         if isinstance(self.measure, Judge):
-            together = (self.images or JUDGE_IMAGES) * len(self.measure.config.probes)
+            together = (self.images or JUDGE_IMAGES) * len(self.measure.config.concept(_kind(embedding))[1])
         self._draw(sd, embedding, others, [embedding.token] * together, compile_only=True)
 
     def _draw(
@@ -102,6 +108,11 @@ class Evaluator:
             batch_size=self.batch_size,
             compile_only=compile_only,
         )
+
+
+def _kind(embedding: Embedding) -> str:
+    """Whether the word is for an "object" or a "style"."""
+    return embedding.metadata.get("learnable_property", "object")
 
 
 def sampler_steps(config: TrainConfig) -> int:

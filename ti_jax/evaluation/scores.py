@@ -71,13 +71,16 @@ class Scores:
 MEASURES = ("identity", "editability", "clip_i", "clip_t")
 
 
-def reference_attributes(judge: Judge, pictures: np.ndarray) -> dict[str, str]:
-    """The identity attributes of a concept: the likeliest values for all its pictures, uint8 [N, S, S, 3], together."""
+def reference_attributes(judge: Judge, pictures: np.ndarray, names: Sequence[str] | None = None) -> dict[str, str]:
+    """Attributes of a concept: the likeliest values for all its pictures, uint8 [N, S, S, 3], together.
+
+    `names` are those to tell; None: the identity's.
+    """
     words = judge.config.words
     probabilities = judge.probabilities(pictures)
     return {
         name: words[name][int(np.log(probabilities[name] + 1e-6).mean(axis=0).argmax())]
-        for name in judge.config.identity
+        for name in (judge.config.identity if names is None else names)
     }
 
 
@@ -119,6 +122,7 @@ def judge_scores(
     pictures: np.ndarray,
     images_a_probe: int,
     distractors: Sequence[np.ndarray] = (),
+    learnable_property: str = "object",
 ) -> Scores:
     """Draw the judge's probes with `word`, and score the pictures.
 
@@ -129,10 +133,12 @@ def judge_scores(
       pictures: of the concept, uint8 [N, S, S, 3].
       images_a_probe: pictures drawn per probe.
       distractors: pictures of other concepts, one array for each.
+      learnable_property: whether the concept is an "object" or a "style".
     """
-    probes = [probe for probe in judge.config.probes for _ in range(images_a_probe)]
+    names, own_probes = judge.config.concept(learnable_property)
+    probes = [probe for probe in own_probes for _ in range(images_a_probe)]
     drawn = np.stack([np.asarray(image) for image in draw([fill(probe.prompt, word) for probe in probes])])
-    reference = reference_attributes(judge, pictures)
+    reference = reference_attributes(judge, pictures, names)
     shares = attribute_scores(judge.read(drawn), probes, reference)
     rank = rank_among(judge.features(drawn), [judge.features(other) for other in (pictures, *distractors)])
     return Scores(

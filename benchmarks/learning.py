@@ -2,7 +2,8 @@
 
     python benchmarks/learning.py --split dev --seeds 1     # for choosing settings
     python benchmarks/learning.py --split test --seeds 3    # once, for the table of docs/benchmarks.md
-    python benchmarks/learning.py --split style --seeds 3   # a style that the model has never seen
+    python benchmarks/learning.py --split test-style --seeds 3    # styles that the model has never seen
+    python benchmarks/learning.py --split test-pairs --seeds 3    # a learned person in a learned style
     python benchmarks/learning.py --table                   # table of all results so far
     python benchmarks/learning.py --split test --table --results benchmarks/learning.jsonl.gz     # that table
 
@@ -20,8 +21,12 @@ as if it were this person's. A judge network classifies the pictures drawn for t
 with the same seeds for all methods. *identity* is the share of the person's hair, hair colour, skin, beard and nose
 that is right, *editability* the share of the prompt's other requests that is met.
 
-A style has no description. Its word is used where the model's own styles are ("a toon portrait of a person") and is
-initialised from one of them; its identity is the share of pictures that the judge classifies as that style.
+A style's word is used where the model's own words for styles are ("a sepia outlined portrait of a person"); *identity* is
+the share of palette, outline, frame and light that is right, and its probes ask for no colours, which a style may hide.
+*whole* is the share of pictures in which all attributes of the person or style are right.
+
+A pair draws a person with one word and a style with another, each learned by itself; the words are kept beside --results. Of
+the person counts what the style shows. The table has the figures of the same words alone, over the same attributes.
 
 Every measurement is a line in --results and is not repeated, so the benchmark can be stopped at any time. Seconds are
 those of the training only, without loading and compiling; for these run it on an idle machine. If only the pictures
@@ -55,6 +60,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "recipes" / "mini_sd")]
 
 import torch  # noqa: E402
+import styles  # noqa: E402
 import world  # noqa: E402
 from torch_loops import StockLoop  # noqa: E402
 
@@ -70,13 +76,26 @@ from ti_jax.training.cpu_devices import use_cores  # noqa: E402
 
 PEOPLE = Path(__file__).parent / "people"
 CONCEPTS = ROOT / "ti_jax" / "assets" / "concepts"
-TOKEN = "<someone>"
+TOKEN, STYLE_TOKEN = "<someone>", "<style>"
 IMAGES_A_PROBE = 4
 INFERENCE_STEPS, GUIDANCE = 25, 3.0
 # Chosen on the dev people (--methods stock --set learning_rate=...), like ours in configs/demo.yaml.
 STOCK_BEST_LEARNING_RATE = 2.5e-3
-# A style word of the model, in the form of its captions.
-STYLE_INITIALIZER, STYLE_TEMPLATES = "toon", Path(__file__).parent / "style_templates.txt"
+# The form of the model's captions with a style.
+STYLE_TEMPLATES = ROOT / "ti_jax" / "assets" / "demo_style_templates.txt"
+# For a style and somebody.
+PAIR_PROBES = (
+    Probe("a {style} portrait of {}"),
+    Probe(
+        "a {style} drawing of {} with glasses on a striped background", (("eyes", "glasses"), ("pattern", "striped"))
+    ),
+    Probe("a {style} picture of {} wearing a jacket", (("clothes", "jacket"),)),
+    Probe(
+        "a {style} portrait of {} with sunglasses on a dotted background",
+        (("eyes", "sunglasses"), ("pattern", "dotted")),
+    ),
+)
+SPLITS = ("dev", "test", "dev-style", "test-style", "dev-pairs", "test-pairs")
 METHODS = ("plain", "described", "autoencoder", "stock", "stock-best", "ours")
 TOGETHER = "together"
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -85,34 +104,52 @@ WITHOUT_SEED = ("plain", "described", "autoencoder")  # random only in the drawi
 
 @dataclass(frozen=True)
 class Person:
-    """A person or style to learn: name, folder of pictures, and true identity (attribute -> word)."""
+    """A person or style to learn: name, folder of pictures, and true identity (attribute -> word).
+
+    Or a pair of both, `parts`, whose words are learned apart.
+    """
 
     name: str
     folder: Path
     truth: Mapping[str, str]
+    parts: tuple[Person, ...] = ()
 
     @property
     def is_style(self) -> bool:
         """Whether it is a style."""
-        return "style" in self.truth
+        return world.STYLE[0] in self.truth and not self.parts
+
+    def probes(self, judge: Judge) -> list[Probe]:
+        """What its word is tested with, each as often as pictures are drawn for it."""
+        own = PAIR_PROBES if self.parts else judge.config.concept("style" if self.is_style else "object")[1]
+        return [probe for probe in own for _ in range(IMAGES_A_PROBE)]
 
     def prompt(self, probe: Probe, word: str | None) -> str:
-        """The probe's prompt with the word in it; None: without any person's or style's word."""
+        """The probe's prompt with the word in it, for a pair both; None: without any person's or style's word."""
         if not self.is_style:
-            return probe.prompt.replace("{}", word or "a person")
-        article, rest = probe.prompt.replace("{}", "a person").split(" ", 1)
-        return f"{article} {word} {rest}" if word else f"{article} {rest}"
+            return probe.prompt.replace("{style} ", f"{STYLE_TOKEN} " if word else "").replace("{}", word or "a person")
+        return probe.prompt.replace("{} ", f"{word} " if word else "")
 
 
 def people(split: str) -> list[Person]:
-    """The dev people, the test people, or the style."""
+    """The people or styles of a split, or pairs of them."""
+    if split.endswith("-pairs"):
+        own, styled = people(split.removesuffix("-pairs")), people(split.replace("-pairs", "-style"))
+        return [pair(person, style) for person, style in zip(own, styled, strict=False)]
     found = []
     for name, facts in json.loads((PEOPLE / "people.json").read_text()).items():
         folder = PEOPLE / name if (PEOPLE / name).is_dir() else CONCEPTS / name
         if facts["split"] == split:
-            said = (*world.IDENTITY, "style")
+            said = (*world.IDENTITY, *world.STYLE)
             found.append(Person(name, folder, {key: facts[key] for key in said if facts.get(key) is not None}))
     return found
+
+
+def pair(person: Person, style: Person) -> Person:
+    """The person in the style; of the person only what that shows."""
+    hidden = world.COLOURS if style.truth["palette"] != styles.NATURAL[0] else ()
+    shown = {name: word for name, word in person.truth.items() if name not in hidden}
+    return Person(f"{person.name}+{style.name}", style.folder, {**shown, **style.truth}, (person, style))
 
 
 class Bench:
@@ -122,7 +159,6 @@ class Bench:
         use_cores(resolve(TrainConfig()))  # as `train.py` does, before anything is computed
         self.sd = StableDiffusion.from_pretrained()
         self.judge = Judge.load(self.sd.path)
-        self.probes = [probe for probe in self.judge.config.probes for _ in range(IMAGES_A_PROBE)]
         self.strips, self.all = strips, everyone
 
     def draw(self, prompts: list[str], *embeddings: Embedding) -> np.ndarray:
@@ -135,20 +171,37 @@ class Bench:
 
     def pictures(self, method: str, person: Person, seed: int, changes: dict[str, Any]) -> tuple[np.ndarray, dict]:
         """The method's pictures for the probes, and its figures."""
+        probes = person.probes(self.judge)
         if method == "plain":
-            return self.draw([person.prompt(probe, None) for probe in self.probes]), {}
+            return self.draw([person.prompt(probe, None) for probe in probes]), {}
         if method == "described":
-            return self.draw([description(person, probe) for probe in self.probes]), {}
+            return self.draw([description(person, probe) for probe in probes]), {}
+        if person.parts:
+            words = [self.word(method, each, seed, changes) for each in person.parts]
+            both = [replace(word, token=token) for (word, _), token in zip(words, (TOKEN, STYLE_TOKEN), strict=True)]
+            return self.draw([person.prompt(probe, TOKEN) for probe in probes], *both), {}
         if method == "autoencoder":
             pixels = load_images(person.folder, self.sd.default_resolution).pixels
             mean, _ = np.split(in_batches(self.sd.encode_image, pixels, 4), 2, axis=-1)
             scaled = mean * self.sd.networks.vae.config.scaling_factor
             return as_uint8(np.clip(in_batches(self.sd.decode_latents, scaled, 4), -1.0, 1.0)), {}
-        learn = {"ours": self.learn_ours, TOGETHER: self.learn_together}.get(method, self.learn_stock)
-        embedding, figures = learn(method, person, seed, changes)
+        embedding, figures = self.word(method, person, seed, changes)
         norms = np.linalg.norm(embedding.vectors["text_encoder"], axis=-1)
         figures["norms"] = [round(float(norm), 3) for norm in norms]
-        return self.draw([person.prompt(probe, TOKEN) for probe in self.probes], embedding), figures
+        return self.draw([person.prompt(probe, TOKEN) for probe in probes], embedding), figures
+
+    def word(self, method: str, person: Person, seed: int, changes: dict[str, Any]) -> tuple[Embedding, dict[str, Any]]:
+        """The method's word, learned unless it is kept from before, and its figures."""
+        said = [method, person.name, str(seed), *(f"{name}={value}" for name, value in changes.items())]
+        file = self.strips.parent / "words" / f"{'-'.join(said)}.safetensors"
+        if file.exists():
+            return Embedding.load(file, token=TOKEN), json.loads(file.with_suffix(".json").read_text())
+        learn = {"ours": self.learn_ours, TOGETHER: self.learn_together}.get(method, self.learn_stock)
+        embedding, figures = learn(method, person, seed, changes)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.with_suffix(".json").write_text(json.dumps(figures))
+        embedding.save(file)
+        return embedding, figures
 
     def config(self, person: Person, seed: int, changes: dict[str, Any]) -> TrainConfig:
         """ti_jax's defaults for the embedded model, with `changes`."""
@@ -157,7 +210,7 @@ class Bench:
             overview_prompts=("a portrait of {}",), report_to="none",
         )  # fmt: skip
         if person.is_style:
-            config = replace(config, templates=str(STYLE_TEMPLATES), initializer_token=STYLE_INITIALIZER)
+            config = replace(config, templates=str(STYLE_TEMPLATES), learnable_property="style")
         return replace(config, **changes)
 
     def learn_ours(
@@ -223,20 +276,40 @@ class Bench:
 
 
 def description(person: Person, probe: Probe) -> str:
-    """The probe's prompt with the person's true description in place of the word."""
-    said = {**dict.fromkeys(world.ATTRIBUTES), **person.truth, **dict(probe.expects), "style": "persona"}
-    medium = probe.prompt.split()[1]
+    """The probe's prompt with the true description of the person, the style or both in place of the words."""
+    natural = dict(zip(world.STYLE, styles.NATURAL, strict=True))
+    said = {**dict.fromkeys(world.ATTRIBUTES), **natural, **person.truth, **dict(probe.expects)}
+    (medium,) = {"portrait", "drawing", "picture"} & set(probe.prompt.split())
     return world.caption(world.Scene(**said), medium=medium)
 
 
-def scores(line: Mapping[str, Any], truth: Mapping[str, str], judge: Judge) -> dict[str, float]:
-    """Identity, editability and their parts, of a line of the results scored against `truth`."""
-    count = len(line["readings"])
-    blank = [replace(probe, expects=()) for probe in judge.config.probes][:1] * count
-    probes = [probe for probe in judge.config.probes for _ in range(IMAGES_A_PROBE)]
-    shares = attribute_scores(line["readings"], blank if line["method"] == "autoencoder" else probes, truth)
-    means = {kind: mean_of(shares, kind) for kind in ("identity", "editability")}
+def scores(line: Mapping[str, Any], person: Person, judge: Judge) -> dict[str, float]:
+    """Identity, editability and their parts, of a line of the results scored against the truth about `person`."""
+    seen = line["readings"]
+    probes = [Probe("")] * len(seen) if line["method"] == "autoencoder" else person.probes(judge)
+    shares = attribute_scores(seen, probes, person.truth)
+    whole = [
+        all(reading[name] == word for name, word in person.truth.items() if name not in dict(probe.expects))
+        for reading, probe in zip(seen, probes, strict=True)
+    ]
+    means = {kind: mean_of(shares, kind) for kind in ("identity", "editability")} | {"whole": float(np.mean(whole))}
+    if person.parts:
+        for kind, names in (("person", world.IDENTITY), ("style", world.STYLE)):
+            means[kind] = float(np.mean([shares[f"identity/{name}"] for name in names if name in person.truth]))
     return {**shares, **{kind: value for kind, value in means.items() if value is not None}}
+
+
+def alone(of_pair: Person, lines: dict[tuple, dict[str, Any]], judge: Judge) -> dict[str, float]:
+    """What the two words of a pair have by themselves, over the attributes that count in the pair.
+
+    `lines` are those of the words, by method and seed, as far as they were measured.
+    """
+    found = {}
+    for each, kind in zip(of_pair.parts, ("person", "style"), strict=True):
+        if each.name in lines:
+            own = replace(each, truth={name: word for name, word in each.truth.items() if name in of_pair.truth})
+            found[kind] = scores(lines[each.name], own, judge)["identity"]
+    return found
 
 
 def open_results(path: Path, mode: str) -> IO[str]:

@@ -190,7 +190,7 @@ def test_avatar_options_leave_nothing_to_chance(recipe, scenes):
 def test_backgrounds_differ(recipe, scenes):
     drawn = {}
     for palette, colours in {
-        **dict.fromkeys(recipe.styles.PALETTES, [None]),
+        **{palette: [None] for palette in recipe.styles.PALETTES},
         "natural": recipe.world.BACKGROUNDS,
     }.items():
         for colour, pattern in itertools.product(colours, recipe.world.PATTERNS):

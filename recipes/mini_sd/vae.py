@@ -2,7 +2,7 @@
 
 Loss: absolute and squared error, the error of the spatial differences, and the distance in a critic's features (see
 `judge`), for which a mouth is more than four pixels; a small KL term keeps the latents near a normal distribution. The
-face has a weight of three, because the parts that identify a person are small.
+face has a weight of three, nose and mouth one of five, because the parts that identify a person are small.
 
 Then the decoder is trained further on its own with a larger weight of the critic. The latents that the base is trained
 on stay the same, and noses and beards become easier to tell apart.
@@ -28,7 +28,9 @@ from ti_jax.evaluation.avatar_judge import Judge, JudgeNetwork
 from ti_jax.models.shapes import param_shapes
 from ti_jax.models.vae import AutoencoderKL, VAEConfig
 from ti_jax.training.parallel import AXIS, make_mesh
+from ti_jax.weights.load import load_component
 
+HERE = Path(__file__).parent
 CONFIG = {
     "_class_name": "AutoencoderKL",
     "act_fn": "silu",
@@ -48,6 +50,8 @@ DECODER = ("decoder", "post_quant_conv")
 # Rows, columns of the main style's heads with hair and shoulders, and of their faces.
 FIGURE = (slice(2, 64), slice(8, 56))
 FACE = (slice(20, 54), slice(16, 48))
+# Of all noses, beards and mouths: the smallest of what must be told apart.
+FEATURES = (slice(31, 48), slice(24, 41))
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class VAETraining:
     kl: float = 5e-4
     critic: float = 0.3
     answers: float = 0.006
+    start: str = ""  # folder beside this file with an autoencoder to go on from; empty: from nothing
     seed: int = 0
 
 
@@ -104,6 +109,7 @@ def drawing_loss(
     weight = np.ones((data.SIDE, data.SIDE, 1), np.float32)
     weight[FIGURE] = 2.0
     weight[FACE] = 3.0
+    weight[FEATURES] = 5.0
     weight /= weight.mean()
     error = drawn - pictures
     absolute = jnp.mean(weight * jnp.abs(error))
@@ -140,6 +146,8 @@ def train_vae(config: VAETraining, critic: Judge, folder: Path, work: Path) -> A
         return value + config.kl * kl, parts | {"kl": kl}
 
     def init(key):
+        if config.start:
+            return load_component(HERE / config.start, "vae", shapes(), np.float32)
         return network.init(key, jnp.zeros((1, data.SIDE, data.SIDE, 3)))["params"]
 
     return trainer.fit(

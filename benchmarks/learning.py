@@ -21,12 +21,13 @@ as if it were this person's. A judge network classifies the pictures drawn for t
 with the same seeds for all methods. *identity* is the share of the person's hair, hair colour, skin, beard and nose
 that is right, *editability* the share of the prompt's other requests that is met.
 
-A style's word is used where the model's own words for styles are ("a sepia outlined portrait of a person"); *identity* is
-the share of palette, outline, frame and light that is right, and its probes ask for no colours, which a style may hide.
-*whole* is the share of pictures in which all attributes of the person or style are right.
+A style's word is used where the model's own words for styles are ("a sepia outlined portrait of a person"); *identity*
+is the share of palette, outline, frame and light that is right, and its probes ask for no colours, which a style may
+hide. *whole* is the share of pictures in which all attributes of the person or style are right.
 
-A pair draws a person with one word and a style with another, each learned by itself; the words are kept beside --results. Of
-the person counts what the style shows. The table has the figures of the same words alone, over the same attributes.
+A pair draws a person with one word and a style with another, each learned by itself; the words are kept beside
+--results. Of the person counts what the style shows. The table has the figures of the same words alone, over the same
+attributes.
 
 Every measurement is a line in --results and is not repeated, so the benchmark can be stopped at any time. Seconds are
 those of the training only, without loading and compiling; for these run it on an idle machine. If only the pictures
@@ -59,8 +60,8 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "recipes" / "mini_sd")]
 
-import torch  # noqa: E402
 import styles  # noqa: E402
+import torch  # noqa: E402
 import world  # noqa: E402
 from torch_loops import StockLoop  # noqa: E402
 
@@ -299,10 +300,15 @@ def scores(line: Mapping[str, Any], person: Person, judge: Judge) -> dict[str, f
     return {**shares, **{kind: value for kind, value in means.items() if value is not None}}
 
 
-def alone(of_pair: Person, lines: dict[tuple, dict[str, Any]], judge: Judge) -> dict[str, float]:
+def plain_ours(line: Mapping[str, Any]) -> bool:
+    """Whether it is one of ti_jax's with its defaults."""
+    return line["method"] == "ours" and not line["changes"]
+
+
+def alone(of_pair: Person, lines: Mapping[str, Mapping[str, Any]], judge: Judge) -> dict[str, float]:
     """What the two words of a pair have by themselves, over the attributes that count in the pair.
 
-    `lines` are those of the words, by method and seed, as far as they were measured.
+    `lines` are those of people and styles by name, as far as they were measured.
     """
     found = {}
     for each, kind in zip(of_pair.parts, ("person", "style"), strict=True):
@@ -337,21 +343,27 @@ def label(line: Mapping[str, Any]) -> str:
 
 def table(lines: list[dict[str, Any]], everyone: list[Person], judge: Judge) -> Iterator[str]:
     """Print means over people and seeds, and differences paired by both with their standard errors."""
-    truth = {person.name: person.truth for person in everyone}
+    known = {person.name: person for person in everyone}
     by_label: dict[str, dict[tuple[str, int], dict[str, float]]] = defaultdict(dict)
     most = max((line["cores"] for line in lines), default=1)
     for line in sorted(lines, key=lambda line: line["cores"]):
-        if line["person"] in truth:
+        if line["person"] in known:
             cell = (line["person"], line["seed"])
-            by_label[label(line)][cell] = scores(line, truth[line["person"]], judge)
+            by_label[label(line)][cell] = scores(line, known[line["person"]], judge)
             if "seconds" in line and line["cores"] == most:
                 by_label[label(line)][cell]["seconds"] = line["seconds"]
-            if line["method"] == "ours" and not line["changes"] and len(everyone) > 1:
-                following = everyone[([*truth].index(line["person"]) + 1) % len(everyone)].name
-                by_label["another's word"][(following, line["seed"])] = scores(line, truth[following], judge)
-    edits = ("background", "clothes", "clothes_colour", "eyes")
-    columns = ["identity", *(f"identity/{name}" for name in world.IDENTITY)]
-    columns += ["editability", *(f"editability/{name}" for name in edits), "seconds"]
+            if line["method"] == "ours" and not line["changes"] and len(everyone) > 1 and not everyone[0].parts:
+                following = everyone[([*known].index(line["person"]) + 1) % len(everyone)]
+                by_label["another's word"][(following.name, line["seed"])] = scores(line, following, judge)
+    for person in everyone:
+        for seed in {line["seed"] for line in lines} if person.parts else ():
+            own = {line["person"]: line for line in lines if plain_ours(line) and line["seed"] == seed}
+            by_label["each word alone"][(person.name, seed)] = alone(person, own, judge)
+    found = {column for cells in by_label.values() for cell in cells.values() for column in cell}
+    kinds = [f"identity/{name}" for name in (*world.IDENTITY, *world.STYLE)]
+    edits = [f"editability/{name}" for name in world.ATTRIBUTES]
+    order = ["identity", "person", "style", *kinds, "whole", "editability", *edits, "seconds"]
+    columns = [column for column in order if column in found]
     yield "| method | runs | " + " | ".join(name.split("/")[-1].replace("_", " ") for name in columns) + " |"
     yield "|---" * (len(columns) + 2) + "|"
     for name, cells in by_label.items():
@@ -361,13 +373,13 @@ def table(lines: list[dict[str, Any]], everyone: list[Person], judge: Judge) -> 
             if not values:
                 row.append("")
                 continue
-            spread = f" ± {np.std(values):.2f}" if column in ("identity", "editability") else ""
+            spread = f" ± {np.std(values):.2f}" if column in ("identity", "person", "style", "editability") else ""
             digits = 1 if column == "seconds" else 2
             row.append(f"{np.mean(values):.{digits}f}{spread}")
         yield f"| {name} | {len(cells)} | " + " | ".join(row) + " |"
     yield ""
     for other in [name for name in by_label if name.startswith(("stock", TOGETHER))]:
-        for kind in ("identity", "editability", "seconds"):
+        for kind in ("identity", "whole", "editability", "seconds"):
             ours, theirs = by_label.get("ours", {}), by_label.get(other, {})
             both = [cell for cell in ours if kind in ours[cell] and kind in theirs.get(cell, {})]
             paired = [ours[cell][kind] - theirs[cell][kind] for cell in both]
@@ -405,7 +417,7 @@ def given_changes(items: Sequence[str]) -> dict[str, Any]:
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--split", choices=("dev", "test", "style"), default="dev", help="whom to learn")
+    parser.add_argument("--split", choices=SPLITS, default="dev", help="whom to learn")
     parser.add_argument("--seeds", type=int, default=1, help="runs for each person")
     parser.add_argument("--methods", nargs="+", choices=(*METHODS, TOGETHER), default=METHODS, help="what to measure")
     parser.add_argument("--people", nargs="+", default=None, help="only these of them")
@@ -435,13 +447,13 @@ def main() -> None:
                 wanted = {"method": method, "person": person.name, "seed": seed, "cores": CORES, "changes": changes}
                 if key(wanted) in done or (seed and method in WITHOUT_SEED):
                     continue
-                if person.is_style and method == "described":
+                if person.parts and method == "autoencoder":
                     continue
                 began = time.perf_counter()
                 lines.append(bench.measure(method, person, seed, changes))
                 with open_results(arguments.results, "a") as file:
                     file.write(json.dumps(lines[-1]) + "\n")
-                shares = scores(lines[-1], person.truth, bench.judge)
+                shares = scores(lines[-1], person, bench.judge)
                 print(
                     f"{person.name} seed {seed} {label(wanted)}: identity {shares['identity']:.2f}, editability "
                     f"{shares.get('editability', float('nan')):.2f}, {time.perf_counter() - began:.0f} s in all",

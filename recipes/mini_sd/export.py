@@ -82,7 +82,8 @@ def write_card(folder: Path, template: str, figures: dict[str, Any]) -> None:
     for label, kind in rows.items():
         shares = [f"{figures[kind][name]:.2f}" if name in figures[kind] else "" for name in names]
         table.append(f"| {label} | " + " | ".join(shares) + " |")
-    text = template.replace("{words}", "\n".join(words)).replace("{figures}", "\n".join(table))
+    text = template.replace("{count}", str(len(world.vocabulary())))
+    text = text.replace("{words}", "\n".join(words)).replace("{figures}", "\n".join(table))
     (folder / "README.md").write_text(text)
 
 

@@ -1,5 +1,6 @@
 """Scores of a word: what the judge reads, the paper's CLIP scores, and the runs that keep the best state."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 import ti_jax
+from ti_jax import Embedding
 from ti_jax.config import EvaluateConfig, TrainConfig, resolve_evaluate
 from ti_jax.errors import InputError
 from ti_jax.evaluation import scores
@@ -125,6 +127,35 @@ def test_scores_by_hand(judge):
     assert (result.identity, result.editability, result.candidates) == (0.5, 1.0, 3)
     assert result.as_dict()["reference"] == {"top": "red"} and "clip_i" not in result.as_dict()
     assert str(result).startswith("identity 0.500, editability 1.000, rank ")
+
+
+def test_a_word_for_a_style_is_scored_as_one(judge, tmp_path):
+    """With the style's attributes and probes where the judge has some, and as somebody's where it has none."""
+    styled = dataclasses.replace(
+        judge,
+        config=dataclasses.replace(
+            CONFIG, style=("bottom",), style_probes=(Probe("{} a"), Probe("{} photo", (("top", "red"),)))
+        ),
+    )
+    styled.save(tmp_path / "judge")
+    styled = Judge.load(tmp_path)
+    assert styled.config.concept("style") == (("bottom",), styled.config.style_probes)
+    assert styled.config.concept("object") == (("top",), CONFIG.probes) == judge.config.concept("style")
+    concept = np.stack([picture("red", "green"), picture("blue", "green")])
+    word = Embedding("<x>", {"text_encoder": np.ones((1, 4))}, {"learnable_property": "style"})
+    asked = []
+
+    class Model:
+        def generate(self, prompts, **settings):
+            asked.append(list(prompts))
+            return [Image.fromarray(picture("red", "green" if "photo" in prompt else "blue")) for prompt in prompts]
+
+    evaluator = Evaluator(styled, concept, images=1)
+    evaluator.compile(Model(), word)
+    result = evaluator.scores(Model(), word)
+    assert asked == [["<x>"] * 2, ["<x> a", "<x> photo"]]
+    assert result.reference == {"bottom": "green"}
+    assert result.by_attribute == {"editability/top": 1.0, "identity/bottom": 0.5}
 
 
 def test_what_a_probe_asks_for_is_not_counted_against_the_concept(judge):

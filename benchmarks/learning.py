@@ -117,13 +117,8 @@ class Person:
 
     @property
     def is_style(self) -> bool:
-        """Whether it is a style."""
+        """Whether it is a style alone."""
         return world.STYLE[0] in self.truth and not self.parts
-
-    def probes(self, judge: Judge) -> list[Probe]:
-        """What its word is tested with, each as often as pictures are drawn for it."""
-        own = PAIR_PROBES if self.parts else judge.config.concept("style" if self.is_style else "object")[1]
-        return [probe for probe in own for _ in range(IMAGES_A_PROBE)]
 
     def prompt(self, probe: Probe, word: str | None) -> str:
         """The probe's prompt with the word in it, for a pair both; None: without any person's or style's word."""
@@ -172,7 +167,7 @@ class Bench:
 
     def pictures(self, method: str, person: Person, seed: int, changes: dict[str, Any]) -> tuple[np.ndarray, dict]:
         """The method's pictures for the probes, and its figures."""
-        probes = person.probes(self.judge)
+        probes = probes_for(person.truth, self.judge)
         if method == "plain":
             return self.draw([person.prompt(probe, None) for probe in probes]), {}
         if method == "described":
@@ -284,19 +279,26 @@ def description(person: Person, probe: Probe) -> str:
     return world.caption(world.Scene(**said), medium=medium)
 
 
-def scores(line: Mapping[str, Any], person: Person, judge: Judge) -> dict[str, float]:
-    """Identity, editability and their parts, of a line of the results scored against the truth about `person`."""
+def probes_for(truth: Mapping[str, str], judge: Judge) -> list[Probe]:
+    """What a person, a style or a pair of both is tested with; each probe once for each picture of it."""
+    person, style = world.IDENTITY[0] in truth, world.STYLE[0] in truth
+    own = PAIR_PROBES if person and style else judge.config.concept("style" if style else "object")[1]
+    return [probe for probe in own for _ in range(IMAGES_A_PROBE)]
+
+
+def scores(line: Mapping[str, Any], truth: Mapping[str, str], judge: Judge) -> dict[str, float]:
+    """Identity, editability and their parts, of a line of the results scored against `truth`."""
     seen = line["readings"]
-    probes = [Probe("")] * len(seen) if line["method"] == "autoencoder" else person.probes(judge)
-    shares = attribute_scores(seen, probes, person.truth)
+    probes = [Probe("")] * len(seen) if line["method"] == "autoencoder" else probes_for(truth, judge)
+    shares = attribute_scores(seen, probes, truth)
     whole = [
-        all(reading[name] == word for name, word in person.truth.items() if name not in dict(probe.expects))
+        all(reading[name] == word for name, word in truth.items() if name not in dict(probe.expects))
         for reading, probe in zip(seen, probes, strict=True)
     ]
     means = {kind: mean_of(shares, kind) for kind in ("identity", "editability")} | {"whole": float(np.mean(whole))}
-    if person.parts:
-        for kind, names in (("person", world.IDENTITY), ("style", world.STYLE)):
-            means[kind] = float(np.mean([shares[f"identity/{name}"] for name in names if name in person.truth]))
+    for kind, names in (("person", world.IDENTITY), ("style", world.STYLE)):
+        if world.IDENTITY[0] in truth and world.STYLE[0] in truth:
+            means[kind] = float(np.mean([shares[f"identity/{name}"] for name in names if name in truth]))
     return {**shares, **{kind: value for kind, value in means.items() if value is not None}}
 
 
@@ -313,8 +315,8 @@ def alone(of_pair: Person, lines: Mapping[str, Mapping[str, Any]], judge: Judge)
     found = {}
     for each, kind in zip(of_pair.parts, ("person", "style"), strict=True):
         if each.name in lines:
-            own = replace(each, truth={name: word for name, word in each.truth.items() if name in of_pair.truth})
-            found[kind] = scores(lines[each.name], own, judge)["identity"]
+            shown = {name: word for name, word in each.truth.items() if name in of_pair.truth}
+            found[kind] = scores(lines[each.name], shown, judge)["identity"]
     return found
 
 
@@ -349,12 +351,12 @@ def table(lines: list[dict[str, Any]], everyone: list[Person], judge: Judge) -> 
     for line in sorted(lines, key=lambda line: line["cores"]):
         if line["person"] in known:
             cell = (line["person"], line["seed"])
-            by_label[label(line)][cell] = scores(line, known[line["person"]], judge)
+            by_label[label(line)][cell] = scores(line, known[line["person"]].truth, judge)
             if "seconds" in line and line["cores"] == most:
                 by_label[label(line)][cell]["seconds"] = line["seconds"]
             if line["method"] == "ours" and not line["changes"] and len(everyone) > 1 and not everyone[0].parts:
                 following = everyone[([*known].index(line["person"]) + 1) % len(everyone)]
-                by_label["another's word"][(following.name, line["seed"])] = scores(line, following, judge)
+                by_label["another's word"][(following.name, line["seed"])] = scores(line, following.truth, judge)
     for person in everyone:
         for seed in {line["seed"] for line in lines} if person.parts else ():
             own = {line["person"]: line for line in lines if plain_ours(line) and line["seed"] == seed}
@@ -453,7 +455,7 @@ def main() -> None:
                 lines.append(bench.measure(method, person, seed, changes))
                 with open_results(arguments.results, "a") as file:
                     file.write(json.dumps(lines[-1]) + "\n")
-                shares = scores(lines[-1], person, bench.judge)
+                shares = scores(lines[-1], person.truth, bench.judge)
                 print(
                     f"{person.name} seed {seed} {label(wanted)}: identity {shares['identity']:.2f}, editability "
                     f"{shares.get('editability', float('nan')):.2f}, {time.perf_counter() - began:.0f} s in all",

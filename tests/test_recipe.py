@@ -188,15 +188,14 @@ def test_avatar_options_leave_nothing_to_chance(recipe, scenes):
             assert name == "seed" or name.endswith("Probability") or len(value) == 1, name
 
 
-def test_backgrounds_differ(recipe, scenes):
-    drawn = {}
-    for palette, colours in {
-        **{palette: [None] for palette in recipe.styles.PALETTES},
-        "natural": recipe.world.BACKGROUNDS,
-    }.items():
-        for colour, pattern in itertools.product(colours, recipe.world.PATTERNS):
-            scene = dataclasses.replace(scenes[1][0], background=colour, pattern=pattern, palette=palette)
-            drawn[palette, colour, pattern] = recipe.data.background_pixels(scene, 64)
+def test_backgrounds_differ(recipe):
+    colours = {palette: [None] for palette in recipe.styles.PALETTES} | {"natural": recipe.world.BACKGROUNDS}
+    drawn = {
+        (palette, colour, pattern): recipe.data.background_pixels(colour, pattern, 64, palette)
+        for palette in colours
+        for colour in colours[palette]
+        for pattern in recipe.world.PATTERNS
+    }
     for one, other in itertools.combinations(drawn, 2):
         assert np.abs(drawn[one].astype(int) - drawn[other]).mean() > 3, (one, other)
 

@@ -136,18 +136,21 @@ def trained(groups: np.ndarray) -> np.ndarray:
     return np.flatnonzero((groups < HELD_OUT) & (groups != VALIDATION) & (groups != STYLED_VALIDATION))
 
 
-def background_pixels(scene: world.Scene, side: int) -> np.ndarray:
-    """uint8 [side, side, 3]: one colour, or stripes or dots of another one, an eighth of the side apart."""
-    if (palette := styles.PALETTES[scene.palette]) is not None:
-        base, second = (np.array(styles.rgb(colour), np.float32) for colour in (palette.background, palette.pattern))
+def background_pixels(colour: str | None, pattern: str, side: int, palette: str = "natural") -> np.ndarray:
+    """uint8 [side, side, 3]: one colour, or stripes or dots of another one, an eighth of the side apart.
+
+    Both are the palette's, unless it is the natural one.
+    """
+    if (own := styles.PALETTES[palette]) is not None:
+        base, second = (np.array(styles.rgb(each), np.float32) for each in (own.background, own.pattern))
     else:
-        base = np.array(world.BACKGROUNDS[scene.background], np.float32)
+        base = np.array(world.BACKGROUNDS[colour], np.float32)
         # There is nothing lighter than white.
-        second = base * 0.82 if scene.background == "white" else base + (255 - base) * 0.45
+        second = base * 0.82 if colour == "white" else base + (255 - base) * 0.45
     rows, columns = np.indices((side, side), np.float32) * (64 / side)
-    if scene.pattern == "striped":
+    if pattern == "striped":
         mask = (columns // 8) % 2
-    elif scene.pattern == "dotted":
+    elif pattern == "dotted":
         mask = np.hypot(rows % 16 - 7.5, columns % 16 - 7.5) < 4
     else:
         mask = np.zeros((side, side))
@@ -159,7 +162,8 @@ def rasterise(svg: str, scene: world.Scene, side: int = SIDE) -> np.ndarray:
     svg = styles.restyle(svg, scene.palette, scene.outline, world.part_colours(scene))
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side, skip_system_fonts=True))
     avatar = Image.open(io.BytesIO(png)).convert("RGBA")
-    picture = Image.fromarray(background_pixels(scene, side)).convert("RGBA")
+    behind = background_pixels(scene.background, scene.pattern, side, scene.palette)
+    picture = Image.fromarray(behind).convert("RGBA")
     picture.alpha_composite(avatar)
     return styles.light_and_frame(np.asarray(picture.convert("RGB")), scene.light, scene.frame)
 

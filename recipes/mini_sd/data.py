@@ -95,7 +95,7 @@ def draw_scenes(config: DataConfig) -> tuple[list[world.Scene], np.ndarray]:
     groups: list[int] = []
 
     def allowed_person() -> tuple[str | None, ...]:
-        while (person := world.draw_person(rng)) in forbidden:
+        while world.visible(person := world.draw_person(rng)) in forbidden:
             pass
         return person
 

@@ -75,6 +75,8 @@ BEARDS = {
 NO_HAIR_SEEN = ("bald", "cap", "beanie")
 COLOURED_BEARDS = ("beard", "moustache", "walrus moustache", "goatee")
 MOUTH_COVERING = ("beard",)
+# What shows of a nose below a moustache differs by at most 28 levels in a dozen pixels.
+NOSE_COVERING = ("beard", "moustache", "walrus moustache")
 # The third nose is left out: at 64 pixels nobody can distinguish it from "round nose".
 NOSES = {"round nose": "mediumRound", "wrinkles": "wrinkles"}
 CLOTHES = {"jacket": "small", "sweater": "squared", "shirt": "rounded", "checkered shirt": "checkered"}
@@ -124,7 +126,10 @@ COLOURS = ("hair_colour", "skin", "clothes_colour", "background")
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything in one picture, in the words of `ATTRIBUTES`; None for what it does not show."""
+    """Everything in one picture, in the words of `ATTRIBUTES`; None for what it does not show.
+
+    A nose is always drawn, and shows only if no beard hides it: `seen`.
+    """
 
     hair: str
     hair_colour: str | None
@@ -150,14 +155,18 @@ class Scene:
 
     @property
     def person(self) -> tuple[str | None, ...]:
-        """What does not change with expression, glasses, clothes and background."""
-        return tuple(getattr(self, name) for name in IDENTITY)
+        """What does not change with expression, glasses, clothes and background, and can be seen."""
+        return visible(tuple(getattr(self, name) for name in IDENTITY))
+
+    def seen(self, name: str) -> str | None:
+        """The word for an attribute; None if the picture does not show it."""
+        return dict(zip(IDENTITY, self.person, strict=True)).get(name, getattr(self, name))
 
     def labels(self) -> list[int]:
         """Class indices in the order of `ATTRIBUTES`; -1 if it is not visible in the picture."""
         numbers = []
         for name, words in ATTRIBUTES.items():
-            word = getattr(self, name)
+            word = self.seen(name)
             numbers.append(-1 if word is None else words.index(word))
         return numbers
 
@@ -169,12 +178,18 @@ def pick(rng: np.random.Generator, words) -> str:
 
 
 def draw_person(rng: np.random.Generator) -> tuple[str, str | None, str, str, str]:
-    """A random identity: hair, its colour (None if not visible), skin, beard, nose."""
+    """A random identity: hair, its colour (None if not visible), skin, beard, nose (even if it is not visible)."""
     hair = pick(rng, HAIR)
     beard = "no beard" if rng.random() < 0.5 else pick(rng, tuple(BEARDS)[1:])
     hidden = hair in NO_HAIR_SEEN and beard not in COLOURED_BEARDS
     hair_colour = None if hidden else pick(rng, HAIR_COLOURS)
     return hair, hair_colour, pick(rng, SKINS), beard, pick(rng, NOSES)
+
+
+def visible(person: tuple[str | None, ...]) -> tuple[str | None, ...]:
+    """A random identity without what cannot be seen of it."""
+    hair, hair_colour, skin, beard, nose = person
+    return hair, hair_colour, skin, beard, None if beard in NOSE_COVERING else nose
 
 
 def draw_surroundings(rng: np.random.Generator) -> dict[str, str | None]:
@@ -249,9 +264,7 @@ def caption(
     """
 
     def said(name: str) -> bool:
-        return (
-            getattr(scene, name) is not None and (keep is None or name in keep) and (identity or name not in IDENTITY)
-        )
+        return scene.seen(name) is not None and (keep is None or name in keep) and (identity or name not in IDENTITY)
 
     words = ["a", *([style] if style else styles.words(scene.style)), medium, "of", subject]
     details: list[str] = []

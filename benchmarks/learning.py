@@ -49,7 +49,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any
@@ -60,9 +60,9 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "recipes" / "mini_sd")]
 
-import styles  # noqa: E402
 import torch  # noqa: E402
 import world  # noqa: E402
+from subjects import SPLITS, STYLE_TOKEN, TOKEN, Person, description, people, probes_for  # noqa: E402
 from torch_loops import StockLoop  # noqa: E402
 
 from ti_jax import Embedding, StableDiffusion, TrainConfig, train  # noqa: E402
@@ -75,77 +75,16 @@ from ti_jax.machine import enable_compilation_cache  # noqa: E402
 from ti_jax.text.templates import load_templates  # noqa: E402
 from ti_jax.training.cpu_devices import use_cores  # noqa: E402
 
-PEOPLE = Path(__file__).parent / "people"
-CONCEPTS = ROOT / "ti_jax" / "assets" / "concepts"
-TOKEN, STYLE_TOKEN = "<someone>", "<style>"
 IMAGES_A_PROBE = 4
 INFERENCE_STEPS, GUIDANCE = 25, 3.0
 # Chosen on the dev people (--methods stock --set learning_rate=...), like ours in configs/demo.yaml.
 STOCK_BEST_LEARNING_RATE = 2.5e-3
 # The form of the model's captions with a style.
 STYLE_TEMPLATES = ROOT / "ti_jax" / "assets" / "demo_style_templates.txt"
-# For a style and somebody.
-PAIR_PROBES = (
-    Probe("a {style} portrait of {}"),
-    Probe(
-        "a {style} drawing of {} with glasses on a striped background", (("eyes", "glasses"), ("pattern", "striped"))
-    ),
-    Probe("a {style} picture of {} wearing a jacket", (("clothes", "jacket"),)),
-    Probe(
-        "a {style} portrait of {} with sunglasses on a dotted background",
-        (("eyes", "sunglasses"), ("pattern", "dotted")),
-    ),
-)
-SPLITS = ("dev", "test", "dev-style", "test-style", "dev-pairs", "test-pairs")
 METHODS = ("plain", "described", "autoencoder", "stock", "stock-best", "ours")
 TOGETHER = "together"
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 WITHOUT_SEED = ("plain", "described", "autoencoder")  # random only in the drawing, which is the same for all
-
-
-@dataclass(frozen=True)
-class Person:
-    """A person or style to learn: name, folder of pictures, and true identity (attribute -> word).
-
-    Or a pair of both, `parts`, whose words are learned apart.
-    """
-
-    name: str
-    folder: Path
-    truth: Mapping[str, str]
-    parts: tuple[Person, ...] = ()
-
-    @property
-    def is_style(self) -> bool:
-        """Whether it is a style alone."""
-        return world.STYLE[0] in self.truth and not self.parts
-
-    def prompt(self, probe: Probe, word: str | None) -> str:
-        """The probe's prompt with the word in it, for a pair both; None: without any person's or style's word."""
-        if not self.is_style:
-            return probe.prompt.replace("{style} ", f"{STYLE_TOKEN} " if word else "").replace("{}", word or "a person")
-        return probe.prompt.replace("{} ", f"{word} " if word else "")
-
-
-def people(split: str) -> list[Person]:
-    """The people or styles of a split, or pairs of them."""
-    if split.endswith("-pairs"):
-        own, styled = people(split.removesuffix("-pairs")), people(split.replace("-pairs", "-style"))
-        return [pair(person, style) for person, style in zip(own, styled, strict=False)]
-    found = []
-    for name, facts in json.loads((PEOPLE / "people.json").read_text()).items():
-        folder = PEOPLE / name if (PEOPLE / name).is_dir() else CONCEPTS / name
-        if facts["split"] == split:
-            said = (*world.IDENTITY, *world.STYLE)
-            found.append(Person(name, folder, {key: facts[key] for key in said if facts.get(key) is not None}))
-    return found
-
-
-def pair(person: Person, style: Person) -> Person:
-    """The person in the style; of the person only what that shows."""
-    hidden = world.COLOURS if style.truth["palette"] != styles.NATURAL[0] else ()
-    shown = {name: word for name, word in person.truth.items() if name not in hidden}
-    return Person(f"{person.name}+{style.name}", style.folder, {**shown, **style.truth}, (person, style))
 
 
 class Bench:
@@ -167,7 +106,7 @@ class Bench:
 
     def pictures(self, method: str, person: Person, seed: int, changes: dict[str, Any]) -> tuple[np.ndarray, dict]:
         """The method's pictures for the probes, and its figures."""
-        probes = probes_for(person.truth, self.judge)
+        probes = probes_for(person.truth, self.judge, IMAGES_A_PROBE)
         if method == "plain":
             return self.draw([person.prompt(probe, None) for probe in probes]), {}
         if method == "described":
@@ -252,7 +191,7 @@ class Bench:
         pixels = torch.from_numpy(load_images(person.folder, self.sd.default_resolution).pixels).permute(0, 3, 1, 2)
         settings: dict[str, Any] = {"learning_rate": STOCK_BEST_LEARNING_RATE} if method == "stock-best" else {}
         loop = StockLoop(
-            self.sd.path, pixels.contiguous(), load_templates("object", config.templates), TOKEN,
+            self.sd.path, pixels.contiguous(), load_templates(config.learnable_property, config.templates), TOKEN,
             str(config.initializer_token).split()[0], batch_size=config.train_batch_size, seed=seed,
             **(settings | changes),
         )  # fmt: skip
@@ -271,25 +210,10 @@ class Bench:
         }  # fmt: skip
 
 
-def description(person: Person, probe: Probe) -> str:
-    """The probe's prompt with the true description of the person, the style or both in place of the words."""
-    natural = dict(zip(world.STYLE, styles.NATURAL, strict=True))
-    said = {**dict.fromkeys(world.ATTRIBUTES), **natural, **person.truth, **dict(probe.expects)}
-    (medium,) = {"portrait", "drawing", "picture"} & set(probe.prompt.split())
-    return world.caption(world.Scene(**said), medium=medium)
-
-
-def probes_for(truth: Mapping[str, str], judge: Judge) -> list[Probe]:
-    """What a person, a style or a pair of both is tested with; each probe once for each picture of it."""
-    person, style = world.IDENTITY[0] in truth, world.STYLE[0] in truth
-    own = PAIR_PROBES if person and style else judge.config.concept("style" if style else "object")[1]
-    return [probe for probe in own for _ in range(IMAGES_A_PROBE)]
-
-
 def scores(line: Mapping[str, Any], truth: Mapping[str, str], judge: Judge) -> dict[str, float]:
     """Identity, editability and their parts, of a line of the results scored against `truth`."""
     seen = line["readings"]
-    probes = [Probe("")] * len(seen) if line["method"] == "autoencoder" else probes_for(truth, judge)
+    probes = [Probe("")] * len(seen) if line["method"] == "autoencoder" else probes_for(truth, judge, IMAGES_A_PROBE)
     shares = attribute_scores(seen, probes, truth)
     whole = [
         all(reading[name] == word for name, word in truth.items() if name not in dict(probe.expects))

@@ -17,7 +17,8 @@ import world  # noqa: E402
 from ti_jax.evaluation.avatar_judge import Judge, Probe  # noqa: E402
 
 PEOPLE = Path(__file__).parent / "people"
-CONCEPTS = ROOT / "ti_jax" / "assets" / "concepts"
+# Those of the demos.
+ASSETS = tuple(ROOT / "ti_jax" / "assets" / name for name in ("concepts", "styles"))
 TOKEN, STYLE_TOKEN = "<someone>", "<style>"
 # For a style and somebody.
 PAIR_PROBES = (
@@ -65,7 +66,7 @@ def people(split: str) -> list[Person]:
         return [pair(person, style) for person, style in zip(own, styled, strict=False)]
     found = []
     for name, facts in json.loads((PEOPLE / "people.json").read_text()).items():
-        folder = PEOPLE / name if (PEOPLE / name).is_dir() else CONCEPTS / name
+        (folder,) = (place / name for place in (PEOPLE, *ASSETS) if (place / name).is_dir())
         if facts["split"] == split:
             said = (*world.IDENTITY, *world.STYLE)
             found.append(Person(name, folder, {key: facts[key] for key in said if facts.get(key) is not None}))

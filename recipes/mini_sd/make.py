@@ -108,6 +108,9 @@ def make_all(recipe: Recipe, work: Path, out: Path, kept: bool) -> dict[str, Any
             work / "decoder.msgpack",
             lambda: vae.train_decoder(recipe.decoder, vae_params, moments, critic, work / "decoder", work),
         )
+    if not (work / "base.msgpack").exists():  # what the base cannot draw any better, before the hour that it takes
+        for kind, value in measure.measure_autoencoder(vae_params, reader, work).items():
+            print(f"autoencoder: {kind}: {value}", flush=True)
     scaling_factor = round(float(1.0 / moments[..., :4].std()), export.SCALING_DIGITS)
     tokenizer = bpe.make_tokenizer(out / "tokenizer")
     params = keep(

@@ -23,6 +23,8 @@ STEPS, GUIDANCE = 25, 3.0
 SHEET = (8, 8)
 # The share of each style attribute that must be right in pictures of trained styles, from words and from codes.
 GATE = 0.95
+# Validation sets, by the prefix of their figures.
+HELD_BACK = {"": data.VALIDATION, "styled/": data.STYLED_VALIDATION}
 
 
 def measure(folder: Path, judge: Judge, codes: np.ndarray, work: Path, captions: int) -> dict[str, Any]:
@@ -42,11 +44,10 @@ def measure(folder: Path, judge: Judge, codes: np.ndarray, work: Path, captions:
       styles are drawn as they should be.
     """
     group = np.load(work / "data" / "group.npy")
-    pixels = np.load(work / "data" / "pixels.npy", mmap_mode="r")
     labels = np.load(work / "data" / "labels.npy")
     scenes = data.load_scenes(work / "data")
     sd = StableDiffusion.from_pretrained(folder)
-    figures: dict[str, Any] = {}
+    figures = measure_autoencoder(sd.params["vae"], judge, work)
 
     def draw(kind: str, chosen: np.ndarray, prompts: list[str], *embeddings: Embedding) -> None:
         drawn_images = sd.generate(
@@ -57,14 +58,8 @@ def measure(folder: Path, judge: Judge, codes: np.ndarray, work: Path, captions:
         save_sheet(drawn, work / f"{kind.replace('/', '-')}.png")
         figures[kind] = accuracy(judge, drawn, labels[chosen])
 
-    for which, kind in ((data.VALIDATION, ""), (data.STYLED_VALIDATION, "styled/")):
-        chosen = np.flatnonzero(group == which)
-        moments = vae.encode(sd.params["vae"], pixels[chosen])
-        restored = vae.decode(sd.params["vae"], np.split(moments, 2, axis=-1)[0])
-        figures[f"{kind}renders"] = accuracy(judge, pixels[chosen], labels[chosen])
-        figures[f"{kind}vae"] = accuracy(judge, restored, labels[chosen])
-        figures[f"{kind}vae_psnr"] = vae.peak_signal_to_noise(pixels[chosen], restored)
-        chosen = chosen[:captions]
+    for kind, which in HELD_BACK.items():
+        chosen = np.flatnonzero(group == which)[:captions]
         draw(f"{kind}drawn", chosen, [world.caption(scenes[index]) for index in chosen])
 
     rng = np.random.default_rng(0)
@@ -97,6 +92,23 @@ def measure(folder: Path, judge: Judge, codes: np.ndarray, work: Path, captions:
     prompts = [world.caption(scenes[i], subject=person(i), identity=False, style=style(i)) for i in chosen]
     draw("codes/both", chosen, prompts, *rows([word for index in chosen for word in (person(index), style(index))]))
     figures["gate"] = passes(figures)
+    return figures
+
+
+def measure_autoencoder(params: Any, judge: Judge, work: Path) -> dict[str, Any]:
+    """The figures of `measure` that the base has no part in; and sheets of pictures beside what comes back."""
+    group = np.load(work / "data" / "group.npy")
+    pixels = np.load(work / "data" / "pixels.npy", mmap_mode="r")
+    labels = np.load(work / "data" / "labels.npy")
+    figures: dict[str, Any] = {}
+    for kind, which in HELD_BACK.items():
+        chosen = np.flatnonzero(group == which)
+        restored = vae.decode(params, np.split(vae.encode(params, pixels[chosen]), 2, axis=-1)[0])
+        figures[f"{kind}renders"] = accuracy(judge, pixels[chosen], labels[chosen])
+        figures[f"{kind}vae"] = accuracy(judge, restored, labels[chosen])
+        figures[f"{kind}vae_psnr"] = vae.peak_signal_to_noise(pixels[chosen], restored)
+        both = np.stack([pixels[chosen], restored], axis=1).reshape(-1, *restored.shape[1:])
+        save_sheet(both, work / f"{kind.replace('/', '-')}vae.png")
     return figures
 
 

@@ -296,7 +296,7 @@ def test_smoke(tmp_path):
     figures = json.loads((tmp_path / "figures.json").read_text())
     kinds = {"renders", "vae", "vae_psnr", "drawn"}
     kinds |= {f"styled/{kind}" for kind in kinds} | {
-        "styled/held out",
+        "styled/held_out",
         "codes/people",
         "codes/styles",
         "codes/both",

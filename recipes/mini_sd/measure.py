@@ -39,7 +39,7 @@ def measure(folder: Path, judge: Judge, codes: np.ndarray, work: Path, captions:
 
     Returns:
       "renders", "vae" and "drawn" of natural pictures that are held back, "vae_psnr" in dB; the same four of styled
-      ones, ``styled/renders`` and so on; ``styled/held out``, drawn from the words of styles that are held out;
+      ones, ``styled/renders`` and so on; ``styled/held_out``, drawn from the words of styles that are held out;
       ``codes/people``, ``codes/styles`` and ``codes/both``, drawn with codes that were trained; and ``gate``, whether
       styles are drawn as they should be.
     """
@@ -80,7 +80,7 @@ def measure(folder: Path, judge: Judge, codes: np.ndarray, work: Path, captions:
 
     styled = np.array([scene.style in numbers for scene in scenes])
     held_out = some(group >= data.DEV_STYLES)
-    draw("styled/held out", held_out, [world.caption(scenes[index]) for index in held_out])
+    draw("styled/held_out", held_out, [world.caption(scenes[index]) for index in held_out])
     known = (group >= 0) & (group < data.HELD_OUT)
     chosen = some(known & ~styled)
     prompts = [world.caption(scenes[index], subject=person(index), identity=False) for index in chosen]

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import judge
 import numpy as np
+import optax
 import styles
 import tokenizer as bpe
 import trainer
@@ -30,7 +31,9 @@ from transformers import CLIPTokenizer
 from ti_jax.diffusion.schedule import NoiseSchedule, add_noise, training_target
 from ti_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from ti_jax.models.unet import UNet2DConditionModel, UNetConfig
+from ti_jax.weights.load import load_component
 
+HERE = Path(__file__).parent
 WIDTH = 192
 UNET_CONFIG = {
     "_class_name": "UNet2DConditionModel",
@@ -75,6 +78,8 @@ class BaseTraining:
     empty_captions: float = 0.1
     embedding_noise: float = 0.008  # standard deviation; a token's row has about five times that
     dtype: str = "float32"  # of activations; weights and updates are always float32
+    start: str = ""  # a model folder, relative to this one, whose UNet and text encoder it goes on from
+    codes_rate: float = 1.0  # the codes' learning rate, times that of everything else
     seed: int = 0
 
 
@@ -199,6 +204,25 @@ def init_heads() -> Any:
     return {name: {"kernel": jnp.zeros((size, names)), "bias": jnp.zeros(names)} for name, size in sizes.items()}
 
 
+def start_from(folder: Path, tree: Any, text: Any, tokenizer: CLIPTokenizer) -> tuple[Any, Any]:
+    """The UNet and the text encoder of the model in `folder`, in the shapes of `tree` and `text`.
+
+    Rows of the table are found by their tokens; a token that the vocabulary did not have keeps its initial row.
+    """
+    unet = load_component(folder, "unet", tree, np.float32)
+    table = text["embeddings"]["token_embedding"]["embedding"]
+    old_vocabulary = CLIPTokenizer.from_pretrained(folder / "tokenizer").get_vocab()
+    old = jax.tree.map(lambda leaf: leaf, text)
+    old["embeddings"]["token_embedding"]["embedding"] = jax.ShapeDtypeStruct((len(old_vocabulary), WIDTH), np.float32)
+    loaded = load_component(folder, "text_encoder", old, np.float32)
+    before = loaded["embeddings"]["token_embedding"]["embedding"]
+    vocabulary = tokenizer.get_vocab()
+    for token in vocabulary.keys() & old_vocabulary.keys():
+        table = table.at[vocabulary[token]].set(before[old_vocabulary[token]])
+    loaded["embeddings"]["token_embedding"]["embedding"] = table
+    return unet, loaded
+
+
 def train_base(
     config: BaseTraining,
     tokenizer: CLIPTokenizer,
@@ -282,12 +306,16 @@ def train_base(
         for name, key, deviation in (("token_embedding", keys[2], 0.04), ("position_embedding", keys[3], 0.02)):
             table = text["embeddings"][name]["embedding"]
             text["embeddings"][name]["embedding"] = deviation * jax.random.normal(key, table.shape)
+        if config.start:
+            tree, text = start_from(HERE / config.start, tree, text, tokenizer)
         codes = 0.04 * jax.random.normal(keys[4], (codes_wanted, WIDTH))
         return {"unet": tree, "text_encoder": text, "codes": codes, "heads": init_heads()}
 
+    adamw = trainer.adamw(trainer.schedule(config.learning_rate, config.steps, 300), weight_decay=0.01)
+    only_codes = {"unet": False, "text_encoder": False, "codes": True, "heads": False}
     params = trainer.fit(
         folder=folder, init=init, loss=loss, data=arrays,
-        optimizer=trainer.adamw(trainer.schedule(config.learning_rate, config.steps, 300), weight_decay=0.01),
+        optimizer=optax.chain(adamw, optax.masked(optax.scale(config.codes_rate), only_codes)),
         steps=config.steps, seed=config.seed, decay=0.999,
     )  # fmt: skip
     return {name: params[name] for name in ("unet", "text_encoder", "codes")}

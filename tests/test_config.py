@@ -174,6 +174,7 @@ NEEDED_BY = {
     "huber_c": {"loss": "huber"}, "bucket_step": {"aspect_ratio_buckets": True},
     "max_aspect_ratio": {"aspect_ratio_buckets": True}, "initializer_embedding": {"initializer_token": None},
     "concepts_per_batch": {"concepts": "family"}, "dataset_name": {"train_data_dir": None},
+    "image_column": {"dataset_name": "a/b", "train_data_dir": None},
     "negative_class": {"learn_negative": True}, "negative_guidance_scale": {"learn_negative": True},
 }  # fmt: skip
 
@@ -518,6 +519,10 @@ def test_other_text_is_no_rates(text):
         ({"optimizer": "schedule_free", "ema_decay": 0.9}, "--ema_decay 0.9: --optimizer schedule_free averages"),
         ({"optimizer": "schedule_free", "adam_beta1": 0.0}, "--adam_beta1 0: must be above 0 with --optimizer"),
         ({"huber_c": 0.2}, "--huber_c 0.2: does nothing without --loss huber"),
+        # Also those that are what would be used.
+        ({"bucket_step": 64}, "--bucket_step 64: does nothing without --aspect_ratio_buckets; give both or neither"),
+        ({"max_aspect_ratio": 2.0}, "--max_aspect_ratio 2: does nothing without --aspect_ratio_buckets"),
+        ({"image_column": "image"}, "--image_column 'image': does nothing without --dataset_name"),
     ],
 )
 def test_settings_that_do_not_go_together(values, message):

@@ -6,7 +6,7 @@ import errno
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -135,3 +135,20 @@ def ensure_writable_folder(folder: Path | str) -> Path:
             if os.path.lexists(probe):
                 probe.unlink()
     return folder
+
+
+@contextmanager
+def writable_folder(folder: Path | str) -> Iterator[Path]:
+    """Context within which a folder is there, see `ensure_writable_folder`.
+
+    What it had to make, of the folder and its parents, is removed at the end if nothing is in it: a command that is
+    refused leaves nothing.
+    """
+    folder = Path(folder)
+    made = [each for each in (folder, *folder.parents) if not os.path.exists(each)]
+    try:
+        yield ensure_writable_folder(folder)
+    finally:
+        for each in made:
+            with suppress(OSError):  # something is in it
+                each.rmdir()

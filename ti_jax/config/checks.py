@@ -73,10 +73,7 @@ def check_train(config: TrainConfig) -> None:
             raise InputError("--adam_beta1 0: must be above 0 with --optimizer schedule_free, whose average it weighs")
     if config.huber_c is not None and config.loss != "huber":
         raise InputError(f"--huber_c {config.huber_c:g}: does nothing without --loss huber; give both or neither")
-    for name in ("bucket_step", "max_aspect_ratio"):
-        value = getattr(config, name)
-        if value != getattr(TrainConfig, name) and not config.aspect_ratio_buckets:
-            raise InputError(f"--{name} {value:g}: does nothing without --aspect_ratio_buckets; give both or neither")
+    check_pictures(config)
     if config.process_id is not None and config.num_processes is not None and config.process_id >= config.num_processes:
         raise InputError(
             f"--process_id {config.process_id}: must be from 0 to {config.num_processes - 1}, one below --num_processes"
@@ -110,6 +107,23 @@ def check_train(config: TrainConfig) -> None:
                 f"--{name} {prompt!r}: the new word {word} is not in it; write it, or {{}} in its place (in a shell, "
                 f"quote the prompt: < and > mean something there)"
             )
+
+
+def check_pictures(config: TrainConfig) -> None:
+    """Refuse settings of pictures that do nothing without another one.
+
+    Raises:
+      InputError: the first that is given alone.
+    """
+    for names, other in (
+        (("bucket_step", "max_aspect_ratio"), "aspect_ratio_buckets"),
+        (("image_column",), "dataset_name"),
+    ):
+        for name in names:
+            value = getattr(config, name)
+            if value is not None and not getattr(config, other):
+                shown = repr(value) if isinstance(value, str) else f"{value:g}"
+                raise InputError(f"--{name} {shown}: does nothing without --{other}; give both or neither")
 
 
 def _check_negative(config: TrainConfig) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ti_jax.config.checks import check_evaluate, check_fields, check_infer, check_train
+from ti_jax.config.checks import check_evaluate, check_fields, check_infer, check_pictures, check_train
 from ti_jax.config.concepts import concept_configs, slug
 from ti_jax.config.evaluate import EvaluateConfig
 from ti_jax.config.fields import setting_of
@@ -59,7 +59,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     Raises:
       InputError: a value that cannot be, or something that only the user can tell is missing.
     """
-    defaults = _model_defaults(config.pretrained_model_name_or_path) | _optimizer_defaults(config)
+    defaults = _training_defaults(config)
     if config.concepts is not None:
         return _resolve_several(_plain(config), defaults)
     own = config.train_data_dir or config.dataset_name
@@ -120,7 +120,7 @@ def resolve_plan(config: PlanConfig) -> PlanConfig:
     Raises:
       InputError: a value that cannot be.
     """
-    defaults = _model_defaults(config.pretrained_model_name_or_path) | _optimizer_defaults(config)
+    defaults = _training_defaults(config)
     config = _plain(_filled(config, defaults))
     check_train(config)
     return config
@@ -134,8 +134,9 @@ def resolve_data(config: DataConfig) -> DataConfig:
       InputError: a value that cannot be.
     """
     resolution = 64 if config.pretrained_model_name_or_path is None else 512
-    config = _plain(_filled(config, {"resolution": resolution}))
+    config = _plain(_filled(config, {"resolution": resolution} | _bucket_defaults(config)))
     check_fields(config)
+    check_pictures(config)
     return config
 
 
@@ -174,9 +175,14 @@ def _model_defaults(model: str | None) -> dict[str, Any]:
     return dict(_demo_settings() if model is None else STABLE_DIFFUSION_DEFAULTS)
 
 
-def _optimizer_defaults(config: TrainConfig) -> dict[str, Any]:
-    """What suits the optimizer more than what suits the model: Prodigy's rate multiplies the one that it finds."""
-    return {"learning_rate": 1.0} if config.optimizer == "prodigy" else {}
+def _training_defaults(config: TrainConfig) -> dict[str, Any]:
+    """Those of the model, but for what suits the optimizer more: Prodigy's rate multiplies the one that it finds."""
+    rate = {"learning_rate": 1.0} if config.optimizer == "prodigy" else {}
+    return _model_defaults(config.pretrained_model_name_or_path) | rate | _bucket_defaults(config)
+
+
+def _bucket_defaults(config: TrainConfig) -> dict[str, Any]:
+    return {"bucket_step": 64, "max_aspect_ratio": 2.0} if config.aspect_ratio_buckets else {}
 
 
 def _filled(config: Config, defaults: Mapping[str, Any]) -> Config:

@@ -80,12 +80,12 @@ class TrainConfig(ModelSettings):
     ratio, is scaled to cover it, and the overhang is cut; every batch comes from one bucket, and buckets take turns in
     proportion to their pictures. No bucket has more pixels than the square of --resolution. One program is compiled
     for each bucket that has pictures."""
-    bucket_step: int = setting(64, SIDE)
+    bucket_step: int | None = setting(None, SIDE)
     """With --aspect_ratio_buckets: the sides of buckets are multiples of this many pixels; divisible by 8. Small
-    models need less than 64: the embedded one, which has 64 pixels, 8 or 16."""
-    max_aspect_ratio: float = setting(2.0, RATIO)
+    models need less than 64: the embedded one, which has 64 pixels, 8 or 16. Left out: 64."""
+    max_aspect_ratio: float | None = setting(None, RATIO)
     """With --aspect_ratio_buckets: largest ratio of a bucket's long side to its short one. Of longer pictures the ends
-    are cut off."""
+    are cut off. Left out: 2."""
 
     # -- masks: white is learned from; NAME.mask.png or NAME-masklabel.png beside a picture NAME is used if it is there
     mask_dir: str | None = setting(None, TEXT, path="input")
@@ -105,8 +105,8 @@ class TrainConfig(ModelSettings):
     dataset_name: str | None = setting(None, TEXT, path="model")
     """Instead of --train_data_dir: a dataset with pictures on the Hugging Face hub, or a folder or parquet file of one;
     needs the extra `datasets`. Its split "train" is read."""
-    image_column: str = setting("image", TEXT)
-    """The column of --dataset_name with the pictures."""
+    image_column: str | None = setting(None, TEXT)
+    """The column of --dataset_name with the pictures. Left out: image."""
     caption_column: str | None = setting(None, TEXT)
     """The column of --dataset_name, or the key in metadata.jsonl, with the captions. Left out: text."""
     no_captions: bool = False

@@ -58,7 +58,7 @@ def read_inputs(config: TrainConfig, log: LogLine) -> Inputs:
     captions = {}
     if not config.no_captions:
         captions = read_captions(folder, config.recursive, config.caption_column, config.templates)
-    report_captions(config, captions, picture_names, log)
+    report_captions(config, folder, captions, picture_names, log)
     templates = load_templates(config.learnable_property, config.templates)
     if not captions and all(CAPTION in template for template in templates):
         raise InputError(
@@ -124,7 +124,7 @@ def load_pictures(config: TrainConfig, folder: Path, resolution: int, log: LogLi
       InputError: as `ti_jax.data.folder.load_images`, `shapes_of` and `make_mask_reader`.
     """
     paths = picture_paths(folder, config.recursive)
-    return load_images(
+    pictures = load_images(
         folder,
         resolution,
         center_crop=config.center_crop,
@@ -135,6 +135,9 @@ def load_pictures(config: TrainConfig, folder: Path, resolution: int, log: LogLi
         augment=config.seed if config.augment else None,
         recursive=config.recursive,
     )
+    if config.unmasked_weight and all(each.masks is None for each in pictures.learned_from):
+        log(f"note: --unmasked_weight {config.unmasked_weight:g} does nothing, because no picture has a mask")
+    return pictures
 
 
 def _load_start(config: TrainConfig, log: LogLine) -> Embedding | None:

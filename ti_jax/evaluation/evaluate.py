@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from ti_jax.errors import InputError
 from ti_jax.evaluation.avatar_judge import FOLDER, Judge
 from ti_jax.evaluation.clip import CLIP, read_clip_config
 from ti_jax.evaluation.scores import CLIP_IMAGES, Scores, clip_scores, judge_scores
-from ti_jax.files import ensure_writable_folder, write_atomically
+from ti_jax.files import writable_folder, write_atomically
 from ti_jax.machine import explaining_out_of_memory
 from ti_jax.pipeline import StableDiffusion
 from ti_jax.pipeline.model_description import ModelDescription, open_model_of
@@ -137,9 +138,12 @@ def evaluate(file: str, config: EvaluateConfig) -> Scores:
     Raises:
       InputError: something is wrong with the file, the pictures or the models.
     """
+    with contextlib.nullcontext() if config.output is None else writable_folder(Path(config.output).parent):
+        return _evaluate(file, config)
+
+
+def _evaluate(file: str, config: EvaluateConfig) -> Scores:
     assert config.num_inference_steps and config.guidance_scale is not None and config.train_data_dir, "it is resolved"
-    if config.output is not None:
-        ensure_writable_folder(Path(config.output).parent)
     (embedding,) = load_given([file])
     for remark in embedding.remarks:
         print(f"note: {file}: {remark}", file=sys.stderr)

@@ -16,6 +16,7 @@ from ti_jax.config import ModelSettings, TrainConfig
 from ti_jax.diffusion.samplers import Sampler, SamplerChoice, choose_sampler, make_sampler
 from ti_jax.diffusion.schedule import NoiseSchedule
 from ti_jax.errors import InputError
+from ti_jax.models.components import TEXT_ENCODERS
 from ti_jax.models.networks import Networks, make_networks
 from ti_jax.ops.platform import Platform
 from ti_jax.text.text_encoders import PromptTokenizers
@@ -216,3 +217,15 @@ def _check_family(path: Path, networks: Networks) -> None:
             f"{path}: the UNet's addition_embed_type is {unet.addition_embed_type} with {len(text_encoders)} text "
             "encoder(s): Stable Diffusion XL has text_time and two, the others neither"
         )
+    if len(text_encoders) == 2:
+        assert unet.projection_class_embeddings_input_dim is not None and unet.addition_time_embed_dim is not None
+        pooled = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
+        second = text_encoders[TEXT_ENCODERS[1]].config
+        given = second.projection_dim if second.with_projection else second.hidden_size
+        if pooled != given:
+            raise InputError(
+                f"{path}: the UNet's projection_class_embeddings_input_dim is "
+                f"{unet.projection_class_embeddings_input_dim}, which with 6 times addition_time_embed_dim "
+                f"{unet.addition_time_embed_dim} leaves {pooled} for the pooled text, which {TEXT_ENCODERS[1]} gives "
+                f"{given} numbers of: parts of different models"
+            )

@@ -106,8 +106,8 @@ def fingerprint(
         "embeddings": embeddings,
         "batch size on all devices": global_batch,
         **{name: getattr(config, name) for name in FIELDS},
-        "bucket_step": config.bucket_step if config.aspect_ratio_buckets else None,
-        "max_aspect_ratio": config.max_aspect_ratio if config.aspect_ratio_buckets else None,
+        "bucket_step": config.bucket_step,  # None without buckets
+        "max_aspect_ratio": config.max_aspect_ratio,
         "lr_warmup_steps": None if config.lr_scheduler == "constant" else config.lr_warmup_steps,
         "lr_num_cycles": config.lr_num_cycles if config.lr_scheduler == "cosine_with_restarts" else None,
         "max_train_steps": None if constant else total_steps,

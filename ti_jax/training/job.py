@@ -24,7 +24,7 @@ from ti_jax.data.moments_cache import open_cache
 from ti_jax.data.on_demand import digest_of_all
 from ti_jax.diffusion.losses import Objective
 from ti_jax.embeddings import Embedding
-from ti_jax.files import ensure_writable_folder
+from ti_jax.files import writable_folder
 from ti_jax.models.networks import Rows
 from ti_jax.ops.platform import Platform
 from ti_jax.pipeline import StableDiffusion
@@ -167,7 +167,7 @@ def prepare(
     if is_leader():
         for each in run_folder.folders(folder, configs):
             if each == folder or each.exists():
-                ensure_writable_folder(each)
+                holding.enter_context(writable_folder(each))
                 holding.enter_context(run_folder.locked(each))
                 run_folder.check_free(each)
     mesh = make_mesh(devices)

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from ti_jax.config import TrainConfig, concept_configs
 from ti_jax.embeddings import Embedding
@@ -38,25 +39,40 @@ def locked(folder: Path) -> Iterator[None]:
         yield
         return
     path = folder / LOCK_FILE
-    with disk_errors(path):
-        file = path.open("a+")
-    with file:
+    with _locked_file(folder, path) as file:
+        with disk_errors(path):
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _locked_file(folder: Path, path: Path) -> TextIO:
+    """The file ``path``, open and locked."""
+    while True:
+        with disk_errors(path):
+            file = path.open("a+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            number = file.read().strip()
+            with file:
+                file.seek(0)
+                number = file.read().strip()
             raise InputError(
                 f"--output_dir {folder}: another run is writing there{f' (process {number})' if number else ''}; wait "
                 f"for its end, stop it, or give another --output_dir"
             ) from None
         except OSError:  # a file system without locks
-            pass
-        with disk_errors(path):
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-        yield
+            return file
+        # A run that ended in between has removed the file that we opened, and others lock a new one.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()
 
 
 def folders(folder: Path, configs: Sequence[TrainConfig]) -> list[Path]:

@@ -174,6 +174,11 @@ def test_broken_metadata(folder, line, fault):
     assert refusal(read_captions, folder).startswith(f"{folder / 'metadata.jsonl'}, line 3: {fault}")
 
 
+def test_empty_metadata(folder):
+    (folder / "metadata.jsonl").write_text("\n \n")
+    assert refusal(read_captions, folder).startswith(f"{folder / 'metadata.jsonl'}: an empty file; write a line with")
+
+
 # -- what is said
 
 

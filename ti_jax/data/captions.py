@@ -121,8 +121,10 @@ def _is_about_the_folder(path: Path, templates: str | Path | None) -> bool:
 
 def _read_metadata(path: Path, column: str | None) -> Iterator[tuple[str, str, str]]:
     """File name, caption and place of each line."""
-    key = column or TEXT_COLUMN
-    for number, line in enumerate(re.split(r"\r\n|\n|\r", _read_text(path)), start=1):
+    key, text = column or TEXT_COLUMN, _read_text(path)
+    if not text.strip():
+        raise InputError(f"{path}: an empty file; write a line with the caption of each picture in it, or remove it")
+    for number, line in enumerate(re.split(r"\r\n|\n|\r", text), start=1):
         if not line.strip():
             continue
         place = f"{path}, line {number}"

@@ -115,15 +115,14 @@ def check_pictures(config: TrainConfig) -> None:
     Raises:
       InputError: the first that is given alone.
     """
-    for names, other in (
-        (("bucket_step", "max_aspect_ratio"), "aspect_ratio_buckets"),
-        (("image_column",), "dataset_name"),
-    ):
-        for name in names:
-            value = getattr(config, name)
-            if value is not None and not getattr(config, other):
-                shown = repr(value) if isinstance(value, str) else f"{value:g}"
-                raise InputError(f"--{name} {shown}: does nothing without --{other}; give both or neither")
+    for name in ("bucket_step", "max_aspect_ratio"):
+        value = getattr(config, name)
+        if value is not None and not config.aspect_ratio_buckets:
+            raise InputError(f"--{name} {value:g}: does nothing without --aspect_ratio_buckets; give both or neither")
+    if config.image_column is not None and config.dataset_name is None:
+        raise InputError(
+            f"--image_column {config.image_column!r}: does nothing without --dataset_name; give both or neither"
+        )
 
 
 def _check_negative(config: TrainConfig) -> None:

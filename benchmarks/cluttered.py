@@ -3,7 +3,7 @@
     python benchmarks/cluttered.py                          # all dev people
     python benchmarks/cluttered.py --people ana --ways masked --behind squares
     python benchmarks/cluttered.py --set max_train_steps=1000 learning_rate=5e-3      # over-trained
-    python benchmarks/cluttered.py --set num_vectors=4 "initializer_token=person on a background"     # the README's
+    python benchmarks/cluttered.py --set num_vectors=4 "initializer_token=person on a background"
     python benchmarks/cluttered.py --table                  # the table of all results so far, with standard errors
 
 The people are cut out of their pictures, whose backgrounds the recipe can draw again, and set before the same one. A

@@ -22,7 +22,7 @@ KEYS = ("train_data_dir", "placeholder_token", "initializer_token", "num_vectors
 
 # Files and folders of the run, beside which each concept has a folder.
 _TAKEN = re.compile(
-    r"samples|logs|checkpoints|previous-.*|config\.yaml|(metrics|scores)\.jsonl?|(overview|progress)\.png|readme\.md"
+    r"samples|logs|checkpoints|previous-.*|config\.yaml|(metrics|scores)\.jsonl?|(overview|progress)\.png|report\.html|readme\.md"
     r"|learned_embeds.*|\..*",
     re.IGNORECASE,
 )

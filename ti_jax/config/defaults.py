@@ -114,6 +114,27 @@ def _resolve_several(config: TrainConfig, defaults: dict[str, Any]) -> TrainConf
     return config
 
 
+def differing(config: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """The settings of a resolved config that are not what they would be if they were left out.
+
+    Returns:
+      By name, value and default; None where there is no default, as for the pictures of a model that is not the
+      embedded one. Secrets are left out, and what another process of the same run has otherwise.
+    """
+    found = {}
+    for field in dataclasses.fields(config):
+        value, about = getattr(config, field.name), setting_of(field)
+        if value == field.default or about.secret or about.of_this_process:
+            continue
+        try:
+            default = getattr(resolve(dataclasses.replace(config, **{field.name: field.default})), field.name)
+        except InputError:  # it has to be given
+            default = None
+        if value != default:
+            found[field.name] = (value, default)
+    return found
+
+
 def resolve_plan(config: PlanConfig) -> PlanConfig:
     """As `resolve`, for planning: neither pictures nor words are needed.
 

@@ -15,6 +15,7 @@ from ti_jax.training.job import Job
 from ti_jax.training.progress import ProgressSheet
 from ti_jax.training.report import Reporter
 from ti_jax.training.rows import row_figures
+from ti_jax.training.run_page import page_of
 from ti_jax.training.step import TrainState
 from ti_jax.training.validation import DRAWING_FAULTS
 
@@ -54,7 +55,7 @@ def make_actions(job: Job) -> Sequence[Action]:
         actions.append(Validate(job))
     if config.keep_best is not None:
         actions.append(Measure(job))
-    return [*actions, SaveCheckpoint(job)]
+    return [*actions, ShowReport(job), SaveCheckpoint(job)]
 
 
 class Timetable:
@@ -88,10 +89,16 @@ class Timetable:
 
 
 class LogRows(Action):
-    """Logs each row's distance and cosine to its start, and its norm."""
+    """Logs each row's distance and cosine to its start, and its norm: enough for a curve, and whenever the run stops.
+
+    Its own stops are some of those at which the losses are logged, so that they split no dispatch.
+    """
+
+    POINTS = 50
 
     def __init__(self, job: Job):
-        super().__init__(job, every=None)
+        longest = job.builder.longest_chunk
+        super().__init__(job, every=longest * max(1, job.total // (self.POINTS * longest)))
 
     def __call__(self, step: int, state: TrainState, reporter: Reporter) -> None:
         """See `Action`."""
@@ -162,6 +169,19 @@ class Measure(Action):
     def done(self, step: int) -> bool:
         """See `Action`."""
         return all(tracker.last is not None and tracker.last[0] == step for tracker in self.job.trackers)
+
+
+class ShowReport(Action):
+    """Shows the words of now in ``report.html``, whenever the run stops for something else."""
+
+    def __init__(self, job: Job):
+        super().__init__(job, every=None)
+
+    def __call__(self, step: int, state: TrainState, reporter: Reporter) -> None:
+        """See `Action`; a page that cannot be made is a warning."""
+        page = page_of(self.job)
+        page.seen(self.job.embeddings(state.shown_rows, step))
+        page.refresh(step)
 
 
 class SaveCheckpoint(Action):

@@ -12,6 +12,7 @@ from ti_jax.embeddings.embedding import NEGATIVE_CLASS
 from ti_jax.errors import InputError, one_line, utf8
 from ti_jax.files import write_atomically
 from ti_jax.training.run_folder import ONE_FILE
+from ti_jax.training.uses import base_of, diffusers_code
 from ti_jax.training.validation import OVERVIEW_COLUMNS
 from ti_jax.words import fill
 
@@ -81,20 +82,9 @@ def model_card(config: TrainConfig, embedding: Embedding, repository: str, folde
         f'"{start}"' if start else f"another learned word, `{Path(embedding.metadata['initializer_embedding']).name}`"
     )
     sdxl = len(embedding.vectors) > 1
-    kind = "StableDiffusionXLPipeline" if sdxl else "StableDiffusionPipeline"
-    loader = "from_single_file" if model is not None and Path(model).is_file() else "from_pretrained"
-    skip = f", clip_skip={config.clip_skip}" if config.clip_skip else ""
-    second = f"""
-pipe.load_textual_inversion(
-    "{repository}",
-    weight_name="learned_embeds_2.safetensors",
-    text_encoder=pipe.text_encoder_2,
-    tokenizer=pipe.tokenizer_2,
-)"""
     subject = embedding.metadata.get(NEGATIVE_CLASS)
-    example = f'"a picture of {embedding.token}"'
-    if subject is not None:
-        example = f'"a picture of {subject}", negative_prompt="{embedding.token}"'
+    example = fill("a picture of {}", subject or embedding.token)
+    code = diffusers_code(embedding, example, repository, base_of(config, base))
     kind_of_word = "word" if subject is None else "word for negative prompts"
     one_file = f"\nAUTOMATIC1111 and ComfyUI read `{ONE_FILE}` instead of the two.\n"
     return f"""---
@@ -106,11 +96,7 @@ A {kind_of_word} for Stable Diffusion ({base}), learned with Textual Inversion: 
 {embedding.num_vectors} row(s) of the token-embedding table, starting from {start}.
 
 ```python
-from diffusers import {kind}
-
-pipe = {kind}.{loader}("{f"path/to/{base}" if is_local else base}")
-pipe.load_textual_inversion("{repository}", weight_name="learned_embeds.safetensors"){second if sdxl else ""}
-pipe({example}{skip}).images[0].save("out.png")
+{code}
 ```
 {one_file if sdxl else ""}
 ![what the word draws](overview.png)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,9 @@ from ti_jax.training.step import StepInputs, TrainState
 from ti_jax.training.validation import check_pictures_to_draw
 from ti_jax.training.wandb_board import check_wandb
 
+if TYPE_CHECKING:
+    from ti_jax.training.run_page import RunPage
+
 
 class Clock:
     """Wall time in seconds of each phase of the run."""
@@ -75,6 +79,7 @@ class Job:
       usual_norms: median norm of the frozen token embeddings, by text encoder.
       checkpoints: on the leader process only. So are the next two, one for each concept if the config asks for them:
       trackers: of scores. pushes: upload a concept's folder with its word.
+      page: on the leader process, from the time on when the run begins to write into its folder.
     """
 
     config: TrainConfig
@@ -93,6 +98,7 @@ class Job:
     trackers: tuple[ScoreTracker, ...]
     pushes: tuple[Callable[[Path, Embedding], None], ...]
     clock: Clock = field(default_factory=Clock)
+    page: RunPage | None = None
 
     @property
     def mesh(self) -> Mesh:

@@ -36,6 +36,7 @@ from ti_jax.training.parallel import replicate
 from ti_jax.training.profiling import Profiler
 from ti_jax.training.report import Reporter, Work, print_row_figures
 from ti_jax.training.rows import row_figures
+from ti_jax.training.run_page import RunPage, page_of
 from ti_jax.training.step import StepInputs, TrainState
 
 
@@ -165,6 +166,9 @@ def run(job: Job, steps: Sequence[Step]) -> TrainResult:
     # Earlier results are moved only now that all input has been checked: a mistyped command must not displace them.
     on_leader(lambda: _open_folder(config, job))
     multihost.log_leader(_summary(job, steps[0].compiled.gradient_checkpointing))
+    job = dataclasses.replace(job, config=config)
+    if is_leader():
+        job = dataclasses.replace(job, page=RunPage(job))
     # With several processes an action runs on all or none of them, so that a stop waits for its end.
     with interrupts.deferred(abandon=jax.process_count() == 1):
         state, losses, stopped = _loop(job, steps)
@@ -203,6 +207,7 @@ def _loop(job: Job, steps: Sequence[Step]) -> tuple[TrainState, list[float], boo
         if reporter is not None and unlogged:
             rate = float(job.schedule(job.mixing.updates(step - 1)))
             reporter.chunk(step, list(unlogged), rate, job.samples_per_step * len(unlogged))
+            page_of(job).refresh(step)
         unlogged.clear()
 
     pending = None  # the chunk whose losses are read after the next one is dispatched, so that the device never waits
@@ -337,6 +342,9 @@ def _give_up(job: Job, state: TrainState) -> None:
     """Save the last finite rows, and end the run because its loss is not finite."""
     good = int(state.step)
     job.save_words(state)
+    page_of(job).finish(
+        job.embeddings(state.shown_rows, good), good, f"ended at step {good + 1}: the loss became non-finite"
+    )
     files = listed([str(concept.folder / run_folder.EMBEDDING_FILE) for concept in job.concepts], 3)
     raise InputError(
         f"the loss became non-finite at step {good + 1}; the rows of step {good} are saved in {files}: use a lower "
@@ -361,6 +369,7 @@ def _finish(job: Job, state: TrainState, stopped: bool) -> tuple[tuple[Embedding
                 with job.clock.phase("pictures"):
                     draw = partial(validation.save_overview, job.sd, concept, embeddings)
                     or_warn(f"the overview of {concept.token}", draw)
+            page_of(job).finish(embeddings, last, "finished")  # before an upload, which may fail
             for concept, push, embedding in zip(job.concepts, job.pushes, embeddings, strict=bool(job.pushes)):
                 interrupts.interruptible(partial(push, concept.folder, embedding))
     except interrupts.Interrupted:
@@ -368,6 +377,8 @@ def _finish(job: Job, state: TrainState, stopped: bool) -> tuple[tuple[Embedding
         multihost.log_leader(
             "stopped after the last step: --resume_from_checkpoint latest does what is left (scores, overview, upload)"
         )
+    if stopped:
+        page_of(job).finish(embeddings, last, f"stopped at step {last} of {job.total}")
     phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in job.clock.seconds.items())
     for concept, embedding in zip(job.concepts, embeddings, strict=True):
         if len(embedding.vectors) > 1:

@@ -25,6 +25,7 @@ EMBEDDING_FILE = "learned_embeds.safetensors"
 ONE_FILE = "learned_embeds_sdxl.safetensors"  # of an SDXL word, for AUTOMATIC1111 and ComfyUI
 OVERVIEW_FILE = "overview.png"
 PROGRESS_FILE = "progress.png"
+REPORT_FILE = "report.html"
 LOCK_FILE = ".ti_jax-lock"
 
 
@@ -152,10 +153,11 @@ _RESULTS: tuple[tuple[str, Callable[[Path], bool]], ...] = (
     ("config.yaml", _says("^(placeholder_token|concepts):", "^output_dir:")),
     (OVERVIEW_FILE, _is_our_png),
     (PROGRESS_FILE, _is_our_png),
+    (REPORT_FILE, _says('<meta name="generator" content="ti_jax')),
     ("README.md", _says("^- textual_inversion$", "learned_embeds")),
 )
 # Files that a run overwrites.
-_WRITTEN = ("metrics.jsonl", "scores.jsonl", "scores.json", "config.yaml", OVERVIEW_FILE, PROGRESS_FILE)
+_WRITTEN = ("metrics.jsonl", "scores.jsonl", "scores.json", "config.yaml", OVERVIEW_FILE, PROGRESS_FILE, REPORT_FILE)
 
 
 def results(folder: Path) -> list[Path]:

@@ -85,4 +85,14 @@ def draw(curves: Mapping[str, Points], *, faint: Sequence[str] = (), number: str
     )  # fmt: skip
     for name, points in curves.items():
         chart.add(name, list(points), stroke_style={"width": 1 if name in faint else 2.2})
+    chart.add_xml_filter(_plain)
     return Picture(chart.render(is_unicode=True), colours)
+
+
+def _plain(root: Any) -> Any:
+    """An SVG's tree without pygal's settings for its scripts, which the page does not have, and without comments."""
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if callable(child.tag) or child.tag.endswith("script"):
+                parent.remove(child)
+    return root

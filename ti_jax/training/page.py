@@ -52,7 +52,7 @@ class Word:
 
     Attributes:
       about: facts by name. overview, progress: data URIs of pictures; None: there are none yet. scores: of the saved
-        word; scores_log: of states during the run, with their steps. remarks: what to be careful with.
+        word; scores_log: of states during the run, with their steps.
       prefix: of its figures in ``metrics.jsonl``. link: its own page, if this one is that of a run of several.
     """
 
@@ -64,7 +64,6 @@ class Word:
     scores: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     scores_log: Sequence[Record] = ()
     uses: Sequence[Use] = ()
-    remarks: Sequence[str] = ()
     prefix: str = ""
     link: str | None = None
 

@@ -22,7 +22,6 @@ from ti_jax.data.concept import Concept, public_name
 from ti_jax.embeddings import Embedding
 from ti_jax.embeddings.families import describe
 from ti_jax.embeddings.inspect import Vocabulary, nearest_words
-from ti_jax.embeddings.warn import word_warnings
 from ti_jax.errors import one_line, utf8
 from ti_jax.files import write_atomically
 from ti_jax.startup import version_of
@@ -132,7 +131,6 @@ class RunPage:
             scores=scores,
             scores_log=read_lines(log) if log.exists() else [],
             uses=uses(embedding, prompt, f"path/to/{folder.absolute().name}", base_of(concept.config, base)),
-            remarks=word_warnings(embedding),
             prefix=self._job.prefix(concept),
         )
 

@@ -1,5 +1,6 @@
 """report.html: one file with all that a run tells, whatever words and settings it has."""
 
+import importlib.util
 import json
 import re
 from dataclasses import replace
@@ -151,6 +152,7 @@ def test_curves_have_a_colour_each_and_the_background_is_grey():
     found = curves.draw({f"row {n}": [(0, 1), (9, n)] for n in range(9)} | {"usual": [(0, 1), (9, 1)]}, faint=["usual"])
     assert found.colours["usual"] == curves.GREY and found.colours["row 0"] != found.colours["row 1"]
     assert len(found.svg) < 30_000 and "<script" not in found.svg and "<!--" not in found.svg
+    assert importlib.util.find_spec("no_such_module") is None, "and Python imports as it did"
     flat = curves.draw({"rate": [(0, 0.5), (9, 0.5)]}).svg
     assert "nan" not in flat.lower() and re.search(r'<path d="M', flat)
 

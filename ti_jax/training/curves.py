@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,13 +64,10 @@ def draw(curves: Mapping[str, Points], *, faint: Sequence[str] = (), number: str
     Args:
       curves: by name. faint: names of those that are background to the others. number: format of values.
     """
-    # Here, so that a command that shows no page need not wait for it.
-    import pygal
-    from pygal.style import Style
-
+    pygal = _library()
     strong = iter(COLOURS * (1 + len(curves) // len(COLOURS)))
     colours = {name: GREY if name in faint else next(strong) for name in curves}
-    style = Style(
+    style = pygal.style.Style(
         background="transparent", plot_background="transparent", value_background="transparent",
         foreground="var(--ink)", foreground_strong="var(--ink)", foreground_subtle="var(--line)",
         guide_stroke_color="var(--line)", major_guide_stroke_color="var(--line)",
@@ -87,6 +86,17 @@ def draw(curves: Mapping[str, Points], *, faint: Sequence[str] = (), number: str
         chart.add(name, list(points), stroke_style={"width": 1 if name in faint else 2.2})
     chart.add_xml_filter(_plain)
     return Picture(chart.render(is_unicode=True), colours)
+
+
+@functools.cache
+def _library() -> Any:
+    """The module pygal; not imported before, so that a command that shows no page need not wait for it."""
+    import pygal
+    import pygal.style
+
+    # It adds a finder of its maps to Python's, of a kind that Python warns of at each import that fails.
+    sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__module__ != "pygal"]
+    return pygal
 
 
 def _plain(root: Any) -> Any:

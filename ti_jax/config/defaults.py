@@ -127,7 +127,8 @@ def differing(config: TrainConfig) -> dict[str, tuple[Any, Any]]:
         if value == field.default or about.secret or about.of_this_process:
             continue
         try:
-            default = getattr(resolve(dataclasses.replace(config, **{field.name: field.default})), field.name)
+            left_out: dict[str, Any] = {field.name: field.default}
+            default = getattr(resolve(dataclasses.replace(config, **left_out)), field.name)
         except InputError:  # it has to be given
             default = None
         if value != default:

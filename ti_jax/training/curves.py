@@ -23,7 +23,8 @@ GREY = "rgba(128, 128, 128, 0.6)"
 
 def losses(records: Sequence[Record]) -> tuple[Points, Points]:
     """The loss of the updates, as means over at most `MOST_POINTS` parts of the run, and its moving average."""
-    steps, values = [], []
+    steps: list[int] = []
+    values: list[float] = []
     for record in records:
         of_record = record.get("losses", [])
         steps += range(record["step"] - len(of_record) + 1, record["step"] + 1)

@@ -267,8 +267,8 @@ class Planner:
         program = lowered.compile()
         compiling = time.perf_counter() - began
         of_zeros = partial(jax.tree.map, lambda leaf: np.zeros(leaf.shape, leaf.dtype))
-        data = self._frozen()._replace(key=None, schedule=None)  # these are not shapes alone
-        frozen = replicate(of_zeros(data)._replace(key=jax.random.key(0), schedule=self.schedule), self.mesh)
+        data = of_zeros(self._frozen()._replace(key=array((), jnp.uint32)))  # NumPy has no zeros of a key's type
+        frozen = replicate(data._replace(key=jax.random.key(0), schedule=self.schedule), self.mesh)
         state = replicate(of_zeros(shapes)._replace(ok=np.bool_(True)), self.mesh)
         count = replicate(np.int32(builder.longest_chunk), self.mesh)
         state, losses = program(frozen, state, count)  # the first call loads what the program needs

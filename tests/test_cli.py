@@ -293,8 +293,8 @@ def test_help_into_a_closed_pipe_is_quiet():
     [
         (
             "-m ti_jax",
-            "ti-jax: error: no command given; one of train, infer, evaluate, plan, data, verify, embedding, or ti-jax "
-            "--help",
+            "ti-jax: error: no command given; one of train, infer, evaluate, plan, data, verify, embedding, doctor, or "
+            "ti-jax --help",
         ),
         ("-m ti_jax trian", "ti-jax: error: unknown command 'trian'; did you mean train?"),
         (

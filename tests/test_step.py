@@ -88,10 +88,11 @@ def accumulating(make_tiny_sd, pictures, tmp_path_factory):
     """A problem with micro-batches of eight: on one device they are compared with PyTorch, and with eight devices.
 
     Small pictures: a sum over many numbers one by one, as programs that are not optimised take it, is off by 1e-6.
+    A larger epsilon than AdamW's own: rows would learn the rounding of a gradient that is nearly 0.
     """
     return Problem(
         make_tiny_sd("sample"), pictures, tmp_path_factory.mktemp("accumulating"), gradient_accumulation_steps=3,
-        flip_probability=0.0, train_batch_size=8, resolution=8,
+        flip_probability=0.0, train_batch_size=8, resolution=8, adam_epsilon=1e-4,
     )  # fmt: skip
 
 
@@ -288,9 +289,11 @@ def test_gradient_checkpointing_changes_nothing(standard, on_one, monkeypatch):
 # Of one accumulation, see also the mapping's equality to pmap and the prompts that are encoded once, below.
 @pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_eight_devices_end_with_the_rows_of_one(accumulating, tiny_sd, pictures, tmp_path, accumulation):
-    problem = accumulating if accumulation == 3 else Problem(tiny_sd, pictures, tmp_path)
-    one, losses_of_one = problem.run(num_devices=1, batch_size=8, steps=10)
-    eight, losses_of_eight = problem.run(num_devices=8, batch_size=1, steps=10)
+    problem = (
+        accumulating if accumulation == 3 else Problem(tiny_sd, pictures, tmp_path, resolution=8, adam_epsilon=1e-4)
+    )
+    one, losses_of_one = problem.run(num_devices=1, batch_size=8)
+    eight, losses_of_eight = problem.run(num_devices=8, batch_size=1)
     assert relative(eight.rows["text_encoder"], one.rows["text_encoder"]) < 1e-6
     assert relative(losses_of_eight, losses_of_one) < 1e-6
 

@@ -163,6 +163,7 @@ def test_negative_numbers_and_leading_hyphens_are_values():
         (["--seed", "1.5"], "--seed 1.5: must be a whole number"),
         (["--seed", "None"], "--seed None: must be a whole number"),
         (["--learning-rate", "fast"], "--learning_rate fast: must be a number"),
+        (["--row_norm", "mean"], "--row_norm mean: must be free, initial, vocabulary or a number"),
         (["--report_to", "mlflow"], "--report_to mlflow: must be one of tensorboard, wandb or none"),
         (["--lr_scheduler=cosin"], "--lr_scheduler cosin: must be one of constant, constant_with_warmup, linear, "),
         (["--scale_lr", "true"], "'true' belongs to no flag; a switch has no value: --name is on, --no_name is off"),

@@ -32,6 +32,7 @@ from ti_jax.config import (
 )
 from ti_jax.config.fields import settings_of
 from ti_jax.config.rates import Rates
+from ti_jax.config.row_norm import RowNorm
 from ti_jax.config.yaml import strip_optional
 from ti_jax.errors import InputError
 
@@ -256,6 +257,7 @@ def test_paths_have_their_home_folder_and_any_bytes(cls, monkeypatch, tmp_path):
         ({"learning_rate": "5e-4"}, "--learning_rate '5e-4': must be a number"),
         ({"embeddings": (1,)}, "--embeddings 1: must be a list of texts"),
         ({"center_crop": 1}, "--center_crop 1: must be true or false"),
+        ({"row_norm": "mean"}, "--row_norm 'mean': must be free, initial, vocabulary or a number"),
         ({"lr_scheduler": "cosin"}, "--lr_scheduler 'cosin': must be one of constant, "),
         ({"mixed_precision": "fp16"}, "--mixed_precision 'fp16': must be no or bf16"),
         ({"gradient_checkpointing": "half"}, "--gradient_checkpointing 'half': must be one of none, policy or full"),
@@ -374,6 +376,8 @@ def test_fields_that_a_dump_leaves_out_come_back_by_default(cls):
         ("learning_rate: 1", {"learning_rate": 1.0}),
         ("learning_rate: .5E+1", {"learning_rate": 5.0}),
         ("mixed_precision: no", {"mixed_precision": "no"}),
+        ("row_norm: 1", {"row_norm": 1.0}),
+        ("row_norm: initial", {"row_norm": RowNorm("initial")}),
         ("revision: on\nvariant: 2024-01-01", {"revision": "on", "variant": "2024-01-01"}),
         ("center_crop: true\nseed: -0", {"center_crop": True, "seed": 0}),
         ("resolution: null\nvariant: ~\nrevision:", {"resolution": None, "variant": None, "revision": None}),

@@ -31,6 +31,12 @@ LEARNING_RATE = Rule(
     good=(*POSITIVE.good, Rates("5e-3:200, 1e-3:1000, 2e-4")),
     bad=POSITIVE.bad,
 )
+ROW_NORM = Rule(
+    POSITIVE.allowed,
+    lambda value: isinstance(value, str) or POSITIVE.holds(value),
+    good=(*POSITIVE.good, "free", "initial", "vocabulary"),
+    bad=POSITIVE.bad,
+)
 NOT_NEGATIVE = Rule(
     "0 or more and finite",
     lambda value: value >= 0 and math.isfinite(value),

@@ -8,6 +8,7 @@ from typing import Literal
 from ti_jax.config.fields import setting
 from ti_jax.config.model import ModelSettings, SamplerName
 from ti_jax.config.rates import Rates
+from ti_jax.config.row_norm import RowNorm
 from ti_jax.config.rules import (
     ADDRESS,
     CHANCE,
@@ -20,6 +21,7 @@ from ti_jax.config.rules import (
     POSITIVE,
     RANGE,
     RATIO,
+    ROW_NORM,
     SEED,
     SIDE,
     SOME_TEXTS,
@@ -219,6 +221,10 @@ class TrainConfig(ModelSettings):
     max_grad_norm: float | None = setting(None, POSITIVE, fingerprint=True)
     """Longest gradient of one row, in each text encoder; a longer one is shortened to it. (Over one row and not, as in
     diffusers' scripts, over all, so that the words of a run do not depend on each other.) Left out: any."""
+    row_norm: float | RowNorm = setting("free", ROW_NORM, fingerprint=True)
+    """Norm that each row starts with and is set to after every update, so that only its direction is learned: free,
+    any; initial, the row's own at the start; vocabulary, the mean of the norms of its text encoder's known tokens; or a
+    number. Averages (--ema_decay, schedule_free) are of rows of this norm, and are set to it where they are saved."""
     ema_decay: float | None = setting(None, DECAY, fingerprint=True)
     """Save, draw and measure a moving average of the rows, of which this share stays at an update, e.g. 0.99; it rises
     to that from 0 as in diffusers' EMAModel. Training goes on from the rows themselves. Left out: no average."""

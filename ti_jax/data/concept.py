@@ -263,11 +263,30 @@ def with_rows(checked: Sequence[CheckedConcept], sd: StableDiffusion) -> tuple[C
 
 
 def _start_of(concept: CheckedConcept, encoder: str, sd: StableDiffusion) -> np.ndarray:
-    """Initial values of a concept's own rows for a text encoder, float32 [n, D]."""
+    """Initial values of a concept's own rows for a text encoder, float32 [n, D].
+
+    Raises:
+      InputError: they are to have a norm, and one of them is zero.
+    """
     if concept.start is not None:
-        return concept.start.vectors[encoder]
-    ids = tokens.initializer_ids(sd.tokenizers[encoder], str(concept.initializer))
-    return tokens.initial_rows(sd.token_table(encoder), ids, concept.words[concept.token])
+        rows = concept.start.vectors[encoder]
+    else:
+        ids = tokens.initializer_ids(sd.tokenizers[encoder], str(concept.initializer))
+        rows = tokens.initial_rows(sd.token_table(encoder), ids, concept.words[concept.token])
+    wanted = concept.config.row_norm
+    if wanted == "free":
+        return rows
+    norms = np.linalg.norm(rows, axis=-1, keepdims=True)
+    if not norms.all():
+        raise InputError(
+            f"--row_norm {wanted}: the rows of {concept.token} start from zeros in the {encoder}, which have no "
+            f"direction; start from another word"
+        )
+    if wanted == "initial":
+        return rows
+    if wanted == "vocabulary":
+        wanted = float(np.linalg.norm(sd.token_table(encoder), axis=-1).mean())
+    return np.asarray(rows * (float(wanted) / norms), np.float32)
 
 
 def public_name(model: str) -> str:

@@ -149,6 +149,41 @@ def averaged(inner: optax.GradientTransformation, decay: float) -> optax.Gradien
     return optax.GradientTransformation(init, update)
 
 
+class NormState(NamedTuple):
+    """State of `with_norm`."""
+
+    inner: optax.OptState
+    norm: jax.Array  # the row's at the start
+
+
+def of_norm(row: jax.Array, norm: jax.Array) -> jax.Array:
+    """Rows [..., D] with this norm [...]."""
+    return row * (norm / jnp.linalg.norm(row, axis=-1))[..., None]
+
+
+def with_norm(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """``inner``, after whose updates the row is set to the norm that it started with.
+
+    Of schedule-free the average is set to it, and the sequence that is averaged; the row is between the two, where
+    the next gradient is taken.
+    """
+
+    def init(row: jax.Array) -> NormState:
+        return NormState(inner.init(row), jnp.linalg.norm(row))
+
+    def update(grad, state, row=None):
+        update, updated = inner.update(grad, state.inner, row)
+        if isinstance(updated, optax.contrib.ScheduleFreeState):
+            average = of_norm(optax.contrib.schedule_free_eval_params(updated, row + update), state.norm)
+            updated = updated._replace(z=of_norm(updated.z, state.norm))
+            now = updated.b1 * average + (1.0 - updated.b1) * updated.z
+        else:
+            now = of_norm(row + update, state.norm)
+        return now - row, NormState(updated, state.norm)
+
+    return optax.GradientTransformation(init, update)
+
+
 def only_with_a_gradient(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """``inner``, to which an update whose gradient is all zeros is none: Prodigy would divide by zero at the first."""
 
@@ -171,7 +206,10 @@ def shown_rows(rows: Rows, opt_state: optax.OptState) -> Rows:
 
 def _shown(table: np.ndarray, state: optax.OptState) -> np.ndarray:
     if isinstance(state, AveragedState):
-        return np.asarray(state.average)
+        has_norm = isinstance(state.inner, NormState)
+        return np.asarray(of_norm(state.average, state.inner.norm) if has_norm else state.average)
+    if isinstance(state, NormState):
+        state = state.inner
     if isinstance(state, optax.contrib.ScheduleFreeState):
         return np.asarray(jax.vmap(optax.contrib.schedule_free_eval_params)(state, table))
     return table
@@ -191,6 +229,8 @@ def make_optimizer(
     peak = (1.0 if isinstance(rate, str) else rate) * (global_factor if config.scale_lr else 1)
     schedule = learning_rate_schedule(config, peak, total_steps)
     optimizer = _one_row(config, schedule)
+    if config.row_norm != "free":
+        optimizer = with_norm(optimizer)
     if config.ema_decay is not None:
         optimizer = averaged(optimizer, config.ema_decay)
     return per_row(optimizer), schedule

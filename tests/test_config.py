@@ -522,6 +522,8 @@ def test_other_text_is_no_rates(text):
         ({"learning_rate": "1:5, 2", "lr_scheduler": "cosine"}, "--learning_rate '1:5, 2': has its own schedule, so "),
         ({"optimizer": "schedule_free", "ema_decay": 0.9}, "--ema_decay 0.9: --optimizer schedule_free averages"),
         ({"optimizer": "schedule_free", "adam_beta1": 0.0}, "--adam_beta1 0: must be above 0 with --optimizer"),
+        ({"optimizer": "dti", "adam_beta1": 0.5}, "--adam_beta1 0.5: does nothing with --optimizer dti"),
+        ({"optimizer": "dti", "max_grad_norm": 1.0}, "--max_grad_norm 1: does nothing with --optimizer dti"),
         ({"huber_c": 0.2}, "--huber_c 0.2: does nothing without --loss huber"),
         # Also those that are what would be used.
         ({"bucket_step": 64}, "--bucket_step 64: does nothing without --aspect_ratio_buckets; give both or neither"),
@@ -539,3 +541,10 @@ def test_prodigys_rate_is_a_factor():
     assert resolve(TrainConfig(**OTHER, optimizer="prodigy")).learning_rate == 1.0
     assert resolve(TrainConfig(optimizer="prodigy")).learning_rate == 1.0
     assert resolve(TrainConfig(**OTHER, optimizer="prodigy", learning_rate=0.5)).learning_rate == 0.5
+
+
+def test_the_rate_and_the_norm_of_dti():
+    for config in (resolve(TrainConfig(optimizer="dti", **given)) for given in ({}, OTHER)):
+        assert config.learning_rate == 1e-2 and (config.row_norm, config.kept_norm) == ("free", "vocabulary")
+    assert TrainConfig(optimizer="dti", row_norm="initial").kept_norm == "initial"
+    assert TrainConfig().kept_norm == "free"

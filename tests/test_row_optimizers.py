@@ -73,7 +73,7 @@ class EachRow:
 
 def torch_optimizer(parameter, config):
     optimizer = free_optimizer(parameter, config)
-    return optimizer if config.row_norm == "free" else OfOneNorm(parameter, optimizer)
+    return optimizer if config.kept_norm == "free" else OfOneNorm(parameter, optimizer)
 
 
 class OfOneNorm:
@@ -96,11 +96,28 @@ class OfOneNorm:
         self.optimizer.train()
 
 
+class Directional:
+    """The update of Directional Textual Inversion, before the parameter is set to its norm again."""
+
+    def __init__(self, parameter, rate):
+        self.parameter, self.rate = parameter, rate
+        self.start = torch.nn.functional.normalize(parameter.detach(), dim=0)
+
+    @torch.no_grad()
+    def step(self):
+        m, v = self.parameter.norm(), torch.nn.functional.normalize(self.parameter, dim=0)
+        gradient = m * self.parameter.grad - 1e-4 * self.start
+        along = gradient - v * (v @ gradient)
+        self.parameter.copy_(m * (v - self.rate * along / (along.norm() + 1e-8)))
+
+
 def free_optimizer(parameter, config):
     options = {
         "lr": config.learning_rate, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon,
         "weight_decay": config.adam_weight_decay,
     }  # fmt: skip
+    if config.optimizer == "dti":
+        return Directional(parameter, config.learning_rate)
     if config.optimizer == "prodigy":
         return prodigyopt.Prodigy([parameter], use_bias_correction=True, **options)
     if config.optimizer == "schedule_free":
@@ -129,6 +146,7 @@ class Stepped:
 CASES = {
     "prodigy": {"optimizer": "prodigy", "learning_rate": 1.0, "adam_weight_decay": 0.01},
     "schedule_free": {"optimizer": "schedule_free", "adam_weight_decay": 0.01, "row_norm": 0.7},
+    "dti": {"optimizer": "dti"},
     "adamw": {"max_grad_norm": 0.01, "ema_decay": 0.8, "learning_rate": "1e-2:5, 3e-3:12, 1e-3"},
 }
 
@@ -177,12 +195,12 @@ def test_equals_pytorch_on_given_gradients(name):
         if config.optimizer == "schedule_free":
             theirs.eval()
         expected = parameter.detach() if config.ema_decay is None else average.shadow_params[0]
-        if config.row_norm != "free":
+        if config.kept_norm != "free":
             norm = np.linalg.norm(start[row])
             expected = expected * (norm / expected.norm())
             assert np.linalg.norm(shown[row]) == pytest.approx(norm)
         assert relative(shown[row], expected) < 1e-6
-        assert (relative(shown[row], table[row]) > 1e-3) == (config.optimizer != "prodigy")
+        assert (relative(shown[row], table[row]) > 1e-3) == (config.optimizer not in ("prodigy", "dti"))
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -268,16 +286,17 @@ def test_a_row_of_zeros_cannot_have_a_norm(tiny_sd, pictures, tmp_path):
         pretrained_model_name_or_path=str(tiny_sd), train_data_dir=str(pictures), placeholder_token="<new>",
         initializer_embedding=str(tmp_path / "old.safetensors"), num_vectors=2, row_norm="vocabulary",
     )  # fmt: skip
-    with pytest.raises(ti_jax.InputError, match=r"^--row_norm vocabulary: the rows of <new> start from zeros in the"):
+    with pytest.raises(ti_jax.InputError, match=r"^<new>: a row starts from zeros in the text_encoder, which no"):
         prepare_concept(resolve(config), _model(tiny_sd), print)
 
 
-def test_a_row_without_a_gradient_yet_waits():
-    """Prodigy divides by the sum of its gradients."""
-    optimizer, _ = make_optimizer(TrainConfig(learning_rate=1.0, optimizer="prodigy"), 9, 1)
+@pytest.mark.parametrize("name", ["prodigy", "dti"])
+def test_a_row_without_a_gradient_yet_waits(name):
+    """Prodigy divides by the sum of its gradients; the direction would go back to where it started."""
+    optimizer, _ = make_optimizer(TrainConfig(learning_rate=1.0, optimizer=name), 9, 1)
     rows, mask = {"text_encoder": jnp.ones((1, 4))}, {"text_encoder": jnp.array([True])}
     state = optimizer.init(rows)
-    nothing, something = ({"text_encoder": jnp.full((1, 4), value)} for value in (0.0, 0.1))
+    nothing, something = ({"text_encoder": value * jnp.arange(1.0, 5.0)[None]} for value in (0.0, 0.1))
     updates, waiting = optimizer.update(nothing, state, rows, row_mask=mask)
     assert jax.tree.all(jax.tree.map(np.array_equal, (updates, waiting), (nothing, state)))
     updates, _ = optimizer.update(something, waiting, rows, row_mask=mask)

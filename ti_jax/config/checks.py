@@ -71,6 +71,13 @@ def check_train(config: TrainConfig) -> None:
             )
         if config.adam_beta1 == 0:
             raise InputError("--adam_beta1 0: must be above 0 with --optimizer schedule_free, whose average it weighs")
+    if config.optimizer == "dti":
+        for name in ("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm"):
+            if (value := getattr(config, name)) != getattr(TrainConfig, name):
+                raise InputError(
+                    f"--{name} {value:g}: does nothing with --optimizer dti, whose updates have the length of the "
+                    f"learning rate; leave it out"
+                )
     if config.huber_c is not None and config.loss != "huber":
         raise InputError(f"--huber_c {config.huber_c:g}: does nothing without --loss huber; give both or neither")
     check_pictures(config)

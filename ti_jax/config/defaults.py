@@ -198,9 +198,12 @@ def _model_defaults(model: str | None) -> dict[str, Any]:
 
 
 def _training_defaults(config: TrainConfig) -> dict[str, Any]:
-    """Those of the model, but for what suits the optimizer more: Prodigy's rate multiplies the one that it finds."""
-    rate = {"learning_rate": 1.0} if config.optimizer == "prodigy" else {}
-    return _model_defaults(config.pretrained_model_name_or_path) | rate | _bucket_defaults(config)
+    """Those of the model, but for what suits the optimizer more: Prodigy's rate multiplies the one that it finds, and
+    that of dti is an angle (its authors' rate).
+    """
+    rate = {"prodigy": 1.0, "dti": 1e-2}.get(config.optimizer)
+    own = {} if rate is None else {"learning_rate": rate}
+    return _model_defaults(config.pretrained_model_name_or_path) | own | _bucket_defaults(config)
 
 
 def _bucket_defaults(config: TrainConfig) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from ti_jax.config.rules import (
 )
 
 LearnableProperty = Literal["object", "style"]
-Optimizer = Literal["adamw", "prodigy", "schedule_free"]
+Optimizer = Literal["adamw", "prodigy", "schedule_free", "dti"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 Checkpointing = Literal["none", "policy", "full"]
 Measure = Literal["identity", "editability", "clip_i", "clip_t"]
@@ -197,11 +197,13 @@ class TrainConfig(ModelSettings):
     optimizer: Optimizer = setting("adamw", fingerprint=True)
     """adamw, as in diffusers' script; prodigy, which finds the step size by itself, for each row its own;
     schedule_free, AdamW whose rows are averaged as they learn, so that no schedule has to end: the average is what is
-    saved, drawn and measured. All keep what they know of a row with that row."""
+    saved, drawn and measured; dti, Directional Textual Inversion: every update turns a row by the angle --learning_rate
+    (in radians, nearly), and its norm stays at --row_norm, where free is vocabulary. All keep what they know of a row
+    with that row."""
     learning_rate: float | Rates | None = setting(None, LEARNING_RATE, fingerprint=True)
     """The optimizer's step size. Or several, as AUTOMATIC1111 writes them: "5e-3:200, 1e-3:1000, 2e-4" is 5e-3 until
-    update 200, 1e-3 until update 1000, then 2e-4. Left out: 1e-4 (prodigy: 1, a factor of the size that it finds; the
-    embedded model: see configs/demo.yaml)."""
+    update 200, 1e-3 until update 1000, then 2e-4. Left out: 1e-4 (prodigy: 1, a factor of the size that it finds; dti:
+    1e-2; the embedded model: see configs/demo.yaml)."""
     scale_lr: bool = setting(False, fingerprint=True)
     """Multiply the learning rate by accumulation steps, batch size per device, and devices."""
     lr_scheduler: Schedule = setting("constant", fingerprint=True)
@@ -310,6 +312,11 @@ class TrainConfig(ModelSettings):
     hub_token: str | None = setting(None, TEXT, secret=True)
     """Token for the hub: to push, and to download a gated model. Left out: HF_TOKEN, or the one that `hf auth login`
     has stored."""
+
+    @property
+    def kept_norm(self) -> float | str:
+        """``row_norm`` as the optimizer has it: free for none but those that need a norm."""
+        return "vocabulary" if self.optimizer == "dti" and self.row_norm == "free" else self.row_norm
 
 
 @dataclass(frozen=True)

@@ -273,14 +273,14 @@ def _start_of(concept: CheckedConcept, encoder: str, sd: StableDiffusion) -> np.
     else:
         ids = tokens.initializer_ids(sd.tokenizers[encoder], str(concept.initializer))
         rows = tokens.initial_rows(sd.token_table(encoder), ids, concept.words[concept.token])
-    wanted = concept.config.row_norm
+    wanted = concept.config.kept_norm
     if wanted == "free":
         return rows
     norms = np.linalg.norm(rows, axis=-1, keepdims=True)
     if not norms.all():
         raise InputError(
-            f"--row_norm {wanted}: the rows of {concept.token} start from zeros in the {encoder}, which have no "
-            f"direction; start from another word"
+            f"{concept.token}: a row starts from zeros in the {encoder}, which no norm can be given to (--row_norm, "
+            f"--optimizer dti); start from another word"
         )
     if wanted == "initial":
         return rows

@@ -524,6 +524,18 @@ def test_other_text_is_no_rates(text):
         ({"optimizer": "schedule_free", "adam_beta1": 0.0}, "--adam_beta1 0: must be above 0 with --optimizer"),
         ({"optimizer": "dti", "adam_beta1": 0.5}, "--adam_beta1 0.5: does nothing with --optimizer dti"),
         ({"optimizer": "dti", "max_grad_norm": 1.0}, "--max_grad_norm 1: does nothing with --optimizer dti"),
+        (
+            {"initializer_token": None, "initializer_embedding": "cat.pt", "initializer_output": True},
+            "--initializer_output True: needs the words of --initializer_token to start from",
+        ),
+        (
+            {"initializer_token": None, "initializer_embedding": "cat.pt", "context_loss": 1e-4},
+            "--context_loss 0.0001: needs the words of --initializer_token to compare with",
+        ),
+        (
+            {"learn_negative": True, "context_loss": 1e-4},
+            "--context_loss 0.0001: prompts do not have the word of --learn_negative",
+        ),
         ({"huber_c": 0.2}, "--huber_c 0.2: does nothing without --loss huber"),
         # Also those that are what would be used.
         ({"bucket_step": 64}, "--bucket_step 64: does nothing without --aspect_ratio_buckets; give both or neither"),

@@ -146,9 +146,12 @@ class Stepped:
 CASES = {
     "prodigy": {"optimizer": "prodigy", "learning_rate": 1.0, "adam_weight_decay": 0.01},
     "schedule_free": {"optimizer": "schedule_free", "adam_weight_decay": 0.01, "row_norm": 0.7},
-    "dti": {"optimizer": "dti"},
+    "dti": {
+        "optimizer": "dti", "context_loss": 0.5, "initializer_output": True,
+        "overview_prompts": ("a portrait of {} with red hair", "{} with glasses"),
+    },
     "adamw": {"max_grad_norm": 0.01, "ema_decay": 0.8, "learning_rate": "1e-2:5, 3e-3:12, 1e-3"},
-}
+}  # fmt: skip
 
 GIVEN = CASES | {
     "free schedule_free": {"optimizer": "schedule_free", "adam_weight_decay": 0.01},

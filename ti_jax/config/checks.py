@@ -59,6 +59,18 @@ def check_train(config: TrainConfig) -> None:
             f"{config.initializer_embedding!r}: the rows start from one of them; leave one out (--initializer_token "
             f"None undoes the one of a config file)"
         )
+    if config.initializer_embedding is not None:
+        for name, what in (("initializer_output", "start from"), ("context_loss", "compare with")):
+            if value := getattr(config, name):
+                raise InputError(
+                    f"--{name} {value}: needs the words of --initializer_token to {what}, and the rows start from "
+                    f"--initializer_embedding; leave one of the two out"
+                )
+    if config.context_loss and config.learn_negative:
+        raise InputError(
+            f"--context_loss {config.context_loss:g}: prompts do not have the word of --learn_negative, so that it "
+            f"changes nothing in them; leave one of the two out"
+        )
     if isinstance(config.learning_rate, str) and config.lr_scheduler != "constant":
         raise InputError(
             f"--learning_rate {config.learning_rate!r}: has its own schedule, so --lr_scheduler {config.lr_scheduler} "

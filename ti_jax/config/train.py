@@ -51,6 +51,10 @@ class TrainConfig(ModelSettings):
     initializer_token: str | None = setting(None, TEXT, fingerprint=True, first=True)
     """One or several words that the model knows and that come near the concept, e.g. toy. The rows start from them.
     Left out with the embedded model: in, which says nothing there."""
+    initializer_output: bool = setting(False, fingerprint=True)
+    """CrossInit: the rows start from what the text encoder makes of --initializer_token as a prompt (its last layer's
+    output at those tokens), which is nearer to learned rows than the tokens' own; and 1e-5 times their distance to it
+    is added to the loss."""
     initializer_embedding: str | None = setting(None, TEXT, path="input")
     """File of a learned word, in any known format, whose vectors the rows start from instead of --initializer_token. It
     must be for the model's family and have --num_vectors vectors."""
@@ -240,6 +244,10 @@ class TrainConfig(ModelSettings):
     snr_gamma: float | None = setting(None, POSITIVE, fingerprint=True)
     """Min-SNR weighting: a sample counts at most as if its signal-to-noise ratio were this, so that timesteps of little
     noise, of which the word learns little, count less; 5 in the paper. Left out: all timesteps count the same."""
+    context_loss: float = setting(0.0, NOT_NEGATIVE, fingerprint=True)
+    """Weight of CoRe's text term, 1.5e-4 in the paper: in --overview_prompts, the mean of 1 - cosine between the text
+    encoder's outputs at the other tokens with the new word and with --initializer_token in its place, which should be
+    the concept's class. It keeps the rest of a prompt as clear as beside the class word. 0: none."""
     noise_offset: float = setting(0.0, NOT_NEGATIVE, fingerprint=True)
     """Also shift the noise of each latent channel as a whole, by a normal number times this, e.g. 0.05 to 0.1: the word
     may then change how dark or bright a picture is."""

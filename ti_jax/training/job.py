@@ -41,6 +41,7 @@ from ti_jax.training.optimizer import make_optimizer, warmup_note
 from ti_jax.training.parallel import make_mesh, replicate, without_copies
 from ti_jax.training.rows import usual_norms
 from ti_jax.training.step import StepInputs, TrainState
+from ti_jax.training.terms import Terms
 from ti_jax.training.validation import check_pictures_to_draw
 from ti_jax.training.wandb_board import check_wandb
 
@@ -135,7 +136,7 @@ class Job:
             dtype=self.sd.dtype,
             pictures=digest_of_all([each.pixels for each in pictures]),
             masks=digest_of_masks(pictures),
-            prompts=[prompt for concept in self.concepts for prompt in concept.prompts],
+            prompts=[prompt for concept in self.concepts for prompt in concept.learned_with],
             prompt_counts={int(count) for each in self.concepts for count in (each.prompts_of >= 0).sum(axis=1)},
             shown=hash_of_what_is_shown(self.concepts),
             words=first.words,
@@ -211,6 +212,7 @@ def prepare(
             row_mask={name: jnp.asarray(mask) for name, mask in concepts[0].row_mask.items()},
             key=jax.random.key(config.seed),
             objective=Objective.of(config, sd.schedule),
+            terms=Terms.of(concepts, sd),
         ),
         mesh,
     )

@@ -41,6 +41,7 @@ from ti_jax.training.flops import batch_flops
 from ti_jax.training.optimizer import make_optimizer
 from ti_jax.training.parallel import make_mesh, replicate
 from ti_jax.training.step import StepInputs, TrainState
+from ti_jax.training.terms import Anchor, Context, Terms
 from ti_jax.weights.hub import resolve as resolve_model
 from ti_jax.weights.reference_configs import PUBLISHED
 from ti_jax.weights.sources import open_source
@@ -365,6 +366,25 @@ class Planner:
             row_mask={name: array((self.vectors,), jnp.bool_) for name, _ in networks.text_encoders},
             key=jax.eval_shape(lambda: jax.random.key(0)),
             objective=Objective.of(self.config, self.schedule),
+            terms=self._terms(),
+        )
+
+    def _terms(self) -> Terms | None:
+        config, rows = self.config, self._rows()
+        if not config.initializer_output and not config.context_loss:
+            return None
+        anchor = Anchor(rows, {name: array((self.vectors,), jnp.float32) for name in rows})
+        prompts = sum(len(each.overview_prompts or ()) for each in self.concepts)
+        long = {name: module.config.max_position_embeddings for name, module in self.networks.text_encoders}
+        context = Context(
+            {name: array((prompts, length), jnp.int32) for name, length in long.items()},
+            {name: array((prompts, length), jnp.float32) for name, length in long.items()},
+            {name: array((prompts, length, rows[name].shape[1]), jnp.float32) for name, length in long.items()},
+        )
+        return Terms(
+            array((), jnp.float32),
+            anchor if config.initializer_output else None,
+            context if config.context_loss else None,
         )
 
     def _negative(self) -> Negative | None:

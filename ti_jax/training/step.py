@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ from ti_jax.models.networks import Condition, Networks, Rows
 from ti_jax.ops.lookup import lookup
 from ti_jax.ops.matmul import exact_products
 from ti_jax.training.optimizer import shown_rows
+from ti_jax.training.terms import Terms, added_loss
 
 # From so many entries on, a batch shares the orders of its epochs, see `orders_of`.
 MANY_ENTRIES = 1024
@@ -51,6 +53,7 @@ class StepInputs(NamedTuple):
     row_mask: Mapping[str, jax.Array]  # bool [n] for each text encoder: rows that are trained
     key: jax.Array
     objective: Objective = Objective()
+    terms: Terms | None = None  # that are added to the loss
 
 
 class Fed(NamedTuple):
@@ -355,6 +358,11 @@ def make_train_step(
                 name: grad * (batch_size / jnp.maximum(counts[name], 1 / global_batch))[:, None]
                 for name, grad in grads.items()
             }
+        if (terms := frozen.terms) is not None:
+            with exact_products(networks.dtype):
+                added = partial(added_loss, networks, frozen.params, terms)
+                value, own_grads = jax.value_and_grad(added)(state.rows)
+            loss, grads = loss + terms.share * value, jax.tree.map(jnp.add, grads, own_grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.rows, row_mask=row_mask)
         updated = TrainState(optax.apply_updates(state.rows, updates), opt_state, state.step + 1, state.ok)
         # No NaN may reach the rows, which are what the user keeps, and no overflow: a row whose norm is infinite is

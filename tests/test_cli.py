@@ -15,6 +15,7 @@ from ti_jax.cli import embedding, main
 from ti_jax.cli.flags import NO_COUNTERPART, field_docs, parse
 from ti_jax.config import DataConfig, EvaluateConfig, InferConfig, PlanConfig, TrainConfig
 from ti_jax.config.rates import RATE
+from ti_jax.config.row_norm import NORM
 from ti_jax.config.yaml import strip_optional
 from ti_jax.errors import InputError
 
@@ -53,8 +54,9 @@ def samples(cls):
                 found[field.name] = list(map(str, values)), values
         elif base is bool:
             found[field.name] = [], not field.default
-        elif base == RATE:
-            found[field.name] = [rates := "5e-3:200, 1e-3:1000, 2e-4"], rates
+        elif base in (RATE, NORM):
+            text = {RATE: "5e-3:200, 1e-3:1000, 2e-4", NORM: "vocabulary"}[base]
+            found[field.name] = [text], text
         else:
             value = {str: f"text {index}", int: 1000 + index, float: index + 0.25}[base]
             found[field.name] = [f"{value:e}" if base is float else str(value)], value

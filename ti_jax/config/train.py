@@ -227,7 +227,7 @@ class TrainConfig(ModelSettings):
     max_grad_norm: float | None = setting(None, POSITIVE, fingerprint=True)
     """Longest gradient of one row, in each text encoder; a longer one is shortened to it. (Over one row and not, as in
     diffusers' scripts, over all, so that the words of a run do not depend on each other.) Left out: any."""
-    row_norm: float | RowNorm = setting("free", ROW_NORM, fingerprint=True)
+    row_norm: float | RowNorm = setting(RowNorm("free"), ROW_NORM, fingerprint=True)
     """Norm that each row starts with and is set to after every update, so that only its direction is learned: free,
     any; initial, the row's own at the start; vocabulary, the mean of the norms of its text encoder's known tokens; or a
     number. Averages (--ema_decay, schedule_free) are of rows of this norm, and are set to it where they are saved."""

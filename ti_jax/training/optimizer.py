@@ -191,7 +191,7 @@ class DirectionState(NamedTuple):
     """State of `directional`."""
 
     start: jax.Array  # the row's direction at the start: of length 1
-    count: jax.Array  # int32: number of updates made
+    made: jax.Array  # int32: number of updates made
 
 
 def directional(schedule: optax.Schedule) -> optax.GradientTransformation:
@@ -211,8 +211,8 @@ def directional(schedule: optax.Schedule) -> optax.GradientTransformation:
         direction = row / norm
         grad = norm * grad - DIRECTION_PRIOR * state.start
         grad = grad - jnp.vdot(grad, direction) * direction
-        step = schedule(state.count) * grad / (jnp.linalg.norm(grad) + 1e-8)
-        return -norm * step, state._replace(count=state.count + 1)
+        step = schedule(state.made) * grad / (jnp.linalg.norm(grad) + 1e-8)
+        return -norm * step, state._replace(made=state.made + 1)
 
     return optax.GradientTransformation(init, update)
 

@@ -57,7 +57,8 @@ def anchor_of(concepts: Sequence[Concept]) -> Anchor:
     weights = np.zeros(len(next(iter(rows.values()))), np.float32)
     for concept in concepts:
         weights[concept.own] = 1 / concept.words[concept.token]
-    return jax.tree.map(jnp.asarray, Anchor(rows, dict.fromkeys(rows, weights)))
+    shares = jnp.asarray(weights)
+    return Anchor({name: jnp.asarray(table) for name, table in rows.items()}, dict.fromkeys(rows, shares))
 
 
 def context_of(concepts: Sequence[Concept], sd: StableDiffusion) -> Context:

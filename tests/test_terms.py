@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from test_step import Problem, TorchTextEncoder, relative, torch_context_distance, torch_distance_to_start
 
+from ti_jax.config import PlanConfig
+from ti_jax.training.plan import Planner
 from ti_jax.training.terms import added_loss, anchor_of, context_of, distance_to
 
 
@@ -23,6 +25,10 @@ def problem(tiny_sdxl, pictures, tmp_path_factory):
 def test_the_terms_and_their_gradients_are_pytorchs(problem, tiny_sdxl, monkeypatch):
     """Of SDXL, on rows that are somewhere else than at the start; weights of words in a prompt do not count."""
     terms, params = problem.frozen().terms, problem.frozen().params
+    planned = Planner(PlanConfig(**vars(problem.config)), np.float32, jax.devices()[:1])._terms()
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), planned) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), terms
+    )
     noise = np.random.default_rng(0)
     rows = {name: np.float32(table + noise.normal(size=table.shape)) for name, table in problem.concept.rows.items()}
     encoders = {name: TorchTextEncoder(tiny_sdxl, name, table) for name, table in rows.items()}

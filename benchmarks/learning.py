@@ -118,18 +118,18 @@ def people(split: str) -> list[Person]:
 class Bench:
     """The frozen model, its judge, and the measurements with them."""
 
-    def __init__(self, strips: Path, everyone: list[Person]):
+    def __init__(self, strips: Path, everyone: list[Person], images: int = IMAGES_A_PROBE):
         use_cores(resolve(TrainConfig()))  # as `train.py` does, before anything is computed
         self.sd = StableDiffusion.from_pretrained()
         self.judge = Judge.load(self.sd.path)
-        self.probes = [probe for probe in self.judge.config.probes for _ in range(IMAGES_A_PROBE)]
-        self.strips, self.all = strips, everyone
+        self.probes = [probe for probe in self.judge.config.probes for _ in range(images)]
+        self.strips, self.all, self.images = strips, everyone, images
 
     def draw(self, prompts: list[str], *embeddings: Embedding) -> np.ndarray:
         """One picture for each prompt, uint8 [N, S, S, 3]; for each probe with seeds 0, 1, ..."""
         drawn = self.sd.generate(
             prompts, embeddings, num_inference_steps=INFERENCE_STEPS, guidance_scale=GUIDANCE,
-            seed=[number % IMAGES_A_PROBE for number in range(len(prompts))], batch_size=8,
+            seed=[number % self.images for number in range(len(prompts))], batch_size=8,
         )  # fmt: skip
         return np.stack([np.asarray(image) for image in drawn])
 
@@ -198,23 +198,27 @@ class Bench:
     def learn_stock(
         self, method: str, person: Person, seed: int, changes: dict[str, Any]
     ) -> tuple[Embedding, dict[str, Any]]:
-        """Learn the word with diffusers' method and ti_jax's steps and batch. It starts from one token: our first."""
+        """Learn the word with diffusers' method and ti_jax's steps and batch."""
+        loop = self.stock_loop(method, person, seed, changes)
+        seconds = loop.run(resolve(self.config(person, seed, {})).max_train_steps)
+        return Embedding(TOKEN, loop.rows), {"seconds": round(seconds, 2)}
+
+    def stock_loop(self, method: str, person: Person, seed: int, changes: dict[str, Any]) -> StockLoop:
+        """diffusers' method with ti_jax's batch. It starts from one token: our first."""
         config = resolve(self.config(person, seed, {}))
         pixels = torch.from_numpy(load_images(person.folder, self.sd.default_resolution).pixels).permute(0, 3, 1, 2)
         settings: dict[str, Any] = {"learning_rate": STOCK_BEST_LEARNING_RATE} if method == "stock-best" else {}
-        loop = StockLoop(
+        return StockLoop(
             self.sd.path, pixels.contiguous(), load_templates("object", config.templates), TOKEN,
             str(config.initializer_token).split()[0], batch_size=config.train_batch_size, seed=seed,
             **(settings | changes),
         )  # fmt: skip
-        seconds = loop.run(config.max_train_steps)
-        return Embedding(TOKEN, loop.rows), {"seconds": round(seconds, 2)}
 
     def measure(self, method: str, person: Person, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
         """A line of the results."""
         drawn, figures = self.pictures(method, person, seed, changes)
         if seed == 0 and not changes:
-            strip = np.concatenate(list(drawn[::IMAGES_A_PROBE] if method != "autoencoder" else drawn), axis=1)
+            strip = np.concatenate(list(drawn[:: self.images] if method != "autoencoder" else drawn), axis=1)
             Image.fromarray(strip).save(self.strips / f"{person.name}-{method}.png")
         return {
             "method": method, "person": person.name, "seed": seed, "changes": changes, "cores": CORES, **figures,
@@ -233,7 +237,7 @@ def scores(line: Mapping[str, Any], truth: Mapping[str, str], judge: Judge) -> d
     """Identity, editability and their parts, of a line of the results scored against `truth`."""
     count = len(line["readings"])
     blank = [replace(probe, expects=()) for probe in judge.config.probes][:1] * count
-    probes = [probe for probe in judge.config.probes for _ in range(IMAGES_A_PROBE)]
+    probes = [probe for probe in judge.config.probes for _ in range(count // len(judge.config.probes))]
     shares = attribute_scores(line["readings"], blank if line["method"] == "autoencoder" else probes, truth)
     means = {kind: mean_of(shares, kind) for kind in ("identity", "editability")}
     return {**shares, **{kind: value for kind, value in means.items() if value is not None}}

@@ -93,6 +93,10 @@ def check_train(config: TrainConfig) -> None:
     if config.huber_c is not None and config.loss != "huber":
         raise InputError(f"--huber_c {config.huber_c:g}: does nothing without --loss huber; give both or neither")
     check_pictures(config)
+    if not config.early_stop:
+        for name in ("early_stop_window", "early_stop_threshold"):
+            if (value := getattr(config, name)) is not None:
+                raise InputError(f"--{name} {value:g}: does nothing without --early_stop; give both or neither")
     if config.process_id is not None and config.num_processes is not None and config.process_id >= config.num_processes:
         raise InputError(
             f"--process_id {config.process_id}: must be from 0 to {config.num_processes - 1}, one below --num_processes"

@@ -197,6 +197,17 @@ class TrainConfig(ModelSettings):
     process_id: int | None = setting(None, WHOLE, of_this_process=True)
     """Number of this process, from 0. Left out: JAX_PROCESS_ID."""
 
+    early_stop: bool = setting(False, fingerprint=True)
+    """End a word before --max_train_steps, where it has stopped learning: its loss on a few samples that stay the same
+    is computed four times in --early_stop_window, and once these four differ too little, its rows stay as they are.
+    Every one of --concepts ends by itself, and the run with the last of them."""
+    early_stop_window: int | None = setting(None, COUNT, fingerprint=True)
+    """With --early_stop: updates of a word over which the loss is looked at; nothing ends before that. Left out: 310,
+    as in the paper (the embedded model: 40)."""
+    early_stop_threshold: float | None = setting(None, POSITIVE, fingerprint=True)
+    """With --early_stop: a word ends where the variance of the loss in the window is below this share of its variance
+    since the start. Left out: 0.15, as in the paper (the embedded model: 0.01)."""
+
     # -- the optimizer
     optimizer: Optimizer = setting("adamw", fingerprint=True)
     """adamw, as in diffusers' script; prodigy, which finds the step size by itself, for each row its own;

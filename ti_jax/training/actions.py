@@ -61,19 +61,26 @@ def make_actions(job: Job) -> Sequence[Action]:
 class Timetable:
     """The steps at which the host is needed: at every action's interval, and every ``longest`` updates to log losses.
 
-    Also at ``stops``.
+    Also every ``watched`` steps (None: never), and at ``stops``.
 
     It depends on the actions and the config only, so that it is the same on every process.
     """
 
-    def __init__(self, actions: Sequence[Action], longest: int, total: int, stops: Sequence[int] = ()):
+    def __init__(
+        self,
+        actions: Sequence[Action],
+        longest: int,
+        total: int,
+        stops: Sequence[int] = (),
+        watched: int | None = None,
+    ):
         self._actions, self._longest, self._total, self._stops = actions, longest, total, stops
+        self._intervals = [longest, *(every for every in (watched, *(each.every for each in actions)) if every)]
 
     def next(self, step: int) -> int:
         """The first such step after ``step``, at most the last step of the run."""
-        intervals = [self._longest, *(action.every for action in self._actions if action.every is not None)]
         stops = (stop for stop in self._stops if stop > step)
-        return min(self._total, *((step // every + 1) * every for every in intervals), *stops)
+        return min(self._total, *((step // every + 1) * every for every in self._intervals), *stops)
 
     def logs(self, step: int) -> bool:
         """Whether the losses since the last such step are logged: every ``longest`` updates, at the end, and where the
@@ -116,8 +123,8 @@ class SaveEmbedding(Action):
 
     def __call__(self, step: int, state: TrainState, reporter: Reporter) -> None:
         """See `Action`."""
-        for concept in self.job.concepts:
-            run_folder.save_embedding(concept.embedding(state.shown_rows, step), concept.folder, step)
+        for concept, embedding in zip(self.job.concepts, self.job.embeddings(state), strict=True):
+            run_folder.save_embedding(embedding, concept.folder, step)
 
     def done(self, step: int) -> bool:
         """See `Action`."""
@@ -134,7 +141,7 @@ class Validate(Action):
     def __call__(self, step: int, state: TrainState, reporter: Reporter) -> None:
         """See `Action`; a picture that cannot be drawn is a warning."""
         job = self.job
-        learned = job.embeddings(state.shown_rows, step)
+        learned = job.embeddings(state)
         for concept, sheet in zip(job.concepts, self._sheets, strict=True):
             with job.clock.phase("pictures"):
                 draw = partial(validation.save_validation, job.sd, concept, learned, step)
@@ -158,8 +165,8 @@ class Measure(Action):
     def __call__(self, step: int, state: TrainState, reporter: Reporter) -> None:
         """See `Action`; a failed measurement is a warning."""
         job = self.job
-        for concept, tracker in zip(job.concepts, job.trackers, strict=True):
-            measure = partial(tracker.measure, job.sd, concept.embedding(state.shown_rows, step), step)
+        for concept, embedding, tracker in zip(job.concepts, job.embeddings(state), job.trackers, strict=True):
+            measure = partial(tracker.measure, job.sd, embedding, step)
             with job.clock.phase("measure"):
                 scores = or_warn(f"{concept.token} at step {step}", measure, "measured")
             if scores is not None:

@@ -154,7 +154,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         contents = ocp.args.Composite(
-            state=ocp.args.StandardSave(jax.device_get(state._asdict())), identity=ocp.args.JsonSave(self.identity)
+            state=ocp.args.StandardSave(jax.device_get(_parts(state))), identity=ocp.args.JsonSave(self.identity)
         )
         with disk_errors(self.folder), whole():
             # Orbax's threads print tracebacks if the disk is full, so check before they start.
@@ -221,7 +221,7 @@ class Checkpoints:
                 wanted = like = jax.device_get(like)
                 if "counts" not in found:
                     wanted = like._replace(opt_state=state_with_one_count(like.opt_state))
-                shapes = ocp.args.StandardRestore(wanted._asdict())
+                shapes = ocp.args.StandardRestore(_parts(wanted))
                 state = TrainState(**manager.restore(int(where.name), args=ocp.args.Composite(state=shapes))["state"])
                 if "counts" not in found:
                     state = state._replace(opt_state=state_with_counts(state.opt_state, like.opt_state))
@@ -259,6 +259,11 @@ class Checkpoints:
         """Close Orbax's manager."""
         if "_manager" in vars(self):
             self._manager.close()
+
+
+def _parts(state: TrainState) -> dict[str, Any]:
+    """What is saved of a state: a part that a run does not have is in no checkpoint of it."""
+    return {name: part for name, part in state._asdict().items() if part is not None}
 
 
 def _options(limit: int | None, read_only: bool = False) -> ocp.CheckpointManagerOptions:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -39,6 +40,7 @@ from ti_jax.training.mixing import Mixing, mixing_of
 from ti_jax.training.multihost import is_leader
 from ti_jax.training.optimizer import make_optimizer, warmup_note
 from ti_jax.training.parallel import make_mesh, replicate, without_copies
+from ti_jax.training.plateau import no_watch
 from ti_jax.training.rows import usual_norms
 from ti_jax.training.step import StepInputs, TrainState
 from ti_jax.training.terms import Terms
@@ -115,14 +117,18 @@ class Job:
         """Before the names of a concept's figures in the run's logs; one that is alone needs none."""
         return f"{concept.folder.name}/" if len(self.concepts) > 1 else ""
 
-    def embeddings(self, rows: Rows, step: int) -> tuple[Embedding, ...]:
-        """The words of all concepts with the rows of ``step``."""
-        return tuple(concept.embedding(rows, step) for concept in self.concepts)
+    def embeddings(self, state: TrainState) -> tuple[Embedding, ...]:
+        """The words of all concepts; one that ``--early_stop`` has ended is that of the step where it ended."""
+        rows, steps = state.shown_rows, [int(state.step)] * len(self.concepts)
+        if state.watch is not None:
+            ends = np.asarray(state.watch.stopped).tolist()
+            steps = [step if end < 0 else end for step, end in zip(steps, ends, strict=True)]
+        return tuple(concept.embedding(rows, step) for concept, step in zip(self.concepts, steps, strict=True))
 
     def save_words(self, state: TrainState) -> None:
         """Write the words of all concepts."""
-        for concept in self.concepts:
-            run_folder.save_embedding(concept.embedding(state.shown_rows, int(state.step)), concept.folder)
+        for concept, embedding in zip(self.concepts, self.embeddings(state), strict=True):
+            run_folder.save_embedding(embedding, concept.folder)
 
     @property
     def fingerprint(self) -> dict:
@@ -225,7 +231,8 @@ def prepare(
     drawn_with = jax.tree.map(lambda leaf: leaf.addressable_data(0), shared.params)
     sd = dataclasses.replace(sd, params={**sd.params, **drawn_with})
     rows = {name: jnp.asarray(value) for name, value in concepts[0].rows.items()}
-    start = jax.device_get(TrainState(rows, optimizer.init(rows), jnp.int32(0), jnp.bool_(True)))
+    watch = no_watch(len(next(iter(rows.values()))), len(concepts)) if config.early_stop else None
+    start = jax.device_get(TrainState(rows, optimizer.init(rows), jnp.int32(0), jnp.bool_(True), watch))
     builder = StepBuilder(
         sd.networks,
         optimizer,
@@ -273,9 +280,8 @@ def _resume(job: Job) -> tuple[TrainState, Checkpointing | None]:
     else:
         multihost.log_leader(f"resuming at step {int(restored.step)} of {job.total}")
     state = jax.device_get(job.start if restored is None else restored)
-    step = int(state.step)
-    for concept, tracker in zip(job.concepts, job.trackers, strict=bool(job.trackers)):
-        tracker.resume(concept.embedding(state.shown_rows, step), step)
+    for embedding, tracker in zip(job.embeddings(state), job.trackers, strict=bool(job.trackers)):
+        tracker.resume(embedding, int(state.step))
     return state, job.checkpoints.identity["gradient_checkpointing"]
 
 

@@ -28,11 +28,14 @@ from ti_jax.training.actions import Action, Timetable, make_actions, or_warn, sa
 from ti_jax.training.chips import peak_flops
 from ti_jax.training.compile import CompiledStep, checked, compile_fitting
 from ti_jax.training.cpu_devices import use_cores
+from ti_jax.training.early_stop import EarlyStop, compile_early_stop
 from ti_jax.training.feeding import WINDOWS, Feeder, bytes_of, feeds, placed, without_moments
 from ti_jax.training.flops import batch_flops
 from ti_jax.training.job import Job, agree, prepare
 from ti_jax.training.multihost import StopRequests, all_or_raise, is_leader, on_leader
+from ti_jax.training.pace import Pace
 from ti_jax.training.parallel import replicate
+from ti_jax.training.plateau import Seen
 from ti_jax.training.profiling import Profiler
 from ti_jax.training.report import Reporter, Work, print_row_figures
 from ti_jax.training.rows import row_figures
@@ -49,6 +52,8 @@ class TrainResult:
       output_dir: the run's folder.
       seconds: wall time of each phase: "load", "encode", "compile", "train", "measure", "pictures".
       interrupted: the run was stopped early (Ctrl-C, SIGTERM, SIGHUP), after saving a checkpoint.
+      early_stops: by token, the step at which ``--early_stop`` ended a word; one that learned to the last step is not
+        in it.
     """
 
     embeddings: tuple[Embedding, ...]
@@ -56,6 +61,7 @@ class TrainResult:
     output_dir: Path
     seconds: dict[str, float]
     interrupted: bool = False
+    early_stops: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def embedding(self) -> Embedding:
@@ -160,7 +166,12 @@ def _compile_all(job: Job, inputs: Sequence[tuple[StepInputs, Feeder | None]], f
 
 
 def run(job: Job, steps: Sequence[Step]) -> TrainResult:
-    """Train to the last step, or until a stop is requested; then save the word and draw the overview."""
+    """Train to the last step, or until a stop is requested; then save the word and draw the overview.
+
+    With ``--early_stop`` the last step of a word is the one where its loss has stopped falling, if that comes first.
+    """
+    with job.clock.phase("compile"):
+        early_stop = all_or_raise(lambda: compile_early_stop(job, steps[0].frozen))
     # Save the policy that was chosen: with other free memory another one would be.
     config = dataclasses.replace(job.config, gradient_checkpointing=steps[0].compiled.gradient_checkpointing)
     # Earlier results are moved only now that all input has been checked: a mistyped command must not displace them.
@@ -171,24 +182,26 @@ def run(job: Job, steps: Sequence[Step]) -> TrainResult:
         job = dataclasses.replace(job, page=RunPage(job))
     # With several processes an action runs on all or none of them, so that a stop waits for its end.
     with interrupts.deferred(abandon=jax.process_count() == 1):
-        state, losses, stopped = _loop(job, steps)
+        state, losses, stopped = _loop(job, steps, early_stop)
         embeddings, finished = on_leader(lambda: _finish(job, state, stopped))
-    return TrainResult(embeddings, np.asarray(losses, np.float32), job.folder, job.clock.seconds, not finished)
+    ends = {} if early_stop is None else early_stop.stops
+    return TrainResult(embeddings, np.asarray(losses, np.float32), job.folder, job.clock.seconds, not finished, ends)
 
 
-def _loop(job: Job, steps: Sequence[Step]) -> tuple[TrainState, list[float], bool]:
+def _loop(job: Job, steps: Sequence[Step], early_stop: EarlyStop | None) -> tuple[TrainState, list[float], bool]:
     """Run the updates and the actions between them; returns (state, losses, stopped before the end)."""
     state, now = replicate(job.start, job.mesh), int(job.start.step)
     actions = make_actions(job)
     profiled = job.config.profile_steps
-    timetable = Timetable(actions, job.builder.longest_chunk, job.total, profiled or ())
+    watched = None if early_stop is None else early_stop.every
+    timetable = Timetable(actions, job.builder.longest_chunk, job.total, profiled or (), watched)
     profiler = Profiler(profiled if is_leader() else None, job.folder / job.config.logging_dir)
     pace, losses, unlogged = Pace(job.builder.longest_chunk), [], []
     reporter = all_or_raise(
         lambda: Reporter(job.config, job.folder, now, job.total, work_of(job)) if is_leader() else None
     )
 
-    def read(start: int, end: int, chunk: jax.Array, dispatched: float) -> None:
+    def read(start: int, end: int, chunk: jax.Array, dispatched: float, seen: Seen | None) -> None:
         """Wait for a chunk's losses, and log them at the steps of the timetable."""
         values = np.asarray(chunk)[: end - start].tolist()
         if not np.isfinite(values).all():
@@ -201,6 +214,11 @@ def _loop(job: Job, steps: Sequence[Step]) -> tuple[TrainState, list[float], boo
             reporter.progress(len(values))
         if timetable.logs(end):
             log(end)
+        if early_stop is not None and seen is not None:
+            early_stop.read(seen, end, reporter)
+
+    def ended() -> bool:
+        return early_stop is not None and early_stop.ended
 
     def log(step: int) -> None:
         """Log the losses of the updates up to ``step`` that are not logged yet."""
@@ -221,11 +239,16 @@ def _loop(job: Job, steps: Sequence[Step]) -> tuple[TrainState, list[float], boo
         closing.callback(profiler.close)
         if now:
             on_leader(partial(_act, [each for each in timetable.due(now) if not each.done(now)], now, state, reporter))
-        while now < job.total and not stopping:
+        if early_stop is not None and not early_stop.begun:
+            state, first = early_stop.observe(state)
+            early_stop.read(first, now, reporter)
+        while now < job.total and not stopping and not ended():
             if pending is not None and reads_first:
                 with job.clock.phase("train"):
                     read(*pending)
                 pending = None
+                if ended():
+                    break
             most = min(timetable.next(now) - now, pace.steps)
             bucket, turn, count = (0, now, most) if job.order is None else job.order.next(now, most)
             step = steps[bucket]
@@ -241,11 +264,17 @@ def _loop(job: Job, steps: Sequence[Step]) -> tuple[TrainState, list[float], boo
                 dispatched = time.perf_counter()
                 with profiler.step(now), jax.transfer_guard("disallow"):  # everything is on the devices already
                     state, chunk = step.compiled.program(step.frozen, state, number, *given)
+                    seen = None
+                    if early_stop is not None and end % early_stop.every == 0:
+                        state, seen = early_stop.observe(state)
                 if step.feeder is not None:
                     step.feeder.ahead(turn)
                 if pending is not None:
                     read(*pending)
-            pending, now = (now, end, chunk, dispatched), end
+                    if ended():  # so that what was just dispatched did nothing
+                        pending = None
+                        break
+            pending, now = (now, end, chunk, dispatched, seen), end
             due = timetable.due(now)
             if due or now == job.total or now in (profiled or ()):
                 with job.clock.phase("train"):
@@ -261,7 +290,7 @@ def _loop(job: Job, steps: Sequence[Step]) -> tuple[TrainState, list[float], boo
         on_leader(partial(save_state, job, state))
         if stopping and reporter is not None:
             reporter.print_line(f"asked to stop: a checkpoint of step {now} is saved")
-    return state, losses, now < job.total
+    return state, losses, now < job.total and not ended()
 
 
 def work_of(job: Job) -> Work | None:
@@ -276,33 +305,6 @@ def work_of(job: Job) -> Work | None:
     of_bucket = [batch_flops(job.sd.networks, each, job.start.rows, builder.batch_size) for each in job.frozen]
     flops = float(np.average(of_bucket, weights=None if job.order is None else job.order.shares))
     return Work(flops * builder.accumulation, peak)
-
-
-class Pace:
-    """Chooses the updates per dispatch, so that one takes about a second: a request to stop waits no longer.
-
-    Results do not depend on how the updates are split into dispatches. Several processes use the slowest one's number.
-    """
-
-    SECONDS = 1.0
-
-    def __init__(self, longest: int):
-        self.steps, self._longest = 1, longest
-        self._settled = False
-        self._last_read = 0.0
-
-    def measured(self, steps: int, dispatched: float) -> None:
-        """Record that a chunk of ``steps`` is done; it began when it was ``dispatched``, or after the one before."""
-        now = time.perf_counter()
-        seconds = now - max(dispatched, self._last_read)
-        self._last_read = now
-        if self._settled:
-            return
-        wanted = min(max(1, int(steps * self.SECONDS / seconds)), 2 * self.steps, self._longest)
-        agreed = int(multihost.smallest(wanted) or 1)
-        # Agreeing costs the processes a round trip: stop once the number no longer grows.
-        self._settled = jax.process_count() > 1 and (agreed <= self.steps or agreed == self._longest)
-        self.steps = agreed
 
 
 def _open_folder(config: TrainConfig, job: Job) -> None:
@@ -359,7 +361,7 @@ def _finish(job: Job, state: TrainState, stopped: bool) -> tuple[tuple[Embedding
       The final words, and whether everything was done.
     """
     last = int(state.step)
-    embeddings = job.embeddings(state.shown_rows, last)
+    embeddings = job.embeddings(state)
     for concept in job.concepts:
         print_row_figures(row_figures(concept, state.shown_rows, job.usual_norms), last, job.prefix(concept))
     try:
@@ -388,7 +390,7 @@ def _finish(job: Job, state: TrainState, stopped: bool) -> tuple[tuple[Embedding
             )
         file = concept.folder / run_folder.EMBEDDING_FILE
         end = f" ({phases})" if concept is job.concepts[-1] else ""
-        multihost.log_leader(f"{file}: {embedding.token} after {last} steps{end}")
+        multihost.log_leader(f"{file}: {embedding.token} after {embedding.metadata['steps']} steps{end}")
     return embeddings, not stopped
 
 

@@ -171,6 +171,7 @@ class Bench:
         return result.embedding, {
             "seconds": round(seconds["encode"] + seconds["train"], 2),
             "compile": round(seconds["compile"], 2),
+            "steps": int(result.embedding.metadata["steps"]),
         }
 
     def learn_together(

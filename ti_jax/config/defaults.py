@@ -35,7 +35,7 @@ NEGATIVE_GUIDANCE_SCALE = 0.5
 
 # Of --early_stop, where left out: those of its paper; for the embedded model measured (recipes/mini_sd/NOTES.md).
 PAPER_STOP = {"early_stop_window": 310, "early_stop_threshold": 0.15}
-EMBEDDED_STOP = {"early_stop_window": 40, "early_stop_threshold": 0.01}
+EMBEDDED_STOP = {"early_stop_window": 40, "early_stop_threshold": 0.005}
 
 PAPER_STEPS, EMBEDDED_STEPS = 50, 25  # of the sampler, when a word is measured
 

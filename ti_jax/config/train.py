@@ -206,7 +206,7 @@ class TrainConfig(ModelSettings):
     as in the paper (the embedded model: 40)."""
     early_stop_threshold: float | None = setting(None, POSITIVE, fingerprint=True)
     """With --early_stop: a word ends where the variance of the loss in the window is below this share of its variance
-    since the start. Left out: 0.15, as in the paper (the embedded model: 0.01)."""
+    since the start. Left out: 0.15, as in the paper (the embedded model: 0.005)."""
 
     # -- the optimizer
     optimizer: Optimizer = setting("adamw", fingerprint=True)

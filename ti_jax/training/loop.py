@@ -229,9 +229,7 @@ def _loop(job: Job, steps: Sequence[Step], early_stop: EarlyStop | None) -> tupl
         unlogged.clear()
 
     pending = None  # the chunk whose losses are read after the next one is dispatched, so that the device never waits
-    # On a CPU a dispatch may wait for the one before it and for its own end: the losses of both would be read together,
-    # and the second seem to have taken no time.
-    reads_first = job.mesh.devices.flat[0].platform == "cpu"
+    reads_first = _reads_first(job)
     stopping, requests = False, StopRequests()
     with contextlib.ExitStack() as closing:
         if reporter is not None:
@@ -291,6 +289,15 @@ def _loop(job: Job, steps: Sequence[Step], early_stop: EarlyStop | None) -> tupl
         if stopping and reporter is not None:
             reporter.print_line(f"asked to stop: a checkpoint of step {now} is saved")
     return state, losses, now < job.total and not ended()
+
+
+def _reads_first(job: Job) -> bool:
+    """Whether a chunk's losses are read before the next one is dispatched.
+
+    On a CPU a dispatch may wait for the one before it and for its own end: the losses of both would be read together,
+    and the second seem to have taken no time.
+    """
+    return job.mesh.devices.flat[0].platform == "cpu"
 
 
 def work_of(job: Job) -> Work | None:

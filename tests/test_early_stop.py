@@ -144,6 +144,7 @@ def test_a_run_ends_with_the_rows_of_that_step_and_says_so(ended, capsys):
     told = capsys.readouterr().err
     assert np.array_equal(rows(again)[0], rows(result)[0]) and again.early_stops == {"<new>": 4}
     assert len(again.losses) == 0 and "<new> after 4 steps" in told
+    assert "--early_stop looks at the loss on fixed samples every 1 steps" in told
 
 
 def test_what_is_dispatched_before_the_end_is_read_does_nothing(ended):

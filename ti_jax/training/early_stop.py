@@ -9,6 +9,7 @@ the losses of the updates before it.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,7 @@ from ti_jax.data.dataset import Dataset
 from ti_jax.models.networks import Networks
 from ti_jax.ops.matmul import exact_products
 from ti_jax.ops.platform import Platform
+from ti_jax.training import multihost
 from ti_jax.training.feeding import without_moments
 from ti_jax.training.job import Job
 from ti_jax.training.parallel import AXIS, SAMPLES, options_for, replicate, replicated_shapes, sharded
@@ -203,6 +205,7 @@ def compile_early_stop(job: Job, frozen: StepInputs) -> EarlyStop | None:
     """
     if not job.config.early_stop:
         return None
+    began = time.perf_counter()
     mesh, watch, threshold = job.mesh, job.start.watch, job.config.early_stop_threshold
     assert watch is not None and threshold is not None, "the config is resolved"
     platform = Platform.of(mesh.devices.flat[0], job.config.deterministic)
@@ -217,12 +220,16 @@ def compile_early_stop(job: Job, frozen: StepInputs) -> EarlyStop | None:
         mesh=mesh, in_specs=(P(), samples, P(), P()), out_specs=P(), check_vma=False,
     )  # fmt: skip
     options = options_for(mesh, platform.compiler_options)
-    lowered = jax.jit(mapped, donate_argnums=3, compiler_options=options).lower(
-        *inputs, replicated_shapes(job.start, mesh)
+    jitted = jax.jit(mapped, donate_argnums=3, compiler_options=options)
+    program = jitted.lower(*inputs, replicated_shapes(job.start, mesh)).compile()
+    every = steps_between(job)
+    multihost.log_leader(
+        f"--early_stop looks at the loss on fixed samples every {every} steps, with a program that took "
+        f"{time.perf_counter() - began:.1f} s to compile"
     )
     stops = {
         concept.token: int(step)
         for concept, step in zip(job.concepts, np.asarray(watch.stopped), strict=True)
         if step >= 0
     }
-    return EarlyStop(job, steps_between(job), bool(watch.seen.any()), lowered.compile(), inputs, stops)
+    return EarlyStop(job, every, bool(watch.seen.any()), program, inputs, stops)

@@ -170,13 +170,14 @@ def run(job: Job, steps: Sequence[Step]) -> TrainResult:
 
     With ``--early_stop`` the last step of a word is the one where its loss has stopped falling, if that comes first.
     """
+    summary = _summary(job, steps[0].compiled.gradient_checkpointing)
     with job.clock.phase("compile"):
         early_stop = all_or_raise(lambda: compile_early_stop(job, steps[0].frozen))
     # Save the policy that was chosen: with other free memory another one would be.
     config = dataclasses.replace(job.config, gradient_checkpointing=steps[0].compiled.gradient_checkpointing)
     # Earlier results are moved only now that all input has been checked: a mistyped command must not displace them.
     on_leader(lambda: _open_folder(config, job))
-    multihost.log_leader(_summary(job, steps[0].compiled.gradient_checkpointing))
+    multihost.log_leader(summary)
     job = dataclasses.replace(job, config=config)
     if is_leader():
         job = dataclasses.replace(job, page=RunPage(job))

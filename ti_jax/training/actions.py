@@ -187,7 +187,7 @@ class ShowReport(Action):
     def __call__(self, step: int, state: TrainState, reporter: Reporter) -> None:
         """See `Action`; a page that cannot be made is a warning."""
         page = page_of(self.job)
-        page.seen(self.job.embeddings(state.shown_rows, step))
+        page.seen(self.job.embeddings(state))
         page.refresh(step)
 
 

@@ -27,7 +27,6 @@ from ti_jax.data.on_demand import digest_of_all
 from ti_jax.diffusion.losses import Objective
 from ti_jax.embeddings import Embedding
 from ti_jax.files import writable_folder
-from ti_jax.models.networks import Rows
 from ti_jax.ops.platform import Platform
 from ti_jax.pipeline import StableDiffusion
 from ti_jax.pipeline.model_description import open_model_of

@@ -352,9 +352,7 @@ def _give_up(job: Job, state: TrainState) -> None:
     """Save the last finite rows, and end the run because its loss is not finite."""
     good = int(state.step)
     job.save_words(state)
-    page_of(job).finish(
-        job.embeddings(state.shown_rows, good), good, f"ended at step {good + 1}: the loss became non-finite"
-    )
+    page_of(job).finish(job.embeddings(state), good, f"ended at step {good + 1}: the loss became non-finite")
     files = listed([str(concept.folder / run_folder.EMBEDDING_FILE) for concept in job.concepts], 3)
     raise InputError(
         f"the loss became non-finite at step {good + 1}; the rows of step {good} are saved in {files}: use a lower "

@@ -49,7 +49,7 @@ class RunPage:
     def __init__(self, job: Job):
         self._job = job
         self._first = int(job.start.step)
-        self._words = job.embeddings(job.start.shown_rows, self._first)
+        self._words = job.embeddings(job.start)
         self._vocabularies: dict[str, Vocabulary] = {}
         self._next = time.perf_counter() + EVERY
         self._warned = False

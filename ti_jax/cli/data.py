@@ -20,6 +20,7 @@ from ti_jax.data.reading import read_picture
 from ti_jax.errors import InputError
 from ti_jax.files import writable_folder
 from ti_jax.images import overview, save_png
+from ti_jax.remote import local_copy
 
 # Of the contact sheet: sides of a cell in pixels, cells in a row, and most pictures on it.
 CELL, COLUMNS, MOST = 192, 6, 120
@@ -87,7 +88,7 @@ def survey(config: DataConfig) -> Survey:
 
 def _survey(config: DataConfig, output: Path) -> Survey:
     assert config.train_data_dir is not None and config.resolution is not None, "the config is resolved"
-    folder = Path(config.train_data_dir)
+    folder = local_copy(config.train_data_dir)
     paths = picture_paths(folder, config.recursive)
     masks = make_mask_reader(config, folder, paths)
     shapes = shapes_of(config, config.resolution) or ((config.resolution, config.resolution),)

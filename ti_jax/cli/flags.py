@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
+from ti_jax.config.defaults import config_path
 from ti_jax.config.fields import setting_of
 from ti_jax.config.rates import RATE
 from ti_jax.config.row_norm import NORM
@@ -41,7 +42,9 @@ NO_COUNTERPART = {
     "validation_epochs": "validation is scheduled in steps, with --validation_steps",
 }
 
-CONFIG_DOC = "YAML file with any of the settings below; flags override it."
+CONFIG_DOC = (
+    "YAML file with any of the settings below, or sd15, sd21 or sdxl, which come with ti_jax; flags override it."
+)
 
 
 class _Refused(Exception):
@@ -167,7 +170,7 @@ def parse(
 
     values = run({})
     if values.get("config") is not None:
-        values = run(load_yaml(values["config"], cls))
+        values = run(load_yaml(config_path(values["config"]), cls))
     return cls(**{name: value for name, value in values.items() if name != "config"})
 
 

@@ -30,6 +30,7 @@ from ti_jax.config.fields import setting
 from ti_jax.config.rules import TEXT, WHOLE
 from ti_jax.config.yaml import nearest
 from ti_jax.errors import InputError, OutOfStep
+from ti_jax.remote import as_given
 from ti_jax.startup import avoid_missing_tpu
 
 TRAIN_EXAMPLES = """\
@@ -120,7 +121,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "ti-jax") -> int:
     try:
         return _run(argv, prog)
     except InputError as error:
-        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"{prog}: error: {' '.join(as_given(str(error)).split())}", file=sys.stderr, flush=True)
         if isinstance(error, OutOfStep):
             os._exit(2)
         return 2

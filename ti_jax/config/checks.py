@@ -18,6 +18,7 @@ from ti_jax.config.model import ModelSettings
 from ti_jax.config.train import TrainConfig
 from ti_jax.config.yaml import from_yaml
 from ti_jax.errors import InputError, is_utf8
+from ti_jax.files import as_url
 from ti_jax.words import contains_word
 
 
@@ -52,6 +53,10 @@ def check_train(config: TrainConfig) -> None:
     check_fields(config)
     if not is_utf8(os.path.abspath(config.output_dir)):  # which TensorStore, that writes checkpoints, does not take
         raise InputError(f"--output_dir {config.output_dir!r}: not a path in UTF-8; choose another place")
+    if as_url(config.logging_dir):
+        raise InputError(
+            f"--logging_dir {config.logging_dir}: a folder in --output_dir, with which it is sent; give its name alone"
+        )
     _check_model(config)
     if config.initializer_token is not None and config.initializer_embedding is not None:
         raise InputError(

@@ -15,6 +15,7 @@ from typing import Any
 from ti_jax.config.train import TrainConfig
 from ti_jax.config.yaml import load_yaml_list
 from ti_jax.errors import InputError
+from ti_jax.remote import local_copy
 from ti_jax.words import fold
 
 # What a concept may have for itself; all else is the run's.
@@ -71,7 +72,7 @@ def concept_configs(config: TrainConfig) -> tuple[TrainConfig, ...]:
 
 def _entries(concepts: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The place of each concept, for messages, and its own settings."""
-    path = Path(concepts)
+    path = local_copy(concepts)
     if path.is_dir():
         try:
             folders = sorted(each for each in path.iterdir() if each.is_dir() and not each.name.startswith("."))

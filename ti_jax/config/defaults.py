@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,6 +55,15 @@ STABLE_DIFFUSION_DEFAULTS: dict[str, Any] = {
 }
 
 
+def config_path(given: str) -> str | Path:
+    """The path of a config file; for ``configs/sd15.yaml`` and ``sd15``, if there is no such file, that of ours."""
+    name = re.fullmatch(r"configs/(\w+)\.yaml|(\w+)", given)
+    if name is None or os.path.exists(given):
+        return given
+    ours = ASSETS / f"{name[1] or name[2]}.yaml"
+    return ours if ours.is_file() else given
+
+
 def resolve(config: TrainConfig) -> TrainConfig:
     """Check a config and fill in what it leaves to the model; a resolved config comes back as it is.
 
@@ -63,6 +73,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     Raises:
       InputError: a value that cannot be, or something that only the user can tell is missing.
     """
+    config = _with_dataset(config)
     defaults = _training_defaults(config)
     if config.early_stop:
         defaults |= EMBEDDED_STOP if config.pretrained_model_name_or_path is None else PAPER_STOP
@@ -220,6 +231,16 @@ def _filled(config: Config, defaults: Mapping[str, Any]) -> Config:
     """The config with ``defaults`` in the fields that are None."""
     left_out = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     return dataclasses.replace(config, **left_out)  # type: ignore[type-var]
+
+
+def _with_dataset(config: TrainConfig) -> TrainConfig:
+    """With ``dataset_name`` where ``train_data_dir`` is the id of a dataset: owner/name, and no folder here."""
+    given = config.train_data_dir
+    if given is None or config.dataset_name is not None or os.path.exists(os.path.expanduser(os.fspath(given))):
+        return config
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(given), re.ASCII) is None:
+        return config
+    return dataclasses.replace(config, dataset_name=str(given), train_data_dir=None)
 
 
 def _require(config: TrainConfig, *names: str) -> None:

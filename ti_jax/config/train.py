@@ -44,7 +44,9 @@ class TrainConfig(ModelSettings):
 
     # -- the pictures and the word
     train_data_dir: str | None = setting(None, TEXT, path="input", first=True)
-    """Folder with the pictures of the concept, 3 to 5 are enough. Left out with the embedded model: its own example."""
+    """Folder with the pictures of the concept, 3 to 5 are enough; or a URL of one (gs://bucket/cat, with the extra
+    `gcs`); or, if there is no such folder, the id of a dataset on the Hugging Face hub (owner/name), as --dataset_name.
+    Left out with the embedded model: its own example."""
     placeholder_token: str | None = setting(None, WORD, first=True)
     """The new word, e.g. <cat-toy>. It must not be a word that the model has already. Left out with the embedded model:
     the name of the pictures' folder, like <cleo>."""
@@ -158,7 +160,8 @@ class TrainConfig(ModelSettings):
 
     # -- the run
     output_dir: str = setting("output", TEXT, path="output")
-    """Folder for the learned embedding, checkpoints, samples, logs and the resolved config."""
+    """Folder for the learned embedding, checkpoints, samples, logs and the resolved config; or a URL of one
+    (gs://bucket/cat), to which files are sent whole after each save, so that a run goes on on another machine."""
     seed: int = setting(0, SEED, fingerprint=True)
     """Seed of everything random; the same seed gives the same rows on one machine (on a GPU: see --deterministic)."""
     deterministic: bool = setting(False, fingerprint=True)

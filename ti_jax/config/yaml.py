@@ -24,6 +24,7 @@ from ti_jax.config.fields import setting_of
 from ti_jax.config.rates import RATE, Rates
 from ti_jax.config.row_norm import NORM, RowNorm
 from ti_jax.errors import InputError
+from ti_jax.remote import local_copy
 
 _CORE_SCALARS = (
     ("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
@@ -234,7 +235,7 @@ def nearest(word: str, known: Iterable[str], question: str, otherwise: str) -> s
 
 def _parse(path: Path) -> Any:
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = local_copy(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not a text file in UTF-8 (byte {error.start}); save it as one") from error
     except OSError as error:

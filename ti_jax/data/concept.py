@@ -24,6 +24,7 @@ from ti_jax.data.prompts import picture_prompts, with_placeholder
 from ti_jax.embeddings import Embedding, check_fits
 from ti_jax.embeddings.embedding import NEGATIVE_CLASS
 from ti_jax.errors import InputError, listed
+from ti_jax.files import as_url
 from ti_jax.models.networks import Rows
 from ti_jax.pipeline import StableDiffusion
 from ti_jax.pipeline.model_description import ModelDescription
@@ -323,7 +324,9 @@ def _output_of(concept: CheckedConcept, encoder: str, sd: StableDiffusion) -> np
 
 
 def public_name(model: str) -> str:
-    """A model's hub id, or the bare name of a local folder or file: paths are private."""
+    """A model's hub id, or the bare name of a folder or file: paths are private."""
+    if as_url(model) is not None:
+        return Path(model).name
     path = Path(model).expanduser()
     return path.resolve().name if path.exists() or path.is_absolute() else model
 

@@ -11,12 +11,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ti_jax.cache import cache_folder
 from ti_jax.config import TrainConfig
 from ti_jax.data.captions import TEXT_COLUMN
 from ti_jax.data.formats import format_by_content, readable_suffixes, suffix_of
 from ti_jax.errors import InputError, listed, one_line
 from ti_jax.files import disk_errors
-from ti_jax.machine import cache_folder
 
 IMAGE_COLUMN = "image"
 
@@ -63,7 +63,9 @@ def _load(config: TrainConfig, where: str) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise InputError(f"{where}: needs the package datasets; pip install 'ti_jax[datasets]'") from error
+        name = str(config.dataset_name)
+        absent = "" if Path(name).exists() else "no such folder or file here, and for a dataset of the hub it "
+        raise InputError(f"{where}: {absent}needs the package datasets; pip install 'ti_jax[datasets]'") from error
     name = str(config.dataset_name)
     path = Path(name)
     try:
@@ -75,9 +77,10 @@ def _load(config: TrainConfig, where: str) -> Any:
             loaded = datasets.load_dataset(name, token=config.hub_token)
     # Besides its own errors those of HTTP, of pyarrow and of the dataset's files.
     except Exception as error:
+        absent = "" if path.exists() else "no such folder or file here, and as a dataset of the hub it "
         raise InputError(
-            f"{where}: cannot be loaded ({one_line(error)}); give the id of a dataset on the hub (private ones need "
-            f"--hub_token), a folder of its files, or a parquet file"
+            f"{where}: {absent}cannot be loaded ({one_line(error)}); give the id of a dataset on the hub (private "
+            f"ones need --hub_token), a folder of its files, or a parquet file"
         ) from error
     if isinstance(loaded, dict):
         if "train" not in loaded and len(loaded) != 1:

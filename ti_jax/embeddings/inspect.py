@@ -102,7 +102,7 @@ class Report:
 
 def load_for_inspection(path: str | Path, token: str | None = None) -> Report:
     """Format, family and metadata of a file, without comparison; see `Embedding.load` for arguments and errors."""
-    path = word_file(Path(path))
+    path = word_file(path)
     embedding, form, content = read_as_found(path, token)
     encoders = {
         name: tuple(VectorReport(float(np.linalg.norm(row.astype(np.float64))), ()) for row in vectors)

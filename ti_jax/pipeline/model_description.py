@@ -19,6 +19,7 @@ from ti_jax.errors import InputError
 from ti_jax.models.components import TEXT_ENCODERS
 from ti_jax.models.networks import Networks, make_networks
 from ti_jax.ops.platform import Platform
+from ti_jax.remote import local_copy
 from ti_jax.text.text_encoders import PromptTokenizers
 from ti_jax.weights.hub import resolve
 from ti_jax.weights.sources import Source, open_source
@@ -152,7 +153,7 @@ def open_model(
     if dtype is None:
         dtype = Platform.of(jax.local_devices()[0]).dtype
     path = resolve(None if path_or_hub_id is None else str(path_or_hub_id), revision, variant, token)
-    with open_source(path, variant, prediction_type, vae=None if vae is None else Path(vae)) as source:
+    with open_source(path, variant, prediction_type, vae=None if vae is None else local_copy(vae)) as source:
         networks = make_networks(source.configs, dtype, clip_skip)
         _check_family(path, networks)
         model = OpenModel(

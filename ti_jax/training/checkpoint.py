@@ -28,6 +28,7 @@ from ti_jax.config.fields import setting_of
 from ti_jax.errors import InputError, one_line
 from ti_jax.files import disk_errors
 from ti_jax.interrupts import whole
+from ti_jax.remote import local_copy
 from ti_jax.training.optimizer import state_with_counts, state_with_one_count
 from ti_jax.training.step import TrainState
 
@@ -202,7 +203,7 @@ class Checkpoints:
         return sorted(int(path.name) for path in self.folder.glob("[0-9]*") if path.name.isdigit() and path.is_dir())
 
     def _checkpoint_folder(self, wanted: str) -> Path:
-        folder = Path(wanted)
+        folder = local_copy(wanted)
         if folder.name.isdigit() and folder.is_dir():
             return folder.absolute()
         found = self._steps()

@@ -10,7 +10,7 @@ from ti_jax.config import TrainConfig
 from ti_jax.embeddings import Embedding
 from ti_jax.embeddings.embedding import NEGATIVE_CLASS
 from ti_jax.errors import InputError, one_line, utf8
-from ti_jax.files import write_atomically
+from ti_jax.files import as_url, write_atomically
 from ti_jax.training.run_folder import ONE_FILE
 from ti_jax.training.uses import base_of, diffusers_code
 from ti_jax.training.validation import OVERVIEW_COLUMNS
@@ -76,7 +76,7 @@ def model_card(config: TrainConfig, embedding: Embedding, repository: str, folde
     """
     base = embedding.metadata["base_model"]
     model = config.pretrained_model_name_or_path
-    is_local = model is None or Path(model).exists()
+    is_local = model is None or as_url(model) is not None or Path(model).exists()
     start = embedding.metadata.get("initializer_token")
     start = (
         f'"{start}"' if start else f"another learned word, `{Path(embedding.metadata['initializer_embedding']).name}`"

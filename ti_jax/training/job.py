@@ -40,6 +40,7 @@ from ti_jax.training.multihost import is_leader
 from ti_jax.training.optimizer import make_optimizer, warmup_note
 from ti_jax.training.parallel import make_mesh, replicate, without_copies
 from ti_jax.training.plateau import no_watch
+from ti_jax.training.remote_folder import RemoteFolder
 from ti_jax.training.rows import usual_norms
 from ti_jax.training.step import StepInputs, TrainState
 from ti_jax.training.terms import Terms
@@ -81,6 +82,7 @@ class Job:
       usual_norms: median norm of the frozen token embeddings, by text encoder.
       checkpoints: on the leader process only. So are the next two, one for each concept if the config asks for them:
       trackers: of scores. pushes: upload a concept's folder with its word.
+      remote: where the folder is behind a URL, the leader's own; None: it is here.
       page: on the leader process, from the time on when the run begins to write into its folder.
     """
 
@@ -99,6 +101,7 @@ class Job:
     checkpoints: Checkpoints | None
     trackers: tuple[ScoreTracker, ...]
     pushes: tuple[Callable[[Path, Embedding], None], ...]
+    remote: RemoteFolder | None
     clock: Clock = field(default_factory=Clock)
     page: RunPage | None = None
 
@@ -123,6 +126,15 @@ class Job:
             ends = np.asarray(state.watch.stopped).tolist()
             steps = [step if end < 0 else end for step, end in zip(steps, ends, strict=True)]
         return tuple(concept.embedding(rows, step) for concept, step in zip(self.concepts, steps, strict=True))
+
+    def send(self, must: bool = False) -> None:
+        """Send what is new in the folder, where that is behind a URL.
+
+        Args:
+          must: what cannot be sent is an error, and not tried again later.
+        """
+        if self.remote is not None:
+            self.remote.send(must)
 
     def save_words(self, state: TrainState) -> None:
         """Write the words of all concepts."""
@@ -157,7 +169,11 @@ class Job:
 
 
 def prepare(
-    config: TrainConfig, devices: Sequence[jax.Device] | None, sharing: int, holding: contextlib.ExitStack
+    config: TrainConfig,
+    devices: Sequence[jax.Device] | None,
+    sharing: int,
+    holding: contextlib.ExitStack,
+    remote: RemoteFolder | None = None,
 ) -> Job:
     """Load, check and build everything that the run needs, cheapest checks first. Nothing in the folder is changed.
 
@@ -166,6 +182,7 @@ def prepare(
     Args:
       config: resolved. devices: to train on; None: all. sharing: number of devices that share ``train_batch_size``.
       holding: receives the contexts to keep open until the run ends: the folder's lock and the checkpoints.
+      remote: what is behind the URL that was given for ``output_dir``, which is here now.
 
     Raises:
       InputError: something in the config, the pictures or the model is wrong.
@@ -181,6 +198,8 @@ def prepare(
             if each == folder or each.exists():
                 holding.enter_context(writable_folder(each))
                 holding.enter_context(run_folder.locked(each))
+                if remote is not None and each == folder:
+                    holding.enter_context(remote.opened())
                 run_folder.check_free(each)
     mesh = make_mesh(devices)
     assert config.train_batch_size is not None, "the config is resolved"
@@ -247,7 +266,7 @@ def prepare(
         holding.enter_context(contextlib.closing(checkpoints))
     return Job(
         config, folder, sd, concepts, mixing, frozen, order, start, builder, schedule, total, usual_norms(sd),
-        checkpoints, trackers, pushes, clock,
+        checkpoints, trackers, pushes, remote, clock,
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from ti_jax.embeddings import Embedding
 from ti_jax.errors import InputError, listed
 from ti_jax.files import write_atomically
 from ti_jax.machine import enable_compilation_cache, free_memory
+from ti_jax.remote import as_given
 from ti_jax.training import multihost, run_folder, validation
 from ti_jax.training.actions import Action, Timetable, make_actions, or_warn, save_state
 from ti_jax.training.chips import peak_flops
@@ -37,6 +38,7 @@ from ti_jax.training.pace import Pace
 from ti_jax.training.parallel import replicate
 from ti_jax.training.plateau import Seen
 from ti_jax.training.profiling import Profiler
+from ti_jax.training.remote_folder import RemoteFolder
 from ti_jax.training.report import Reporter, Work, print_row_figures
 from ti_jax.training.rows import row_figures
 from ti_jax.training.run_page import RunPage, page_of
@@ -49,7 +51,7 @@ class TrainResult:
 
     Attributes:
       embeddings: the learned words. losses: float32, one for each update (after resuming: those made since).
-      output_dir: the run's folder.
+      output_dir: the run's folder; where ``--output_dir`` is a URL, the one here that is sent there.
       seconds: wall time of each phase: "load", "encode", "compile", "train", "measure", "pictures".
       interrupted: the run was stopped early (Ctrl-C, SIGTERM, SIGHUP), after saving a checkpoint.
       early_stops: by token, the step at which ``--early_stop`` ended a word; one that learned to the last step is not
@@ -86,13 +88,16 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> T
     """
     config = resolve(config)
     cores = use_cores(config) if devices is None else None
+    remote = RemoteFolder.of(config.output_dir)
+    if remote is not None:
+        config = dataclasses.replace(config, output_dir=str(remote.folder))
     multihost.join(config)
     enable_compilation_cache()
     sharing = 1
     if cores is not None and jax.default_backend() == "cpu":
         devices, sharing = jax.devices()[:cores], cores
     with multihost.in_step(), contextlib.ExitStack() as holding:
-        job = agree(all_or_raise(lambda: prepare(config, devices, sharing, holding)))
+        job = agree(all_or_raise(lambda: prepare(config, devices, sharing, holding, remote)))
         return run(job, compile_step(job))
 
 
@@ -237,7 +242,8 @@ def _loop(job: Job, steps: Sequence[Step], early_stop: EarlyStop | None) -> tupl
             closing.enter_context(contextlib.closing(reporter))
         closing.callback(profiler.close)
         if now:
-            on_leader(partial(_act, [each for each in timetable.due(now) if not each.done(now)], now, state, reporter))
+            left = [each for each in timetable.due(now) if not each.done(now)]
+            on_leader(partial(_act, job, left, now, state, reporter))
         if early_stop is not None and not early_stop.begun:
             state, first = early_stop.observe(state)
             early_stop.read(first, now, reporter)
@@ -281,7 +287,7 @@ def _loop(job: Job, steps: Sequence[Step], early_stop: EarlyStop | None) -> tupl
                 pending = None
                 profiler.reached(now)
             if due:
-                on_leader(partial(_act, due, now, state, reporter))
+                on_leader(partial(_act, job, due, now, state, reporter))
             stopping = requests.received(interrupts.requested())
         if pending is not None:
             read(*pending)
@@ -320,7 +326,8 @@ def _open_folder(config: TrainConfig, job: Job) -> None:
     job.checkpoints.identity["gradient_checkpointing"] = config.gradient_checkpointing
     resume_at = None if config.resume_from_checkpoint is None else int(job.start.step)
     run_folder.prepare(job.folder, resume_at, [each.folder for each in job.concepts if each.folder != job.folder])
-    write_atomically(job.folder / "config.yaml", dump_yaml(config).encode())
+    write_atomically(job.folder / "config.yaml", as_given(dump_yaml(config)).encode())
+    job.send(must=True)
 
 
 def _summary(job: Job, policy: Checkpointing) -> str:
@@ -339,12 +346,13 @@ def _summary(job: Job, policy: Checkpointing) -> str:
     )
 
 
-def _act(due: Sequence[Action], step: int, state: TrainState, reporter: Reporter | None) -> None:
+def _act(job: Job, due: Sequence[Action], step: int, state: TrainState, reporter: Reporter | None) -> None:
     """Run the actions of a step. Those skipped by a request to stop are run when the run resumes there."""
     assert reporter is not None, "only the leader process has one"
     with contextlib.suppress(interrupts.Interrupted):
         for action in due:
             action(step, state, reporter)
+    job.send()
     reporter.pause()
 
 
@@ -353,6 +361,7 @@ def _give_up(job: Job, state: TrainState) -> None:
     good = int(state.step)
     job.save_words(state)
     page_of(job).finish(job.embeddings(state), good, f"ended at step {good + 1}: the loss became non-finite")
+    job.send()
     files = listed([str(concept.folder / run_folder.EMBEDDING_FILE) for concept in job.concepts], 3)
     raise InputError(
         f"the loss became non-finite at step {good + 1}; the rows of step {good} are saved in {files}: use a lower "
@@ -367,6 +376,7 @@ def _finish(job: Job, state: TrainState, stopped: bool) -> tuple[tuple[Embedding
       The final words, and whether everything was done.
     """
     last = int(state.step)
+    job.send()
     embeddings = job.embeddings(state)
     for concept in job.concepts:
         print_row_figures(row_figures(concept, state.shown_rows, job.usual_norms), last, job.prefix(concept))
@@ -387,6 +397,7 @@ def _finish(job: Job, state: TrainState, stopped: bool) -> tuple[tuple[Embedding
         )
     if stopped:
         page_of(job).finish(embeddings, last, f"stopped at step {last} of {job.total}")
+    job.send(must=True)
     phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in job.clock.seconds.items())
     for concept, embedding in zip(job.concepts, embeddings, strict=True):
         if len(embedding.vectors) > 1:

@@ -15,6 +15,7 @@ from ti_jax.embeddings import Embedding
 from ti_jax.errors import InputError
 from ti_jax.files import disk_errors
 from ti_jax.interrupts import whole
+from ti_jax.remote import as_given, place_of
 
 try:
     import fcntl
@@ -92,12 +93,12 @@ def check_apart(config: TrainConfig) -> None:
     concepts = concept_configs(config)
     # A dataset of the hub has its folder elsewhere.
     read = [("--train_data_dir", each.train_data_dir) for each in concepts if each.train_data_dir is not None]
-    if config.concepts is not None and os.path.isdir(config.concepts):
+    if config.concepts is not None and os.path.isdir(place_of(config.concepts)):
         read.append(("--concepts", config.concepts))
     for folder in folders(Path(config.output_dir), concepts):
-        output = Path(os.path.realpath(folder))
+        output = Path(os.path.realpath(as_given(str(folder))))
         for flag, given in read:
-            pictures = Path(os.path.realpath(given))
+            pictures = Path(os.path.realpath(as_given(given)))
             if output.is_relative_to(pictures):
                 raise InputError(
                     f"--output_dir {config.output_dir}: in the folder of the pictures, {flag} {given}, and a run would "
@@ -216,7 +217,7 @@ def prepare(folder: Path, resume_at: int | None, concepts: Sequence[Path] = ()) 
                 target.parent.mkdir(parents=True, exist_ok=True)
                 path.rename(target)
             of = "the results of an earlier run" if resume_at is None else f"checkpoints after step {resume_at}"
-            print(f"{of} are moved to {aside}", file=sys.stderr)
+            print(as_given(f"{of} are moved to {aside}"), file=sys.stderr)
         for each in concepts or [folder]:
             (each / "samples").mkdir(parents=True, exist_ok=True)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import dataclass
-from pathlib import Path
 
 from ti_jax.config import TrainConfig
 from ti_jax.config.concepts import slug
@@ -13,6 +12,7 @@ from ti_jax.embeddings import Embedding
 from ti_jax.embeddings.embedding import NEGATIVE_CLASS
 from ti_jax.embeddings.families import family_of
 from ti_jax.embeddings.warn import capital_fault
+from ti_jax.remote import place_of
 from ti_jax.training.run_folder import EMBEDDING_FILE, ONE_FILE
 from ti_jax.words import fill
 
@@ -57,8 +57,9 @@ def base_of(config: TrainConfig, public_name: str) -> Base:
     model = config.pretrained_model_name_or_path
     if model is None:
         return Base(None, clip_skip=config.clip_skip)
-    name = f"path/to/{public_name}" if Path(model).exists() else public_name
-    return Base(name, Path(model).is_file(), config.clip_skip)
+    place = place_of(model)
+    name = f"path/to/{public_name}" if place.exists() else public_name
+    return Base(name, place.is_file(), config.clip_skip)
 
 
 def uses(embedding: Embedding, prompt: str, source: str, base: Base) -> list[Use]:

@@ -16,6 +16,7 @@ from ti_jax.config import TrainConfig, concept_configs, resolve
 from ti_jax.config.yaml import load_yaml
 from ti_jax.data.folder import load_images
 from ti_jax.embeddings import Embedding
+from ti_jax.embeddings.naming import load_given
 from ti_jax.errors import InputError
 from ti_jax.files import as_url, write_atomically
 from ti_jax.remote import as_given, local_copy, place_of
@@ -150,7 +151,7 @@ def test_no_access_no_package_no_such_kind(monkeypatch):
     assert "check the network" in refusal(fail, ConnectionError("reset"))
     assert refusal(local_copy, "nokind://b/a").startswith("nokind://b/a: nokind:// is not known")
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    monkeypatch.delitem(fsspec.registry.target, "gs", raising=False)
+    monkeypatch.delitem(fsspec.registry._registry, "gs", raising=False)
     assert refusal(local_copy, "gs://b/a") == "gs://b/a: needs the package gcsfs; pip install 'ti_jax[gcs]'"
 
 
@@ -176,6 +177,8 @@ def test_a_word_and_both_halves_of_one(there, tmp_path):
         found = Embedding.load(url + name)
         assert found.token == "<cat>"
         np.testing.assert_array_equal(found.vectors["text_encoder_2"], rows[:, 768:])
+    (other,) = load_given([f"{url}/learned_embeds.safetensors=<dog>"])
+    assert other.token == "<dog>"
     files.rm_file(f"{url.partition('://')[2]}/learned_embeds_2.safetensors")
     assert "the other half is missing" in refusal(Embedding.load, f"{url}/learned_embeds.safetensors")
 

@@ -9,8 +9,7 @@ import pytest
 from servers import cloud_storage
 
 from ti_jax import Embedding, train
-from ti_jax.cli.infer import draw
-from ti_jax.config import InferConfig, TrainConfig, resolve_infer
+from ti_jax.config import TrainConfig
 from ti_jax.config.yaml import load_yaml
 from ti_jax.errors import InputError
 
@@ -26,7 +25,15 @@ def bucket():
         yield fsspec.filesystem("gs")
 
 
-def test_a_run_goes_on_on_another_machine(short_run, bucket, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def machine(tmp_path):
+    """``machine(name)``: what follows is on that machine, whose cache was empty."""
+    # Not the fixture monkeypatch: with that, programs are not shared between tests.
+    with pytest.MonkeyPatch.context() as patch:
+        yield lambda name: patch.setenv("TI_JAX_CACHE", str(tmp_path / name))
+
+
+def test_a_run_goes_on_on_another_machine(short_run, bucket, machine, capsys):
     here = replace(short_run, checkpointing_steps=3, num_validation_images=1)
     whole = train(here)
     bucket.put(str(here.pretrained_model_name_or_path), "bucket/models/", recursive=True)
@@ -40,10 +47,10 @@ def test_a_run_goes_on_on_another_machine(short_run, bucket, tmp_path, monkeypat
         templates="gs://bucket/templates.txt",
         output_dir="gs://bucket/runs/cat",
     )
-    monkeypatch.setenv("TI_JAX_CACHE", str(tmp_path / "first"))
+    machine("first")
     train(replace(there, max_train_steps=6))
     bucket.rm_file("bucket/runs/cat/checkpoints/6/_CHECKPOINT_METADATA")  # the machine vanished while it was sent
-    monkeypatch.setenv("TI_JAX_CACHE", str(tmp_path / "second"))
+    machine("second")
     capsys.readouterr()
     result = train(replace(there, resume_from_checkpoint="latest"))
     said = capsys.readouterr().err
@@ -52,7 +59,7 @@ def test_a_run_goes_on_on_another_machine(short_run, bucket, tmp_path, monkeypat
     rows = whole.embedding.vectors["text_encoder"]
     np.testing.assert_array_equal(result.embedding.vectors["text_encoder"], rows)
 
-    monkeypatch.setenv("TI_JAX_CACHE", str(tmp_path / "third"))
+    machine("third")
     word = Embedding.load("gs://bucket/runs/cat")
     np.testing.assert_array_equal(word.vectors["text_encoder"], rows)
     assert word.metadata["base_model"] == Path(model).name
@@ -63,15 +70,6 @@ def test_a_run_goes_on_on_another_machine(short_run, bucket, tmp_path, monkeypat
     assert {name for name in local if "/" not in name and "." in name and name[0] != "."} <= written
     assert {"checkpoints/12/_CHECKPOINT_METADATA", "overview.png"} <= written
     assert not any(".ti_jax-lock" in name or ".tmp-" in name for name in written)
-
-    settings = InferConfig(
-        pretrained_model_name_or_path=model,
-        embedding=("gs://bucket/runs/cat/learned_embeds.safetensors=<cat>",),
-        prompt=("a portrait of <cat>",),
-        num_inference_steps=1,
-        output=str(tmp_path / "cat.png"),
-    )
-    assert draw(resolve_infer(settings)) == [tmp_path / "cat.png"]
 
     # A new run in the folder moves the results aside, there, too.
     train(replace(there, max_train_steps=3))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 from ti_jax.config import TrainConfig
+from ti_jax.config.concepts import slug
 from ti_jax.embeddings import Embedding
 from ti_jax.embeddings.embedding import NEGATIVE_CLASS
+from ti_jax.embeddings.families import family_of
+from ti_jax.embeddings.formats import render
 from ti_jax.errors import InputError, one_line, utf8
 from ti_jax.files import as_url, write_atomically
 from ti_jax.training.run_folder import ONE_FILE
@@ -17,7 +21,12 @@ from ti_jax.training.validation import OVERVIEW_COLUMNS
 from ti_jax.words import fill
 
 # Not config.yaml, which has the paths of this machine.
-_UPLOADED = ["learned_embeds*.safetensors", "overview.png", "samples/*.png", "README.md"]
+_UPLOADED = (
+    "learned_embeds*.safetensors", "overview.png", "progress.png", "samples/*.png", "report.html", "scores.json",
+    "README.md",
+)  # fmt: skip
+# Named by the word, which AUTOMATIC1111 and ComfyUI take from the file's name.
+_ALSO = {".safetensors": "comfyui", ".pt": "a1111", ".png": "card"}
 
 
 def open_repository(config: TrainConfig) -> Callable[[Path, Embedding], None]:
@@ -29,7 +38,7 @@ def open_repository(config: TrainConfig) -> Callable[[Path, Embedding], None]:
     Raises:
       InputError: no token, no right to the repository, or no network.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import (
         HFValidationError,
         HTTPError,  # of the HTTP library that huggingface_hub uses
@@ -52,10 +61,9 @@ def open_repository(config: TrainConfig) -> Callable[[Path, Embedding], None]:
         card = model_card(config, embedding, repository, folder)
         write_atomically(folder / "README.md", utf8(card).encode())
         try:
-            api.upload_folder(
+            api.create_commit(
                 repo_id=repository,
-                folder_path=folder,
-                allow_patterns=_UPLOADED,
+                operations=[CommitOperationAdd(name, content) for name, content in _files(folder, embedding).items()],
                 commit_message=f"{embedding.token}: {embedding.metadata['steps']} steps",
             )
         except refusals as error:
@@ -65,6 +73,42 @@ def open_repository(config: TrainConfig) -> Callable[[Path, Embedding], None]:
             ) from error
 
     return push
+
+
+def _files(folder: Path, embedding: Embedding) -> dict[str, Path | bytes]:
+    """What is uploaded, by its name in the repository: files of the run, and the word in the other formats."""
+    found = (path for pattern in _UPLOADED for path in sorted(folder.glob(pattern)) if path.is_file())
+    files: dict[str, Path | bytes] = {path.relative_to(folder).as_posix(): path for path in found}
+    return files | in_all_formats(embedding)
+
+
+def in_all_formats(embedding: Embedding) -> dict[str, bytes]:
+    """Files of a word that AUTOMATIC1111 and ComfyUI know by its own name; none for a model that they do not know.
+
+    ``.pt`` needs PyTorch, and is left out without it; SDXL has no other format than ``.safetensors``.
+    """
+    files: dict[str, bytes] = {}
+    if family_of(embedding.dims) is None:
+        return files
+    for suffix, form in _ALSO.items():
+        with contextlib.suppress(InputError):
+            rendered = render(embedding, Path(f"{slug(embedding.token)}{suffix}"), form)
+            files |= {path.name: content for path, content in rendered.items()}
+    return files
+
+
+def _in_other_programs(embedding: Embedding) -> str:
+    """The card's lines on AUTOMATIC1111 and ComfyUI; none for a model that they do not know."""
+    if family_of(embedding.dims) is None:
+        return ""
+    name = slug(embedding.token)
+    where = "the prompt" if NEGATIVE_CLASS not in embedding.metadata else "the negative prompt"
+    return f"""
+| program | put `{name}.safetensors` into | write in {where} |
+|---|---|---|
+| AUTOMATIC1111, Forge | `embeddings/` | `{name}` |
+| ComfyUI | `models/embeddings/` | `embedding:{name}` |
+"""
 
 
 def model_card(config: TrainConfig, embedding: Embedding, repository: str, folder: Path) -> str:
@@ -98,7 +142,7 @@ A {kind_of_word} for Stable Diffusion ({base}), learned with Textual Inversion: 
 ```python
 {code}
 ```
-{one_file if sdxl else ""}
+{one_file if sdxl else ""}{_in_other_programs(embedding)}
 ![what the word draws](overview.png)
 """
 

@@ -1,6 +1,8 @@
 """Files behind a URL: copies of them, and the folder of a run there. On an emulator of Cloud Storage, and in memory."""
 
 import json
+import socket
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -313,9 +315,11 @@ def test_one_run_at_a_time(there, cache, monkeypatch, capsys):
 
 
 def test_a_lock_of_a_process_of_this_machine_that_has_ended(there, cache, monkeypatch):
-    url, _, _ = there
+    url, put, _ = there
     monkeypatch.setattr(remote_folder, "PATIENCE_SECONDS", 1e9)
-    killed = opened(url, cache, monkeypatch, "first")
-    killed.opened().__enter__()  # never left: kill -9
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    holder = {"host": socket.gethostname(), "boot": remote_folder._boot(), "process": killed.pid}
+    put(LOCK, json.dumps(holder).encode())
     with opened(url, cache, monkeypatch, "first").opened():
         pass

@@ -263,9 +263,12 @@ def _parsed(lock: bytes | None) -> dict:
 
 
 def _boot() -> str:
-    """What tells this start of this machine from any other; empty where the system does not say."""
+    """What tells processes that have their numbers together from others: the start of this machine, and the container.
+
+    Empty where the system does not say.
+    """
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     except OSError:
         return ""
 
@@ -280,4 +283,4 @@ def _has_ended(holder: dict) -> bool:
         return True
     except (OSError, ValueError):
         return False
-    return False  # it runs; or this is its number in another container
+    return False

@@ -254,7 +254,7 @@ def test_help_has_the_flags_that_matter_most_first(capsys, monkeypatch, command,
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
         main.main([command, "--help"])
-    assert re.findall(r"^\W+--(\w+)", capsys.readouterr().out, re.M)[: len(first)] == first
+    assert re.findall(r"^\W --(\w+)", capsys.readouterr().out, re.M)[: len(first)] == first
 
 
 @pytest.mark.parametrize("script", ["train.py", "infer.py"])

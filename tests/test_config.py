@@ -177,6 +177,7 @@ NEEDED_BY = {
     "concepts_per_batch": {"concepts": "family"}, "dataset_name": {"train_data_dir": None},
     "image_column": {"dataset_name": "a/b", "train_data_dir": None},
     "negative_class": {"learn_negative": True}, "negative_guidance_scale": {"learn_negative": True},
+    "early_stop_window": {"early_stop": True}, "early_stop_threshold": {"early_stop": True},
 }  # fmt: skip
 
 

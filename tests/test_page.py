@@ -210,7 +210,7 @@ def test_settings_that_differ_from_the_defaults():
 
 def test_a_page_that_cannot_be_made_is_one_warning(tmp_path, capsys):
     job = SimpleNamespace(
-        folder=tmp_path, start=SimpleNamespace(step=0, shown_rows={}), embeddings=lambda rows, step: (), total=9,
+        folder=tmp_path, start=SimpleNamespace(step=0), embeddings=lambda state: (), total=9,
     )  # fmt: skip
     shown = RunPage(job)
     shown.refresh(3)  # too soon after the start

@@ -34,7 +34,7 @@ def machine(tmp_path):
 
 
 def test_a_run_goes_on_on_another_machine(short_run, bucket, machine, capsys):
-    here = replace(short_run, checkpointing_steps=3, num_validation_images=1)
+    here = replace(short_run, max_train_steps=6, checkpointing_steps=2, num_validation_images=1)
     whole = train(here)
     bucket.put(str(here.pretrained_model_name_or_path), "bucket/models/", recursive=True)
     bucket.put(str(here.train_data_dir), "bucket/cat/", recursive=True)
@@ -48,14 +48,14 @@ def test_a_run_goes_on_on_another_machine(short_run, bucket, machine, capsys):
         output_dir="gs://bucket/runs/cat",
     )
     machine("first")
-    train(replace(there, max_train_steps=6))
-    bucket.rm_file("bucket/runs/cat/checkpoints/6/_CHECKPOINT_METADATA")  # the machine vanished while it was sent
+    train(replace(there, max_train_steps=4))
+    bucket.rm_file("bucket/runs/cat/checkpoints/4/_CHECKPOINT_METADATA")  # the machine vanished while it was sent
     machine("second")
     capsys.readouterr()
     result = train(replace(there, resume_from_checkpoint="latest"))
     said = capsys.readouterr().err
-    assert "resuming at step 3 of 12" in said
-    assert "gs://bucket/runs/cat/learned_embeds.safetensors: <new> after 12 steps" in said
+    assert "resuming at step 2 of 6" in said
+    assert "gs://bucket/runs/cat/learned_embeds.safetensors: <new> after 6 steps" in said
     rows = whole.embedding.vectors["text_encoder"]
     np.testing.assert_array_equal(result.embedding.vectors["text_encoder"], rows)
 
@@ -68,14 +68,14 @@ def test_a_run_goes_on_on_another_machine(short_run, bucket, machine, capsys):
     written = {name.removeprefix("bucket/runs/cat/") for name in bucket.find("bucket/runs/cat")}
     local = {path.relative_to(here.output_dir).as_posix() for path in Path(here.output_dir).rglob("*")}
     assert {name for name in local if "/" not in name and "." in name and name[0] != "."} <= written
-    assert {"checkpoints/12/_CHECKPOINT_METADATA", "overview.png"} <= written
+    assert {"checkpoints/6/_CHECKPOINT_METADATA", "overview.png"} <= written
     assert not any(".ti_jax-lock" in name or ".tmp-" in name for name in written)
 
     # A new run in the folder moves the results aside, there, too.
-    train(replace(there, max_train_steps=3))
+    train(replace(there, max_train_steps=2))
     written = {name.removeprefix("bucket/runs/cat/") for name in bucket.find("bucket/runs/cat")}
-    assert {"previous-1/checkpoints/12/_CHECKPOINT_METADATA", "checkpoints/3/_CHECKPOINT_METADATA"} <= written
-    assert "checkpoints/12/_CHECKPOINT_METADATA" not in written
+    assert {"previous-1/checkpoints/6/_CHECKPOINT_METADATA", "checkpoints/2/_CHECKPOINT_METADATA"} <= written
+    assert "checkpoints/6/_CHECKPOINT_METADATA" not in written
 
 
 def test_the_pictures_folder_is_no_place_for_a_run(short_run, bucket):

@@ -97,7 +97,7 @@ class Storage:
         """
 
         def fetch(name: str) -> None:
-            target = folder / name if name else folder
+            target = folder / name
             with disk_errors(target):
                 target.parent.mkdir(parents=True, exist_ok=True)
             aside = target.parent / f".tmp-{secrets.token_hex(8)}"
@@ -178,7 +178,7 @@ def local_copy(path: str | Path, chosen: Callable[[list[str]], list[str]] | None
     changed = [
         name
         for name, stamp in wanted.items()
-        if known.get(name) != stamp or record[name][1] != list(local_stamp(target / name if name else target) or ())
+        if known.get(name) != stamp or record[name][1] != list(local_stamp(target / name) or ())
     ]
     size = sum(wanted[name].size for name in changed)
     if size > WORTH_SAYING:
@@ -193,7 +193,7 @@ def local_copy(path: str | Path, chosen: Callable[[list[str]], list[str]] | None
         for old in _files(target) - set(there):
             (target / old).unlink(missing_ok=True)
     kept = {name: entry for name, entry in record.items() if name in there and name not in changed}
-    fresh = {name: [list(wanted[name]), list(local_stamp(target / name if name else target) or ())] for name in changed}
+    fresh = {name: [list(wanted[name]), list(local_stamp(target / name) or ())] for name in changed}
     write_record(COPIES, url, kept | fresh)
     return target
 

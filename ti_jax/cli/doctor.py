@@ -84,9 +84,8 @@ def examine() -> Report:
 def _by_itself(name: str, check: Callable[[], Finding]) -> Finding:
     try:
         return check()
-    except (
-        Exception
-    ) as error:  # whatever fails is what the user wants to know, and the other checks still say their part
+    # Whatever fails is what the user wants to know, and the other checks still say their part.
+    except Exception as error:
         advice = "put this line into a bug report" if not isinstance(error, InputError) else ""
         return Finding(name, "problem", f"{type(error).__name__}: {one_line(error)}", advice)
 

@@ -3,7 +3,8 @@
     python benchmarks/cluttered.py                          # all dev people
     python benchmarks/cluttered.py --people ana --ways masked --behind squares
     python benchmarks/cluttered.py --set max_train_steps=1000 learning_rate=5e-3      # over-trained
-    python benchmarks/cluttered.py --table                  # the table of all results so far
+    python benchmarks/cluttered.py --set num_vectors=4 "initializer_token=person on a background"
+    python benchmarks/cluttered.py --table                  # the table of all results so far, with standard errors
 
 The people are cut out of their pictures, whose backgrounds the recipe can draw again, and set before the same one. A
 word is learned with ti_jax's defaults from the pictures as they were ("ordinary"), from the new ones without masks
@@ -159,8 +160,14 @@ def main() -> None:
         found = figures_of(line, truth[line["person"]], bench.judge)
         groups.setdefault((line["way"], line["behind"], label(line)), []).append(found)
     for names, group in groups.items():
-        means = (f"{np.mean([each[name] for each in group]):.2f}" for name in FIGURES)
+        means = (_mean([each[name] for each in group]) for name in FIGURES)
         print(f"| {' | '.join(names)} | {len(group)} | {' | '.join(means)} |")
+
+
+def _mean(values: list[float]) -> str:
+    """The mean and, of several, its standard error."""
+    error = f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.2f}{error}"
 
 
 if __name__ == "__main__":

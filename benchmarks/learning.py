@@ -90,23 +90,23 @@ WITHOUT_SEED = ("plain", "described", "autoencoder")  # random only in the drawi
 class Bench:
     """The frozen model, its judge, and the measurements with them."""
 
-    def __init__(self, strips: Path, everyone: list[Person]):
+    def __init__(self, strips: Path, everyone: list[Person], images: int = IMAGES_A_PROBE):
         use_cores(resolve(TrainConfig()))  # as `train.py` does, before anything is computed
         self.sd = StableDiffusion.from_pretrained()
         self.judge = Judge.load(self.sd.path)
-        self.strips, self.all = strips, everyone
+        self.strips, self.all, self.images = strips, everyone, images
 
     def draw(self, prompts: list[str], *embeddings: Embedding) -> np.ndarray:
         """One picture for each prompt, uint8 [N, S, S, 3]; for each probe with seeds 0, 1, ..."""
         drawn = self.sd.generate(
             prompts, embeddings, num_inference_steps=INFERENCE_STEPS, guidance_scale=GUIDANCE,
-            seed=[number % IMAGES_A_PROBE for number in range(len(prompts))], batch_size=8,
+            seed=[number % self.images for number in range(len(prompts))], batch_size=8,
         )  # fmt: skip
         return np.stack([np.asarray(image) for image in drawn])
 
     def pictures(self, method: str, person: Person, seed: int, changes: dict[str, Any]) -> tuple[np.ndarray, dict]:
         """The method's pictures for the probes, and its figures."""
-        probes = probes_for(person.truth, self.judge, IMAGES_A_PROBE)
+        probes = probes_for(person.truth, self.judge, self.images)
         if method == "plain":
             return self.draw([person.prompt(probe, None) for probe in probes]), {}
         if method == "described":
@@ -159,6 +159,7 @@ class Bench:
         return result.embedding, {
             "seconds": round(seconds["encode"] + seconds["train"], 2),
             "compile": round(seconds["compile"], 2),
+            "steps": int(result.embedding.metadata["steps"]),
         }
 
     def learn_together(
@@ -186,23 +187,27 @@ class Bench:
     def learn_stock(
         self, method: str, person: Person, seed: int, changes: dict[str, Any]
     ) -> tuple[Embedding, dict[str, Any]]:
-        """Learn the word with diffusers' method and ti_jax's steps and batch. It starts from one token: our first."""
+        """Learn the word with diffusers' method and ti_jax's steps and batch."""
+        loop = self.stock_loop(method, person, seed, changes)
+        seconds = loop.run(resolve(self.config(person, seed, {})).max_train_steps)
+        return Embedding(TOKEN, loop.rows), {"seconds": round(seconds, 2)}
+
+    def stock_loop(self, method: str, person: Person, seed: int, changes: dict[str, Any]) -> StockLoop:
+        """diffusers' method with ti_jax's batch. It starts from one token: our first."""
         config = resolve(self.config(person, seed, {}))
         pixels = torch.from_numpy(load_images(person.folder, self.sd.default_resolution).pixels).permute(0, 3, 1, 2)
         settings: dict[str, Any] = {"learning_rate": STOCK_BEST_LEARNING_RATE} if method == "stock-best" else {}
-        loop = StockLoop(
+        return StockLoop(
             self.sd.path, pixels.contiguous(), load_templates(config.learnable_property, config.templates), TOKEN,
             str(config.initializer_token).split()[0], batch_size=config.train_batch_size, seed=seed,
             **(settings | changes),
         )  # fmt: skip
-        seconds = loop.run(config.max_train_steps)
-        return Embedding(TOKEN, loop.rows), {"seconds": round(seconds, 2)}
 
     def measure(self, method: str, person: Person, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
         """A line of the results."""
         drawn, figures = self.pictures(method, person, seed, changes)
         if seed == 0 and not changes:
-            strip = np.concatenate(list(drawn[::IMAGES_A_PROBE] if method != "autoencoder" else drawn), axis=1)
+            strip = np.concatenate(list(drawn[:: self.images] if method != "autoencoder" else drawn), axis=1)
             Image.fromarray(strip).save(self.strips / f"{person.name}-{method}.png")
         return {
             "method": method, "person": person.name, "seed": seed, "changes": changes, "cores": CORES, **figures,
@@ -213,7 +218,10 @@ class Bench:
 def scores(line: Mapping[str, Any], truth: Mapping[str, str], judge: Judge) -> dict[str, float]:
     """Identity, editability and their parts, of a line of the results scored against `truth`."""
     seen = line["readings"]
-    probes = [Probe("")] * len(seen) if line["method"] == "autoencoder" else probes_for(truth, judge, IMAGES_A_PROBE)
+    if line["method"] == "autoencoder":
+        probes = [Probe("")] * len(seen)
+    else:  # as many pictures of each as the line has
+        probes = probes_for(truth, judge, len(seen) // len(probes_for(truth, judge, 1)))
     shares = attribute_scores(seen, probes, truth)
     whole = [
         all(reading[name] == word for name, word in truth.items() if name not in dict(probe.expects))

@@ -54,7 +54,7 @@ OPTIMISED = {
 # Compiled programs fill the memory: they are dropped when a worker holds so many bytes, and so many more than were left
 # the last time. Until then they serve the next modules, too: after it the next training run compiles twenty small ones.
 # (Where the system does not say what is held, they are dropped after each module.)
-FULL, ROOM = 1.3e9, 0.2e9
+FULL, ROOM = 1.1e9, 0.2e9
 _left = 0
 # A worker that ever held more than this fails the session: the suite is to run on a laptop. How the tests are dealt out
 # to the workers changes what one holds by some hundred MB.

@@ -226,7 +226,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(config, tmp_path, capsys):
         assert picture.size == (16, 16), "what is drawn keeps the square"
     for change, message in [
         (
-            {"aspect_ratio_buckets": False, "bucket_step": 64, "max_aspect_ratio": 2.0},
+            {"aspect_ratio_buckets": False, "bucket_step": None, "max_aspect_ratio": None},
             "aspect_ratio_buckets True there, False here",
         ),
         ({"max_aspect_ratio": 3.5}, "max_aspect_ratio 3.0 there, 3.5 here"),

@@ -174,20 +174,33 @@ def test_broken_metadata(folder, line, fault):
     assert refusal(read_captions, folder).startswith(f"{folder / 'metadata.jsonl'}, line 3: {fault}")
 
 
+def test_empty_metadata(folder):
+    (folder / "metadata.jsonl").write_text("\n \n")
+    assert refusal(read_captions, folder).startswith(f"{folder / 'metadata.jsonl'}: an empty file; write a line with")
+
+
 # -- what is said
 
 
-def test_what_is_used_is_reported():
+def test_what_is_used_is_reported(folder):
     def said(captions, **changes):
         lines = []
-        report_captions(TrainConfig(**changes), captions, ["a", "b"], lines.append)
+        report_captions(TrainConfig(**changes), folder, captions, ["a", "b"], lines.append)
         return lines
 
     assert said({"a": "x", "raw": "y"}) == ["captions: used for 1 of 2 pictures; --no_captions ignores them"]
     assert said({}) == []
     assert said({}, shuffle_tags=True, caption_dropout=0.1) == [
-        "note: --shuffle_tags and --caption_dropout does nothing, because no picture has a caption"
+        "note: --shuffle_tags and --caption_dropout do nothing, because no picture has a caption"
     ]
     assert said({}, tag_dropout=0.1, no_captions=True) == [
         "note: --tag_dropout does nothing, because --no_captions is given"
     ]
+    assert said({}, caption_column="title", no_captions=True) == [
+        "note: --caption_column does nothing, because --no_captions is given"
+    ]
+    alone = [f"note: --caption_column title does nothing, because {folder} has no metadata.jsonl"]
+    assert said({}, caption_column="title") == alone
+    assert said({}, caption_column="title", dataset_name="a/b") == []
+    (folder / "metadata.jsonl").write_text("")
+    assert said({}, caption_column="title") == []

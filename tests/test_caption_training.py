@@ -34,9 +34,10 @@ def captioned(pictures, tmp_path_factory):
 def learned(request, tiny_sd, captioned, tmp_path_factory):
     """A problem with captions, and its state and losses after `STEPS` on one device, eight samples at a time."""
     # Small pictures: a sum over many numbers one by one, as programs that are not optimised take it, is off by 1e-6.
+    # AdamW divides by the gradient's size: with a small epsilon rows would learn the rounding of what is nearly 0.
     problem = Problem(
         tiny_sd, captioned, tmp_path_factory.mktemp("learned"), recursive=True, resolution=8, train_batch_size=8,
-        **request.param,
+        adam_epsilon=1e-4, **request.param,
     )  # fmt: skip
     return problem, *problem.run(num_devices=1, batch_size=8)
 
@@ -54,8 +55,8 @@ def test_twenty_steps_with_captions_equal_a_pytorch_loop(learned, tiny_sd):
 def test_eight_devices_with_captions_end_with_the_rows_of_one(learned):
     """Of few prompts each is encoded once, of many each sample's."""
     problem, *_ = learned
-    one, losses_of_one = problem.run(num_devices=1, batch_size=8, steps=7)  # each update carries rounding errors on
-    eight, losses_of_eight = problem.run(num_devices=8, batch_size=1, steps=7, shard_prompts=True)
+    one, losses_of_one = problem.run(num_devices=1, batch_size=8)
+    eight, losses_of_eight = problem.run(num_devices=8, batch_size=1, shard_prompts=True)
     assert relative(eight.rows["text_encoder"], one.rows["text_encoder"]) < 1e-6
     assert relative(losses_of_eight, losses_of_one) < 1e-6
 

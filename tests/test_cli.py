@@ -15,6 +15,7 @@ from ti_jax.cli import embedding, main
 from ti_jax.cli.flags import NO_COUNTERPART, field_docs, parse
 from ti_jax.config import DataConfig, EvaluateConfig, InferConfig, PlanConfig, TrainConfig
 from ti_jax.config.rates import RATE
+from ti_jax.config.row_norm import NORM
 from ti_jax.config.yaml import strip_optional
 from ti_jax.errors import InputError
 
@@ -53,8 +54,9 @@ def samples(cls):
                 found[field.name] = list(map(str, values)), values
         elif base is bool:
             found[field.name] = [], not field.default
-        elif base == RATE:
-            found[field.name] = [rates := "5e-3:200, 1e-3:1000, 2e-4"], rates
+        elif base in (RATE, NORM):
+            text = {RATE: "5e-3:200, 1e-3:1000, 2e-4", NORM: "vocabulary"}[base]
+            found[field.name] = [text], text
         else:
             value = {str: f"text {index}", int: 1000 + index, float: index + 0.25}[base]
             found[field.name] = [f"{value:e}" if base is float else str(value)], value
@@ -163,6 +165,7 @@ def test_negative_numbers_and_leading_hyphens_are_values():
         (["--seed", "1.5"], "--seed 1.5: must be a whole number"),
         (["--seed", "None"], "--seed None: must be a whole number"),
         (["--learning-rate", "fast"], "--learning_rate fast: must be a number"),
+        (["--row_norm", "mean"], "--row_norm mean: must be free, initial, vocabulary or a number"),
         (["--report_to", "mlflow"], "--report_to mlflow: must be one of tensorboard, wandb or none"),
         (["--lr_scheduler=cosin"], "--lr_scheduler cosin: must be one of constant, constant_with_warmup, linear, "),
         (["--scale_lr", "true"], "'true' belongs to no flag; a switch has no value: --name is on, --no_name is off"),
@@ -251,7 +254,7 @@ def test_help_has_the_flags_that_matter_most_first(capsys, monkeypatch, command,
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
         main.main([command, "--help"])
-    assert re.findall(r"^\W+--(\w+)", capsys.readouterr().out, re.M)[: len(first)] == first
+    assert re.findall(r"^\W --(\w+)", capsys.readouterr().out, re.M)[: len(first)] == first
 
 
 @pytest.mark.parametrize("script", ["train.py", "infer.py"])
@@ -293,8 +296,8 @@ def test_help_into_a_closed_pipe_is_quiet():
     [
         (
             "-m ti_jax",
-            "ti-jax: error: no command given; one of train, infer, evaluate, plan, data, verify, embedding, or ti-jax "
-            "--help",
+            "ti-jax: error: no command given; one of train, infer, evaluate, plan, data, verify, embedding, doctor, or "
+            "ti-jax --help",
         ),
         ("-m ti_jax trian", "ti-jax: error: unknown command 'trian'; did you mean train?"),
         (

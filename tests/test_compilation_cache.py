@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ti_jax import machine
+from ti_jax import cache, machine
 
 PROGRAM = """
 import sys
@@ -54,7 +54,7 @@ def test_what_was_used_last_stays(tmp_path):
         os.utime(tmp_path / name, (used, written))
     (tmp_path / "folder").mkdir()
     for limit, left in ((40, "abcd"), (39, "abc"), (30, "abc"), (29, "ab"), (10, "a"), (0, "")):
-        machine.remove_oldest(tmp_path, limit)
+        cache.remove_oldest(tmp_path, limit)
         assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [*left]
 
 

@@ -32,6 +32,7 @@ from ti_jax.config import (
 )
 from ti_jax.config.fields import settings_of
 from ti_jax.config.rates import Rates
+from ti_jax.config.row_norm import RowNorm
 from ti_jax.config.yaml import strip_optional
 from ti_jax.errors import InputError
 
@@ -174,7 +175,9 @@ NEEDED_BY = {
     "huber_c": {"loss": "huber"}, "bucket_step": {"aspect_ratio_buckets": True},
     "max_aspect_ratio": {"aspect_ratio_buckets": True}, "initializer_embedding": {"initializer_token": None},
     "concepts_per_batch": {"concepts": "family"}, "dataset_name": {"train_data_dir": None},
+    "image_column": {"dataset_name": "a/b", "train_data_dir": None},
     "negative_class": {"learn_negative": True}, "negative_guidance_scale": {"learn_negative": True},
+    "early_stop_window": {"early_stop": True}, "early_stop_threshold": {"early_stop": True},
 }  # fmt: skip
 
 
@@ -255,6 +258,7 @@ def test_paths_have_their_home_folder_and_any_bytes(cls, monkeypatch, tmp_path):
         ({"learning_rate": "5e-4"}, "--learning_rate '5e-4': must be a number"),
         ({"embeddings": (1,)}, "--embeddings 1: must be a list of texts"),
         ({"center_crop": 1}, "--center_crop 1: must be true or false"),
+        ({"row_norm": "mean"}, "--row_norm 'mean': must be free, initial, vocabulary or a number"),
         ({"lr_scheduler": "cosin"}, "--lr_scheduler 'cosin': must be one of constant, "),
         ({"mixed_precision": "fp16"}, "--mixed_precision 'fp16': must be no or bf16"),
         ({"gradient_checkpointing": "half"}, "--gradient_checkpointing 'half': must be one of none, policy or full"),
@@ -373,6 +377,8 @@ def test_fields_that_a_dump_leaves_out_come_back_by_default(cls):
         ("learning_rate: 1", {"learning_rate": 1.0}),
         ("learning_rate: .5E+1", {"learning_rate": 5.0}),
         ("mixed_precision: no", {"mixed_precision": "no"}),
+        ("row_norm: 1", {"row_norm": 1.0}),
+        ("row_norm: initial", {"row_norm": RowNorm("initial")}),
         ("revision: on\nvariant: 2024-01-01", {"revision": "on", "variant": "2024-01-01"}),
         ("center_crop: true\nseed: -0", {"center_crop": True, "seed": 0}),
         ("resolution: null\nvariant: ~\nrevision:", {"resolution": None, "variant": None, "revision": None}),
@@ -517,7 +523,25 @@ def test_other_text_is_no_rates(text):
         ({"learning_rate": "1:5, 2", "lr_scheduler": "cosine"}, "--learning_rate '1:5, 2': has its own schedule, so "),
         ({"optimizer": "schedule_free", "ema_decay": 0.9}, "--ema_decay 0.9: --optimizer schedule_free averages"),
         ({"optimizer": "schedule_free", "adam_beta1": 0.0}, "--adam_beta1 0: must be above 0 with --optimizer"),
+        ({"optimizer": "dti", "adam_beta1": 0.5}, "--adam_beta1 0.5: does nothing with --optimizer dti"),
+        ({"optimizer": "dti", "max_grad_norm": 1.0}, "--max_grad_norm 1: does nothing with --optimizer dti"),
+        (
+            {"initializer_token": None, "initializer_embedding": "cat.pt", "initializer_output": True},
+            "--initializer_output True: needs the words of --initializer_token to start from",
+        ),
+        (
+            {"initializer_token": None, "initializer_embedding": "cat.pt", "context_loss": 1e-4},
+            "--context_loss 0.0001: needs the words of --initializer_token to compare with",
+        ),
+        (
+            {"learn_negative": True, "context_loss": 1e-4},
+            "--context_loss 0.0001: prompts do not have the word of --learn_negative",
+        ),
         ({"huber_c": 0.2}, "--huber_c 0.2: does nothing without --loss huber"),
+        # Also those that are what would be used.
+        ({"bucket_step": 64}, "--bucket_step 64: does nothing without --aspect_ratio_buckets; give both or neither"),
+        ({"max_aspect_ratio": 2.0}, "--max_aspect_ratio 2: does nothing without --aspect_ratio_buckets"),
+        ({"image_column": "image"}, "--image_column 'image': does nothing without --dataset_name"),
     ],
 )
 def test_settings_that_do_not_go_together(values, message):
@@ -530,3 +554,10 @@ def test_prodigys_rate_is_a_factor():
     assert resolve(TrainConfig(**OTHER, optimizer="prodigy")).learning_rate == 1.0
     assert resolve(TrainConfig(optimizer="prodigy")).learning_rate == 1.0
     assert resolve(TrainConfig(**OTHER, optimizer="prodigy", learning_rate=0.5)).learning_rate == 0.5
+
+
+def test_the_rate_and_the_norm_of_dti():
+    for config in (resolve(TrainConfig(optimizer="dti", **given)) for given in ({}, OTHER)):
+        assert config.learning_rate == 1e-2 and (config.row_norm, config.kept_norm) == ("free", "vocabulary")
+    assert TrainConfig(optimizer="dti", row_norm="initial").kept_norm == "initial"
+    assert TrainConfig().kept_norm == "free"

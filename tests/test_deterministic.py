@@ -18,9 +18,10 @@ from ti_jax.training.plan import PlanConfig, Planner, resolve_plan
 
 
 class State(NamedTuple):
-    """Stands for a state: all that the loop itself reads is ``ok``."""
+    """Stands for a state: all that the loop itself reads are ``ok`` and ``watch``."""
 
     ok: jax.Array
+    watch: None = None
 
 
 def rows(result):

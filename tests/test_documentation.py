@@ -28,6 +28,7 @@ BLOCK = re.compile(r"(?:<!-- (run|run: slow) -->\n)?```(\w*)\n(.*?)```", re.DOTA
 CONFIGS = {
     "train": TrainConfig, "infer": InferConfig, "plan": PlanConfig, "data": DataConfig, "evaluate": EvaluateConfig,
     "verify": main.VerifyConfig,
+    "doctor": main.DoctorConfig,
 }  # fmt: skip
 
 
@@ -88,7 +89,7 @@ def check(*words):
         rest = rest[:at] + rest[at + 2 :]
     if command == "infer" and "--prompt" not in rest:  # left out with "..."
         rest += ["--prompt", "{}"]
-    has_file = command not in ("evaluate", "verify")
+    has_file = command not in ("evaluate", "verify", "doctor")
     check_fields(
         parse(CONFIGS[command], rest, prog="", examples="", config_file=has_file, no_counterpart=NO_COUNTERPART)
     )

@@ -103,8 +103,21 @@ def test_datasets_that_cannot_be_loaded(tmp_path, monkeypatch):
     assert said.startswith(f"--dataset_name {tmp_path / 'broken.parquet'}: cannot be loaded (")
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     assert refusal(TrainConfig(dataset_name="a/b")) == (
-        "--dataset_name a/b: needs the package datasets; pip install 'ti_jax[datasets]'"
+        "--dataset_name a/b: no such folder or file here, and for a dataset of the hub it needs the package datasets; "
+        "pip install 'ti_jax[datasets]'"
     )
+
+
+def test_the_folder_may_be_a_dataset(tmp_path, monkeypatch):
+    """If there is no such folder, and it has the form of an id."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my" / "cats").mkdir(parents=True)
+    config = resolve(TrainConfig(train_data_dir="someone/Blue_cats"))
+    assert (config.dataset_name, config.train_data_dir) == ("someone/Blue_cats", None)
+    assert config.placeholder_token == "<blue-cats>"
+    for folder in ("my/cats", "./someone/Blue_cats", "cats", "someone/Blue_cats/", "a/b/c", "gs://someone/cats"):
+        config = resolve(TrainConfig(train_data_dir=folder))
+        assert (config.dataset_name, config.train_data_dir) == (None, folder)
 
 
 def test_a_dataset_stands_in_for_the_folder():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import yaml
+from huggingface_hub import ModelCard
 from words import assert_same, sdxl_word, word
 
 from ti_jax.config import TrainConfig, resolve
@@ -94,3 +95,24 @@ def test_an_sdxl_run_leaves_a_pair_and_one_file(tmp_path):
         np.testing.assert_array_equal(one[key], embedding.vectors[name])
     assert_same(Embedding.load(tmp_path), embedding)
     assert_same(Embedding.load(tmp_path / run_folder.ONE_FILE), embedding)
+
+
+def test_the_hub_reads_the_card_as_it_is_meant(tmp_path):
+    """Its own library takes the front matter apart; it refuses what the hub would, and loses nothing."""
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "overview-04.png").write_bytes(b"")
+    config = resolve(
+        TrainConfig(
+            pretrained_model_name_or_path="org/model", train_data_dir="cat", placeholder_token="<cat-toy>",
+            initializer_token="toy", output_dir="out", hub_license="cc-by-4.0", overview_prompts=("{}: yes", "no: {}"),
+        )
+    )  # fmt: skip
+    text = model_card(config, word(2, token="<cat-toy>", metadata=METADATA), "me/cat", tmp_path)
+    card = ModelCard(text)
+    assert card.data.to_dict() == yaml.safe_load(text.split("---\n")[1])
+    assert (card.data.base_model, card.data.license, card.data.pipeline_tag) == (
+        "org/model",
+        "cc-by-4.0",
+        "text-to-image",
+    )
+    assert card.text.lstrip().startswith("# `<cat-toy>`")

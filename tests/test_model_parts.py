@@ -37,6 +37,12 @@ def test_a_text_encoder_of_another_width(tiny_sd, change):
         StableDiffusion.from_pretrained(folder)
 
 
+def test_an_xl_text_encoder_of_another_width(tiny_sdxl, change):
+    folder = change(tiny_sdxl, "text_encoder_2/config.json", lambda config: config.update(projection_dim=32))
+    with pytest.raises(InputError, match="leaves 24 for the pooled text, which text_encoder_2 gives 32 numbers of"):
+        StableDiffusion.from_pretrained(folder)
+
+
 def test_a_unet_that_is_not_told_what_xl_tells(tiny_sdxl, change):
     nothing = dict.fromkeys(
         ("addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim"), None

@@ -53,8 +53,8 @@ def test_a_batch_too_large_for_the_step(short_run):
 def test_what_was_saved_before_stays(short_run, monkeypatch):
     act = loop._act
 
-    def act_and_run_out(due, step, *rest):
-        act(due, step, *rest)
+    def act_and_run_out(job, due, step, *rest):
+        act(job, due, step, *rest)
         if step == 6:
             ask_for_too_much()
 

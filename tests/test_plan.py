@@ -109,9 +109,11 @@ def test_moments_that_stay_on_the_host_are_planned_as_windows(config, tiny, tmp_
     # In place of the moments of four there are three windows of ten updates, two samples each (two micro-steps of one);
     # and 496 pictures more.
     windows, moments = 3 * 10 * 2 * (8 * 8 * 8 * 4 + 2 * 4), 4 * 2 * 8 * 8 * 8 * 4
-    prompts_and_sizes = 496 * 4 * (planner._frozen().dataset.prompts_of.shape[1] + 2 * 6)
+    prompts, sizes = 496 * 4 * planner._frozen().dataset.prompts_of.shape[1], 496 * 4 * 2 * 6
     entries = 500 * 4  # which the program needs no more
-    assert abs(fed.arguments - tiny.arguments - (windows - moments + prompts_and_sizes)) <= entries
+    change = fed.arguments - tiny.arguments - (windows - moments + prompts)
+    # Only SDXL looks at the sizes: JAX 0.12 leaves them out of the program, JAX 0.10 does not.
+    assert min(abs(change - sizes), abs(change)) <= entries
     assert "without the moments of 500 pictures, which stay on the host" in "\n".join(fed.lines())
     assert fed.least_flops == tiny.least_flops
 

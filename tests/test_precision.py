@@ -80,7 +80,7 @@ def test_what_scores_and_verifies(tiny_sd, platform):
 
     encoders = text_encoders.TextEncoders.from_pretrained(str(tiny_sd))
     module, params = encoders.modules["text_encoder"], encoders.params["text_encoder"]
-    encode = partial(text_encoders._encode.__wrapped__, module)
+    encode = partial(text_encoders.encode.__wrapped__, module)
     ids, rows = jnp.zeros((1, 8), jnp.int32), jnp.zeros((1, 32))
     assert precisions(encode, params, ids, rows, platform=platform) == {"HIGHEST"}
 

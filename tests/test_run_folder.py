@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,38 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_is_gone(tmp_path)
         assert second.returncode != 0 and f"process {os.getpid()}" in second.stderr.decode()
     with run_folder.locked(tmp_path):
         pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_on_a_file_that_a_run_has_just_removed_is_none(tmp_path):
+    """Whoever opened it before and locks it after would be in the folder together with whoever makes a new one."""
+    lock = run_folder.fcntl.flock
+
+    def late(file, how):
+        monkeypatch.undo()
+        (tmp_path / run_folder.LOCK_FILE).unlink()
+        lock(file, how)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(run_folder.fcntl, "flock", late)
+        with run_folder.locked(tmp_path):
+            run = subprocess.run([sys.executable, "-c", HOLD, str(tmp_path)], input=b"", capture_output=True)
+            assert f"another run is writing there (process {os.getpid()})" in run.stderr.decode()
+
+
+def test_a_refused_command_leaves_nothing(short_run, tmp_path):
+    """Not even the folders that it had to make to see that they can be written."""
+    with pytest.raises(InputError, match="nowhere: no such file"):
+        ti_jax.train(replace(short_run, output_dir=str(tmp_path / "a" / "b"), embeddings=(str(tmp_path / "nowhere"),)))
+    picture, scores, sheet = (str(tmp_path / "a" / "b" / name) for name in ("a.png", "a.json", "sheet.png"))
+    nowhere = str(tmp_path / "nowhere")
+    assert main(["infer", "--prompt", "a", "--embedding", nowhere, "--output", picture]) == 2
+    assert main(["evaluate", nowhere, "--train_data_dir", short_run.train_data_dir, "--output", scores]) == 2
+    assert main(["data", nowhere, "--contact_sheet", sheet]) == 2
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "a").mkdir()
+    assert main(["data", nowhere, "--contact_sheet", sheet]) == 2
+    assert list((tmp_path / "a").iterdir()) == [], "what was there stays"
 
 
 def test_a_fault_of_the_run_is_not_one_of_the_lock(tmp_path):
@@ -66,7 +99,7 @@ def test_train_in_a_folder_of_another_run_moves_nothing(short_run, capsys):
             ti_jax.train(short_run)
     finally:
         first.communicate(b"")
-    assert sorted(path.name for path in folder.iterdir()) == [run_folder.LOCK_FILE, "metrics.jsonl"]
+    assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"], "the lock is gone with the run"
 
 
 @pytest.fixture

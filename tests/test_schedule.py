@@ -68,6 +68,22 @@ def test_unknown_options_are_named():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        ({"num_train_timesteps": "1000"}, "num_train_timesteps '1000'; expected a positive integer"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps 0; expected"),
+        ({"beta_start": None}, "beta_start None and beta_end 0.02; expected numbers between 0 and 1"),
+        ({"beta_schedule": "scaled_linear", "beta_end": [0.1]}, r"beta_start 0.0001 and beta_end \[0.1\]; expected"),
+        ({"beta_end": 12}, "beta_end 12; expected"),
+        ({"trained_betas": [0.1, "0.2"]}, "trained_betas; expected a list of numbers between 0 and 1"),
+    ],
+)
+def test_numbers_that_cannot_be(config, message):
+    with pytest.raises(InputError, match=f"^scheduler_config.json: .*{message}"):
+        NoiseSchedule.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
         ("edm", "EDMDPMSolverMultistepScheduler is EDM"),
         ("flow", "FlowMatchEulerDiscreteScheduler is flow matching"),
         ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "flow matching"),

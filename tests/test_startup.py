@@ -16,7 +16,7 @@ def libtpu(tmp_path, monkeypatch):
     (tmp_path / "libtpu" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    monkeypatch.setattr(startup, "_has_tpu", lambda: False)
+    monkeypatch.setattr(startup, "has_tpu", lambda: False)
     monkeypatch.setattr(startup.importlib.metadata, "entry_points", lambda group: [])
     return tmp_path
 
@@ -31,7 +31,7 @@ def test_a_tpu_that_is_not_there(libtpu):
 
 
 def test_a_tpu_that_is_there(libtpu, monkeypatch):
-    monkeypatch.setattr(startup, "_has_tpu", lambda: True)
+    monkeypatch.setattr(startup, "has_tpu", lambda: True)
     assert platforms() is None
 
 

@@ -198,13 +198,17 @@ def test_what_a_run_leaves(whole):
         names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
         assert names - {"progress.png", ".ti_jax-lock"} == {
             "learned_embeds.safetensors", "learned_embeds-steps-6.safetensors", "learned_embeds-steps-12.safetensors",
-            "overview.png", "samples/step-000006.png", "samples/step-000012.png",
+            "overview.png", "report.html", "samples/step-000006.png", "samples/step-000012.png",
             *(f"samples/overview-{number:02d}.png" for number in range(8)),
         }  # fmt: skip
     assert sorted(path.name for path in (whole.output_dir / "checkpoints").iterdir()) == ["12"]
     records = [json.loads(line) for line in (whole.output_dir / "metrics.jsonl").read_text().splitlines()]
     figures = {name for record in records for name in record}
     assert {"ana/text_encoder/row_1/distance", "ben/text_encoder/row_0/norm"} <= figures
+    report = (whole.output_dir / "report.html").read_text()
+    assert all(f'href="{name}/report.html"' in report for name in ("ana", "ben", "cleo"))
+    own = (whole.output_dir / "ana" / "report.html").read_text()
+    assert "&lt;ana&gt;" in own and "row 1" in own and "&lt;ben&gt;" not in own
 
 
 def test_a_resumed_run_is_the_same_to_the_bit(config, whole, tmp_path):

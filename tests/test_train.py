@@ -1,6 +1,7 @@
 """Whole training runs on a tiny model: what they write, how they stop, and that a resumed run is the same run."""
 
 import contextlib
+import hashlib
 import io
 import json
 import random
@@ -101,6 +102,11 @@ def test_what_a_run_leaves(twelve_steps):
     assert list((out / "logs").glob("events.out.tfevents.*"))
     assert load_yaml(out / "config.yaml", ti_jax.TrainConfig)["max_train_steps"] == 12
     assert "row 0 moved by" in told and "row 1 moved by" in told and "to compile" in told
+    report = (out / "report.html").read_text()
+    assert "warning" not in told and "&lt;new&gt;" in report and "finished" in report and report.count("<svg") == 4
+    assert report.count("data:image/") == 2 and str(out.parent) not in report, "both pictures, and no path"
+    assert hashlib.sha256((out / "learned_embeds.safetensors").read_bytes()).hexdigest() in report
+    assert "<code>max_train_steps</code>" in report and f"{result.seconds['train']:.1f}" in report
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """ti-jax embedding transfer: a word of SD1.x as the start of one for SDXL, and back."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from ti_jax.embeddings import Embedding
 from ti_jax.embeddings.transfer import TokenTable, to_sd15, to_sdxl
 from ti_jax.errors import InputError
 from ti_jax.pipeline import StableDiffusion
+from ti_jax.text import text_encoders
 from ti_jax.training.job import prepare_concept
 
 IDS = {"red</w>": 0, "green</w>": 1, "re": 2, "<|startoftext|>": 3, "only-here</w>": 4}
@@ -101,10 +103,22 @@ def test_the_command_writes_a_word_that_training_starts_from(tool, tiny_sdxl, sh
         (["missing.safetensors", "--to", "sdxl"], "missing.safetensors"),
         (["a.safetensors", "--to", "sdxl", "--pretrained_model_name_or_path", "{sd}"], "one text encoder; give "),
         (["a.safetensors", "--to", "sd15"], "--to sd15 takes a word of SDXL"),
+        # Before SDXL is looked for: a model that would be downloaded need not be.
+        (["xl.safetensors", "--to", "sdxl"], "--to sdxl takes a word of SD1.x"),
+        (["small.safetensors", "--to", "sdxl"], "<a> is for a model with 2 numbers a vector, and the first text"),
+        (["a.safetensors", "none/b.safetensors", "--to", "sdxl"], "cannot write none/b.safetensors: there is no such"),
+        (["a.safetensors", "b.zip", "--to", "sdxl"], "b.zip: no format has this suffix"),
     ],
 )  # fmt: skip
-def test_bad_commands_are_one_line(tool, tiny_sd, tmp_path, arguments, message):
+def test_bad_commands_are_one_line(tool, tiny_sd, tmp_path, arguments, message, monkeypatch):
+    def read(path, *_):
+        assert path == str(tiny_sd), f"{path} was looked for"
+        return Path(path)
+
+    monkeypatch.setattr(text_encoders, "resolve", read)
     word().save("a.safetensors")
+    sdxl_word().save("xl.safetensors", format="comfyui")
+    small([1, 2]).save("small.safetensors")
     status, _, err = tool(*(argument.format(sd=tiny_sd) for argument in arguments))
     assert status == 2 and message in err
-    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+    assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors", "xl.safetensors", "small.safetensors"}

@@ -283,6 +283,8 @@ def test_what_sdxl_is_told_of_sizes_is_missed_and_not_wanted_elsewhere():
         ({"addition_embed_type": "text_time"}, "addition_time_embed_dim is None"),
         ({"attention_head_dim": [4, 4]}, r"attention_head_dim is \(4, 4\); expected 3 entries"),
         ({"attention_head_dim": 5}, "5 attention heads"),
+        ({"attention_head_dim": [4, [4, 4], 4]}, r"attention_head_dim is \(4, \(4, 4\), 4\); expected a single value"),
+        ({"block_out_channels": [[16, 16], 32, 48]}, r"block_out_channels is \(\(16, 16\), 32, 48\); expected a list"),
         ({"attention_head_dim": None}, "attention_head_dim is None"),
         ({"attention_type": "gated"}, "attention_type = 'gated'"),
         ({"block_out_channels": [16, 32, 44]}, "norm_num_groups is 8; does not divide 44"),

@@ -91,6 +91,7 @@ def test_all_names_in_one_line(unet):
     tensors["blocks.0.to_out.0.weight"] = np.ones((3, 3), np.float32)
     save_file(tensors, file_of(unet))
     message = refusal(unet)
+    assert message.startswith(f"{file_of(unet)}: weights that do not fit the model of config.json: 1 missing")
     assert "1 missing: conv/bias" in message
     assert "2 unexpected: blocks.0.norm.bias, blocks.1.norm.weight" in message
     assert "1 mis-shaped: blocks.0.to_out.0.weight [3, 3]: [3, 3] where the model has [3, 2]" in message

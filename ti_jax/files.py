@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -45,6 +46,23 @@ def disk_errors(path: Path | str) -> Iterator[None]:
         raise InputError(f"cannot write {path}: {disk_fault(error)}") from error
 
 
+def as_url(path: Path | str) -> str | None:
+    """The URL that a path is, such as ``gs://bucket/folder``, also after `Path` has taken a slash from it; else None.
+
+    Letters before a colon are a kind of URL if there are two or more: one is a drive of Windows.
+    """
+    found = re.fullmatch(r"([a-z][a-z0-9+.-]+):/+([^/].*)", str(path), re.DOTALL)
+    return None if found is None else f"{found[1]}://{'/' if found[1] == 'file' else ''}{found[2].rstrip('/')}"
+
+
+def refuse_url(path: Path | str) -> None:
+    """Raise `InputError` for a URL: only the folder of a run may be behind one."""
+    if (url := as_url(path)) is not None:
+        raise InputError(
+            f"{url}: only --output_dir may be a URL; give a path of this machine, and copy the file from there"
+        )
+
+
 def write_atomically(path: Path | str, content: Content) -> None:
     """Write a file atomically: at any time ``path`` is the complete old file or the complete new one.
 
@@ -73,6 +91,7 @@ def _write_together(contents: Mapping[Path, Content]) -> None:
     temporaries: list[tuple[Path, Path]] = []
     try:
         for path, content in contents.items():
+            refuse_url(path)
             with disk_errors(path):
                 # A symbolic link stays: its target is replaced. In the same folder, or the rename would not be atomic.
                 target = Path(os.path.realpath(path))
@@ -124,6 +143,7 @@ def ensure_writable_folder(folder: Path | str) -> Path:
     Raises:
       InputError: it cannot be created or written.
     """
+    refuse_url(folder)
     folder = Path(folder)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -135,3 +155,20 @@ def ensure_writable_folder(folder: Path | str) -> Path:
             if os.path.lexists(probe):
                 probe.unlink()
     return folder
+
+
+@contextmanager
+def writable_folder(folder: Path | str) -> Iterator[Path]:
+    """Context within which a folder is there, see `ensure_writable_folder`.
+
+    What it had to make, of the folder and its parents, is removed at the end if nothing is in it: a command that is
+    refused leaves nothing.
+    """
+    folder = Path(folder)
+    made = [each for each in (folder, *folder.parents) if not os.path.exists(each)]
+    try:
+        yield ensure_writable_folder(folder)
+    finally:
+        for each in made:
+            with suppress(OSError):  # something is in it
+                each.rmdir()

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from ti_jax.cache import cache_folder
 from ti_jax.errors import InputError
 
 # Share of a device's memory kept free, for fragmentation and for libraries.
@@ -121,21 +122,6 @@ def enable_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def cache_folder(name: str, limit: int) -> Path | None:
-    """The folder ``~/.cache/ti_jax/NAME``, reduced to ``limit`` bytes; None if it cannot be written.
-
-    ``~/.cache`` is another folder where XDG_CACHE_HOME says so, ``~/.cache/ti_jax`` where TI_JAX_CACHE does.
-    """
-    try:
-        general = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = Path(os.environ.get("TI_JAX_CACHE") or Path(general) / "ti_jax") / name
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_oldest(folder, limit)
-    except (OSError, RuntimeError):  # no home folder, or another process removes the same files: no cache
-        return None
-    return folder if os.access(folder, os.W_OK) else None
-
-
 def may_cache(processes: int, platform: str | None) -> bool:
     """Whether a cache folder on this host's own disk may be used by one of several processes.
 
@@ -144,19 +130,3 @@ def may_cache(processes: int, platform: str | None) -> bool:
     shard for ever.
     """
     return processes == 1 or platform not in ("gpu", "cuda", "rocm")
-
-
-def remove_oldest(folder: Path, limit: int) -> None:
-    """Remove the least recently used files until the rest takes at most `limit` bytes.
-
-    JAX can do so itself (jax_compilation_cache_max_size), but then reads a file for each cached program whenever it
-    adds one: 0.06 s with 500 programs, as many as a few configs need.
-    """
-    files = [(entry, entry.stat()) for entry in os.scandir(folder) if entry.is_file()]
-    total = sum(stat.st_size for _, stat in files)
-    # On file systems without access times (noatime) the time of writing is used.
-    for entry, stat in sorted(files, key=lambda file: max(file[1].st_atime, file[1].st_mtime)):
-        if total <= limit:
-            break
-        Path(entry).unlink(missing_ok=True)
-        total -= stat.st_size

@@ -20,7 +20,7 @@ def avoid_missing_tpu() -> None:
     JAX would otherwise print several lines of errors. Does nothing if JAX_PLATFORMS is set, or if a plugin for another
     accelerator is installed. Call it before JAX is imported.
     """
-    if "JAX_PLATFORMS" in os.environ or not installed("libtpu") or _has_tpu():
+    if "JAX_PLATFORMS" in os.environ or not installed("libtpu") or has_tpu():
         return
     if not installed("jax_plugins") and not any(importlib.metadata.entry_points(group="jax_plugins")):
         os.environ["JAX_PLATFORMS"] = "cpu"
@@ -47,12 +47,21 @@ def installed(module: str) -> bool:
         return False
 
 
+def version_of(package: str) -> str | None:
+    """The version of an installed package, which is not imported; None: it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def has_tpu_device(dev: Path = Path("/dev")) -> bool:
     """Whether the folder of device files has a TPU chip's."""
     return any(next(dev.glob(pattern), None) is not None for pattern in ("accel[0-9]*", "vfio/[0-9]*"))
 
 
-def _has_tpu() -> bool:
+def has_tpu() -> bool:
+    """Whether the machine has a TPU."""
     if has_tpu_device():
         return True
     return any(Path(vendor).read_text().strip() == GOOGLE for vendor in glob.glob("/sys/bus/pci/devices/*/vendor"))

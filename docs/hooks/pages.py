@@ -124,6 +124,7 @@ def _configs() -> dict[str, tuple[type, set[str]]]:
         "plan": (PlanConfig, names(TrainConfig)),
         "data": (DataConfig, names(TrainConfig)),
         "verify": (main.VerifyConfig, set()),
+        "doctor": (main.DoctorConfig, set()),
     }
     return configs | {name: (cls, set()) for name, (_, cls, *_) in embedding.COMMANDS.items()}
 

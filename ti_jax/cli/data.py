@@ -18,8 +18,9 @@ from ti_jax.data.masks import WHITE, MaskReader, cropped_mask, make_mask_reader
 from ti_jax.data.picture_files import name_in, picture_paths, report_repeats, unread_pictures
 from ti_jax.data.reading import read_picture
 from ti_jax.errors import InputError
-from ti_jax.files import ensure_writable_folder
+from ti_jax.files import writable_folder
 from ti_jax.images import overview, save_png
+from ti_jax.remote import local_copy
 
 # Of the contact sheet: sides of a cell in pixels, cells in a row, and most pictures on it.
 CELL, COLUMNS, MOST = 192, 6, 120
@@ -80,11 +81,16 @@ def survey(config: DataConfig) -> Survey:
     Raises:
       InputError: no such folder, no picture in it, or the sheet cannot be written.
     """
+    output = Path(config.contact_sheet)
+    with writable_folder(output.parent):
+        return _survey(config, output)
+
+
+def _survey(config: DataConfig, output: Path) -> Survey:
     assert config.train_data_dir is not None and config.resolution is not None, "the config is resolved"
-    folder, output = Path(config.train_data_dir), Path(config.contact_sheet)
+    folder = local_copy(config.train_data_dir)
     paths = picture_paths(folder, config.recursive)
     masks = make_mask_reader(config, folder, paths)
-    ensure_writable_folder(output.parent)
     shapes = shapes_of(config, config.resolution) or ((config.resolution, config.resolution),)
     remarks = [f"left out: {unread}"] if (unread := unread_pictures(folder, config.recursive)) else []
     names = [name_in(folder, path) for path in paths]
@@ -92,7 +98,7 @@ def survey(config: DataConfig) -> Survey:
     captions = {}
     if not config.no_captions:
         captions = read_captions(folder, config.recursive, config.caption_column, config.templates)
-    report_captions(config, captions, names, remarks.append)
+    report_captions(config, folder, captions, names, remarks.append)
     rows: list[Row] = []
     cells: list[tuple[str, Image.Image]] = []
     for path in [path for path in paths if masks is None or not masks.holds(path)]:

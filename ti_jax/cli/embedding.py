@@ -219,6 +219,16 @@ def _write(embedding: Embedding, path: Path, format_name: str | None, picture: P
     return f"{' and '.join(map(str, files))}: {embedding.token}, {count}, for {family}, as {chosen}"
 
 
+def _check_target(path: Path, format_name: str | None) -> None:
+    """Refuse a place for OUT that nothing could be written to, before a model is read or even downloaded."""
+    from ti_jax.embeddings.formats import format_for
+
+    if format_name is None:
+        format_for(path)
+    if not path.parent.is_dir():
+        raise InputError(f"cannot write {path}: there is no such folder; make it or choose another place")
+
+
 def _read_picture(path: Path) -> Any:
     from ti_jax.data.reading import read_picture
 
@@ -304,6 +314,7 @@ def _prune(paths: Sequence[Path], config: PruneConfig, usage: str) -> str:
     if config.keep is not None:
         pruning.check_keep(count, config.keep)
     staying = pruning.staying_without(count, drop) if drop else []
+    _check_target(target, config.format)
     from ti_jax.text.text_encoders import TextEncoders
 
     encoders = TextEncoders.from_pretrained(config.pretrained_model_name_or_path, config.revision, config.variant)
@@ -330,13 +341,16 @@ def _transfer(paths: Sequence[Path], config: TransferConfig, usage: str) -> str:
     source = paths[0]
     target = paths[1] if len(paths) > 1 else source.with_name(f"{source.stem}-{config.to}.safetensors")
     from ti_jax.embeddings import transfer
+    from ti_jax.embeddings.families import FAMILIES
 
     embedding = _load(source, config.token)
+    _check_target(target, config.format)
     if config.to == "sd15":
         return _write(transfer.to_sd15(embedding), target, config.format)
+    model = config.pretrained_model_name_or_path or SDXL
+    transfer.check_source(embedding, FAMILIES["SDXL"][transfer.FIRST] if model == SDXL else None, model)
     from ti_jax.text.text_encoders import TextEncoders
 
-    model = config.pretrained_model_name_or_path or SDXL
     encoders = TextEncoders.from_pretrained(model, config.revision, config.variant)
     if len(encoders.modules) != 2:
         raise InputError(f"--pretrained_model_name_or_path {model}: it has one text encoder; give an SDXL model")

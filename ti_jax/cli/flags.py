@@ -7,6 +7,7 @@ any number of values, which `_Flag.read` then checks, and tyro returns unknown f
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import inspect
 import itertools
@@ -20,9 +21,11 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
+from ti_jax.config.defaults import config_path
 from ti_jax.config.fields import setting_of
-from ti_jax.config.rates import RATE, Rates
-from ti_jax.config.yaml import expected, item_hints, load_yaml, nearest, strip_optional
+from ti_jax.config.rates import RATE
+from ti_jax.config.row_norm import NORM
+from ti_jax.config.yaml import NUMBER_OR_TEXT, expected, item_hints, load_yaml, nearest, strip_optional
 from ti_jax.errors import InputError
 
 Config = TypeVar("Config")
@@ -39,7 +42,9 @@ NO_COUNTERPART = {
     "validation_epochs": "validation is scheduled in steps, with --validation_steps",
 }
 
-CONFIG_DOC = "YAML file with any of the settings below; flags override it."
+CONFIG_DOC = (
+    "YAML file with any of the settings below, or sd15, sd21 or sdxl, which come with ti_jax; flags override it."
+)
 
 
 class _Refused(Exception):
@@ -110,9 +115,11 @@ class _Flag:
             if word not in typing.get_args(base):
                 raise ValueError
             return word
-        if base == RATE and ":" in word:
-            return Rates(word)
-        return float(word) if base == RATE else base(word)
+        if base in NUMBER_OR_TEXT:
+            with contextlib.suppress(ValueError):
+                return float(word)
+            return NUMBER_OR_TEXT[base](word)
+        return base(word)
 
     @staticmethod
     def _metavar(base: Any) -> str:
@@ -122,7 +129,7 @@ class _Flag:
             first, *others = typing.get_args(base)
             one = _Flag._metavar(first)
             return f"{one} [{one} ...]" if others == [...] else " ".join(map(_Flag._metavar, (first, *others)))
-        return {str: "TEXT", int: "INT", float: "FLOAT", RATE: "FLOAT"}[base]
+        return {str: "TEXT", int: "INT", float: "FLOAT", RATE: "FLOAT", NORM: "NAME|FLOAT"}[base]
 
     @staticmethod
     def _text(value: Any) -> str:
@@ -163,7 +170,7 @@ def parse(
 
     values = run({})
     if values.get("config") is not None:
-        values = run(load_yaml(values["config"], cls))
+        values = run(load_yaml(config_path(values["config"]), cls))
     return cls(**{name: value for name, value in values.items() if name != "config"})
 
 

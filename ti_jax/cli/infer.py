@@ -11,7 +11,7 @@ from ti_jax.data.concept import public_name
 from ti_jax.embeddings import Embedding, check_fits
 from ti_jax.embeddings.naming import load_given, with_stored_name
 from ti_jax.errors import InputError
-from ti_jax.files import ensure_writable_folder
+from ti_jax.files import writable_folder
 from ti_jax.images import grid, save_png
 from ti_jax.machine import explaining_out_of_memory
 from ti_jax.pipeline import StableDiffusion
@@ -39,7 +39,11 @@ def draw(config: InferConfig) -> list[Path]:
     output = Path(config.output)
     if output.is_dir():
         raise InputError(f"--output {output}: a folder; give the name of a .png file in it")
-    ensure_writable_folder(output.parent)
+    with writable_folder(output.parent):
+        return _draw(config, output)
+
+
+def _draw(config: InferConfig, output: Path) -> list[Path]:
     embeddings = load_given(config.embedding)
     for file, embedding in zip(config.embedding, embeddings, strict=True):
         config, note = _with_stored_name(config, embedding)

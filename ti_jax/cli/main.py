@@ -1,5 +1,5 @@
 """The commands: ``ti-jax train`` (``train.py``), ``infer`` (``infer.py``), ``evaluate``, ``plan``, ``data``,
-``verify`` and ``embedding``.
+``verify``, ``embedding`` and ``doctor``.
 
 JAX is imported inside the commands, after the command line has been checked.
 """
@@ -30,6 +30,7 @@ from ti_jax.config.fields import setting
 from ti_jax.config.rules import TEXT, WHOLE
 from ti_jax.config.yaml import nearest
 from ti_jax.errors import InputError, OutOfStep
+from ti_jax.remote import as_given
 from ti_jax.startup import avoid_missing_tpu
 
 TRAIN_EXAMPLES = """\
@@ -91,6 +92,16 @@ class VerifyConfig:
     """Last layers of the text encoder to leave out, counted as diffusers does."""
 
 
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Is everything there that a run needs, and is it used? Versions, devices and memory, cache, disk, hub login, and a
+    timed training step of the embedded model, each with advice. Exits with 0, or with 1 if there is a problem. A bug
+    report starts with what it says."""
+
+    json: bool = False
+    """Print the findings as JSON."""
+
+
 def main(argv: Sequence[str] | None = None, prog: str = "ti-jax") -> int:
     """Run a command line and return its exit status.
 
@@ -99,8 +110,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "ti-jax") -> int:
       prog: the program's name in messages; for a script, such as ``train.py``, the command is left out.
 
     Returns:
-      0; 1 if ``verify`` finds a difference, or ``data`` a picture that a run would stop at; 2 after an `InputError`,
-      which is printed on one line of stderr; 130 if interrupted.
+      0; 1 if ``verify`` finds a difference, ``data`` a picture that a run would stop at, or ``doctor`` a problem; 2
+      after an `InputError`, which is printed on one line of stderr; 130 if interrupted.
 
     Raises:
       SystemExit: with status 0 after a command's ``--help``, with 141 when the reader of stdout has left.
@@ -110,7 +121,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "ti-jax") -> int:
     try:
         return _run(argv, prog)
     except InputError as error:
-        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"{prog}: error: {' '.join(as_given(str(error)).split())}", file=sys.stderr, flush=True)
         if isinstance(error, OutOfStep):
             os._exit(2)
         return 2
@@ -286,6 +297,19 @@ def _embedding(args: Sequence[str], prog: str) -> int:
     return 0
 
 
+def _doctor(args: Sequence[str], prog: str) -> int:
+    from ti_jax.cli.flags import parse
+
+    with _output():
+        config = parse(DoctorConfig, args, prog=prog, examples="", config_file=False)
+    from ti_jax.cli.doctor import examine
+
+    found = examine()
+    with _output():
+        print(found.as_json() if config.json else "\n".join(found.lines()))
+    return 0 if found.ok else 1
+
+
 @contextlib.contextmanager
 def _output() -> Iterator[None]:
     """Context for printing to stdout: a reader that has closed the pipe, like ``head``, ends the program silently."""
@@ -315,4 +339,5 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str], str], int], str]] = {
         _embedding,
         "Convert, inspect, merge, prune or transfer files of learned words, of any known format.",
     ),
+    "doctor": (_doctor, "Check this machine: versions, devices, caches, a timed step; what a bug report starts with."),
 }

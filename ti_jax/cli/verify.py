@@ -91,7 +91,7 @@ def verify(
             f"{model_path}: a single file, for which diffusers would download the configuration; to verify, give the "
             "model as a diffusers folder (diffusers' from_single_file(...).save_pretrained(...) converts it)"
         )
-    path = word_file(Path(embedding_path))
+    path = word_file(embedding_path)
     embedding = Embedding.load(path)
     if embedding.stored_name is not None and is_word(embedding.stored_name):
         embedding = replace(embedding, token=embedding.stored_name)  # the name that diffusers uses

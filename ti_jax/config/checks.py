@@ -18,6 +18,7 @@ from ti_jax.config.model import ModelSettings
 from ti_jax.config.train import TrainConfig
 from ti_jax.config.yaml import from_yaml
 from ti_jax.errors import InputError, is_utf8
+from ti_jax.files import as_url
 from ti_jax.words import contains_word
 
 
@@ -52,12 +53,28 @@ def check_train(config: TrainConfig) -> None:
     check_fields(config)
     if not is_utf8(os.path.abspath(config.output_dir)):  # which TensorStore, that writes checkpoints, does not take
         raise InputError(f"--output_dir {config.output_dir!r}: not a path in UTF-8; choose another place")
+    if as_url(config.logging_dir):
+        raise InputError(
+            f"--logging_dir {config.logging_dir}: a folder in --output_dir, with which it is sent; give its name alone"
+        )
     _check_model(config)
     if config.initializer_token is not None and config.initializer_embedding is not None:
         raise InputError(
             f"--initializer_token {config.initializer_token!r} and --initializer_embedding "
             f"{config.initializer_embedding!r}: the rows start from one of them; leave one out (--initializer_token "
             f"None undoes the one of a config file)"
+        )
+    if config.initializer_embedding is not None:
+        for name, what in (("initializer_output", "start from"), ("context_loss", "compare with")):
+            if value := getattr(config, name):
+                raise InputError(
+                    f"--{name} {value}: needs the words of --initializer_token to {what}, and the rows start from "
+                    f"--initializer_embedding; leave one of the two out"
+                )
+    if config.context_loss and config.learn_negative:
+        raise InputError(
+            f"--context_loss {config.context_loss:g}: prompts do not have the word of --learn_negative, so that it "
+            f"changes nothing in them; leave one of the two out"
         )
     if isinstance(config.learning_rate, str) and config.lr_scheduler != "constant":
         raise InputError(
@@ -71,12 +88,20 @@ def check_train(config: TrainConfig) -> None:
             )
         if config.adam_beta1 == 0:
             raise InputError("--adam_beta1 0: must be above 0 with --optimizer schedule_free, whose average it weighs")
+    if config.optimizer == "dti":
+        for name in ("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm"):
+            if (value := getattr(config, name)) != getattr(TrainConfig, name):
+                raise InputError(
+                    f"--{name} {value:g}: does nothing with --optimizer dti, whose updates have the length of the "
+                    f"learning rate; leave it out"
+                )
     if config.huber_c is not None and config.loss != "huber":
         raise InputError(f"--huber_c {config.huber_c:g}: does nothing without --loss huber; give both or neither")
-    for name in ("bucket_step", "max_aspect_ratio"):
-        value = getattr(config, name)
-        if value != getattr(TrainConfig, name) and not config.aspect_ratio_buckets:
-            raise InputError(f"--{name} {value:g}: does nothing without --aspect_ratio_buckets; give both or neither")
+    check_pictures(config)
+    if not config.early_stop:
+        for name in ("early_stop_window", "early_stop_threshold"):
+            if (value := getattr(config, name)) is not None:
+                raise InputError(f"--{name} {value:g}: does nothing without --early_stop; give both or neither")
     if config.process_id is not None and config.num_processes is not None and config.process_id >= config.num_processes:
         raise InputError(
             f"--process_id {config.process_id}: must be from 0 to {config.num_processes - 1}, one below --num_processes"
@@ -110,6 +135,22 @@ def check_train(config: TrainConfig) -> None:
                 f"--{name} {prompt!r}: the new word {word} is not in it; write it, or {{}} in its place (in a shell, "
                 f"quote the prompt: < and > mean something there)"
             )
+
+
+def check_pictures(config: TrainConfig) -> None:
+    """Refuse settings of pictures that do nothing without another one.
+
+    Raises:
+      InputError: the first that is given alone.
+    """
+    for name in ("bucket_step", "max_aspect_ratio"):
+        value = getattr(config, name)
+        if value is not None and not config.aspect_ratio_buckets:
+            raise InputError(f"--{name} {value:g}: does nothing without --aspect_ratio_buckets; give both or neither")
+    if config.image_column is not None and config.dataset_name is None:
+        raise InputError(
+            f"--image_column {config.image_column!r}: does nothing without --dataset_name; give both or neither"
+        )
 
 
 def _check_negative(config: TrainConfig) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from ti_jax.config.train import TrainConfig
 from ti_jax.config.yaml import load_yaml_list
 from ti_jax.errors import InputError
+from ti_jax.remote import local_copy
 from ti_jax.words import fold
 
 # What a concept may have for itself; all else is the run's.
@@ -22,7 +23,7 @@ KEYS = ("train_data_dir", "placeholder_token", "initializer_token", "num_vectors
 
 # Files and folders of the run, beside which each concept has a folder.
 _TAKEN = re.compile(
-    r"samples|logs|checkpoints|previous-.*|config\.yaml|(metrics|scores)\.jsonl?|(overview|progress)\.png|readme\.md"
+    r"samples|logs|checkpoints|previous-.*|config\.yaml|(metrics|scores)\.jsonl?|(overview|progress)\.png|report\.html|readme\.md"
     r"|learned_embeds.*|\..*",
     re.IGNORECASE,
 )
@@ -71,7 +72,7 @@ def concept_configs(config: TrainConfig) -> tuple[TrainConfig, ...]:
 
 def _entries(concepts: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The place of each concept, for messages, and its own settings."""
-    path = Path(concepts)
+    path = local_copy(concepts)
     if path.is_dir():
         try:
             folders = sorted(each for each in path.iterdir() if each.is_dir() and not each.name.startswith("."))

@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ti_jax.config.checks import check_evaluate, check_fields, check_infer, check_train
+from ti_jax.config.checks import check_evaluate, check_fields, check_infer, check_pictures, check_train
 from ti_jax.config.concepts import concept_configs, slug
 from ti_jax.config.evaluate import EvaluateConfig
 from ti_jax.config.fields import setting_of
@@ -33,6 +34,10 @@ EMBEDDED_CLASS = "a person"
 # which is no guidance at all, was as good; 3, the scale that it draws with, led towards the pictures.
 NEGATIVE_GUIDANCE_SCALE = 0.5
 
+# Of --early_stop, where left out: those of its paper; for the embedded model measured (recipes/mini_sd/NOTES.md).
+PAPER_STOP = {"early_stop_window": 310, "early_stop_threshold": 0.15}
+EMBEDDED_STOP = {"early_stop_window": 40, "early_stop_threshold": 0.005}
+
 PAPER_STEPS, EMBEDDED_STEPS = 50, 25  # of the sampler, when a word is measured
 
 STABLE_DIFFUSION_DEFAULTS: dict[str, Any] = {
@@ -50,6 +55,15 @@ STABLE_DIFFUSION_DEFAULTS: dict[str, Any] = {
 }
 
 
+def config_path(given: str) -> str | Path:
+    """The path of a config file; for ``configs/sd15.yaml`` and ``sd15``, if there is no such file, that of ours."""
+    name = re.fullmatch(r"configs/(\w+)\.yaml|(\w+)", given)
+    if name is None or os.path.exists(given):
+        return given
+    ours = ASSETS / f"{name[1] or name[2]}.yaml"
+    return ours if ours.is_file() else given
+
+
 def resolve(config: TrainConfig) -> TrainConfig:
     """Check a config and fill in what it leaves to the model; a resolved config comes back as it is.
 
@@ -59,7 +73,10 @@ def resolve(config: TrainConfig) -> TrainConfig:
     Raises:
       InputError: a value that cannot be, or something that only the user can tell is missing.
     """
-    defaults = _model_defaults(config.pretrained_model_name_or_path) | _optimizer_defaults(config)
+    config = _with_dataset(config)
+    defaults = _training_defaults(config)
+    if config.early_stop:
+        defaults |= EMBEDDED_STOP if config.pretrained_model_name_or_path is None else PAPER_STOP
     if config.concepts is not None:
         return _resolve_several(_plain(config), defaults)
     own = config.train_data_dir or config.dataset_name
@@ -114,13 +131,35 @@ def _resolve_several(config: TrainConfig, defaults: dict[str, Any]) -> TrainConf
     return config
 
 
+def differing(config: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """The settings of a resolved config that are not what they would be if they were left out.
+
+    Returns:
+      By name, value and default; None where there is no default, as for the pictures of a model that is not the
+      embedded one. Secrets are left out, and what another process of the same run has otherwise.
+    """
+    found = {}
+    for field in dataclasses.fields(config):
+        value, about = getattr(config, field.name), setting_of(field)
+        if value == field.default or about.secret or about.of_this_process:
+            continue
+        try:
+            left_out: dict[str, Any] = {field.name: field.default}
+            default = getattr(resolve(dataclasses.replace(config, **left_out)), field.name)
+        except InputError:  # it has to be given
+            default = None
+        if value != default:
+            found[field.name] = (value, default)
+    return found
+
+
 def resolve_plan(config: PlanConfig) -> PlanConfig:
     """As `resolve`, for planning: neither pictures nor words are needed.
 
     Raises:
       InputError: a value that cannot be.
     """
-    defaults = _model_defaults(config.pretrained_model_name_or_path) | _optimizer_defaults(config)
+    defaults = _training_defaults(config)
     config = _plain(_filled(config, defaults))
     check_train(config)
     return config
@@ -134,8 +173,9 @@ def resolve_data(config: DataConfig) -> DataConfig:
       InputError: a value that cannot be.
     """
     resolution = 64 if config.pretrained_model_name_or_path is None else 512
-    config = _plain(_filled(config, {"resolution": resolution}))
+    config = _plain(_filled(config, {"resolution": resolution} | _bucket_defaults(config)))
     check_fields(config)
+    check_pictures(config)
     return config
 
 
@@ -174,15 +214,33 @@ def _model_defaults(model: str | None) -> dict[str, Any]:
     return dict(_demo_settings() if model is None else STABLE_DIFFUSION_DEFAULTS)
 
 
-def _optimizer_defaults(config: TrainConfig) -> dict[str, Any]:
-    """What suits the optimizer more than what suits the model: Prodigy's rate multiplies the one that it finds."""
-    return {"learning_rate": 1.0} if config.optimizer == "prodigy" else {}
+def _training_defaults(config: TrainConfig) -> dict[str, Any]:
+    """Those of the model, but for what suits the optimizer more: Prodigy's rate multiplies the one that it finds, and
+    that of dti is an angle (its authors' rate).
+    """
+    rate = {"prodigy": 1.0, "dti": 1e-2}.get(config.optimizer)
+    own = {} if rate is None else {"learning_rate": rate}
+    return _model_defaults(config.pretrained_model_name_or_path) | own | _bucket_defaults(config)
+
+
+def _bucket_defaults(config: TrainConfig) -> dict[str, Any]:
+    return {"bucket_step": 64, "max_aspect_ratio": 2.0} if config.aspect_ratio_buckets else {}
 
 
 def _filled(config: Config, defaults: Mapping[str, Any]) -> Config:
     """The config with ``defaults`` in the fields that are None."""
     left_out = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     return dataclasses.replace(config, **left_out)  # type: ignore[type-var]
+
+
+def _with_dataset(config: TrainConfig) -> TrainConfig:
+    """With ``dataset_name`` where ``train_data_dir`` is the id of a dataset: owner/name, and no folder here."""
+    given = config.train_data_dir
+    if given is None or config.dataset_name is not None or os.path.exists(os.path.expanduser(os.fspath(given))):
+        return config
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(given), re.ASCII) is None:
+        return config
+    return dataclasses.replace(config, dataset_name=str(given), train_data_dir=None)
 
 
 def _require(config: TrainConfig, *names: str) -> None:

@@ -20,8 +20,8 @@ class InferConfig(ModelSettings):
     """What to draw; each in quotes, one or several. A learned word stands where the thing is named, e.g.
     "a portrait of <cleo> wearing a red jacket"."""
     embedding: tuple[str, ...] = setting((), TEXTS, path="input", first=True)
-    """Files of the learned words that the prompts use, in any known format. FILE=word reads one under a word of
-    your own."""
+    """Files of the learned words that the prompts use, in any known format, or URLs of them. FILE=word reads one under
+    a word of your own."""
 
     # -- the pictures
     negative_prompt: str | None = None

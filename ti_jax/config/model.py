@@ -18,8 +18,8 @@ class ModelSource:
 
     pretrained_model_name_or_path: str | None = setting(None, TEXT, path="model", first=True)
     """The model that the word is for: a diffusers folder, a Hugging Face Hub id, e.g.
-    stable-diffusion-v1-5/stable-diffusion-v1-5, or a single .safetensors or .ckpt checkpoint. Left out: the small model
-    that comes with ti_jax."""
+    stable-diffusion-v1-5/stable-diffusion-v1-5, or a single .safetensors or .ckpt checkpoint; folder and file may be
+    URLs (gs://bucket/model, with the extra `gcs`). Left out: the small model that comes with ti_jax."""
     revision: str | None = setting(None, TEXT)
     """Branch, tag or commit of the hub repository."""
     variant: str | None = setting(None, TEXT)

@@ -31,6 +31,12 @@ LEARNING_RATE = Rule(
     good=(*POSITIVE.good, Rates("5e-3:200, 1e-3:1000, 2e-4")),
     bad=POSITIVE.bad,
 )
+ROW_NORM = Rule(
+    POSITIVE.allowed,
+    lambda value: isinstance(value, str) or POSITIVE.holds(value),
+    good=(*POSITIVE.good, "free", "initial", "vocabulary"),
+    bad=POSITIVE.bad,
+)
 NOT_NEGATIVE = Rule(
     "0 or more and finite",
     lambda value: value >= 0 and math.isfinite(value),
@@ -50,12 +56,6 @@ NOT_ONE = Rule(
     bad=(1.0, math.nan, math.inf),
 )
 CHANCE = Rule("from 0 to 1", lambda value: 0 <= value <= 1, good=(0.0, 1.0), bad=(-0.1, 1.1, math.nan))
-RANGE = Rule(
-    "two whole numbers from 0 on, the first below the second",
-    lambda value: 0 <= value[0] < value[1],
-    good=((0, 1), (500, 1000)),
-    bad=((5, 5), (6, 5), (-1, 5)),
-)
 DECAY = Rule("0 or more and below 1", lambda value: 0 <= value < 1, good=(0.0, 0.9999), bad=(-0.1, 1.0, math.nan))
 TEXT = Rule("text that is not empty", lambda value: bool(value.strip()), good=("a {}",), bad=("", " "))
 TEXTS = Rule(

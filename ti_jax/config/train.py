@@ -8,6 +8,7 @@ from typing import Literal
 from ti_jax.config.fields import setting
 from ti_jax.config.model import ModelSettings, SamplerName
 from ti_jax.config.rates import Rates
+from ti_jax.config.row_norm import RowNorm
 from ti_jax.config.rules import (
     ADDRESS,
     CHANCE,
@@ -20,6 +21,7 @@ from ti_jax.config.rules import (
     POSITIVE,
     RANGE,
     RATIO,
+    ROW_NORM,
     SEED,
     SIDE,
     SOME_TEXTS,
@@ -30,7 +32,7 @@ from ti_jax.config.rules import (
 )
 
 LearnableProperty = Literal["object", "style"]
-Optimizer = Literal["adamw", "prodigy", "schedule_free"]
+Optimizer = Literal["adamw", "prodigy", "schedule_free", "dti"]
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 Checkpointing = Literal["none", "policy", "full"]
 Measure = Literal["identity", "editability", "clip_i", "clip_t"]
@@ -42,13 +44,19 @@ class TrainConfig(ModelSettings):
 
     # -- the pictures and the word
     train_data_dir: str | None = setting(None, TEXT, path="input", first=True)
-    """Folder with the pictures of the concept, 3 to 5 are enough. Left out with the embedded model: its own example."""
+    """Folder with the pictures of the concept, 3 to 5 are enough; or a URL of one (gs://bucket/cat, with the extra
+    `gcs`); or, if there is no such folder, the id of a dataset on the Hugging Face hub (owner/name), as --dataset_name.
+    Left out with the embedded model: its own example."""
     placeholder_token: str | None = setting(None, WORD, first=True)
     """The new word, e.g. <cat-toy>. It must not be a word that the model has already. Left out with the embedded model:
     the name of the pictures' folder, like <cleo>."""
     initializer_token: str | None = setting(None, TEXT, fingerprint=True, first=True)
     """One or several words that the model knows and that come near the concept, e.g. toy. The rows start from them.
     Left out with the embedded model: in, which says nothing there."""
+    initializer_output: bool = setting(False, fingerprint=True)
+    """CrossInit: the rows start from what the text encoder makes of --initializer_token as a prompt (its last layer's
+    output at those tokens), which is nearer to learned rows than the tokens' own; and 1e-5 times their distance to it
+    is added to the loss."""
     initializer_embedding: str | None = setting(None, TEXT, path="input")
     """File of a learned word, in any known format, whose vectors the rows start from instead of --initializer_token. It
     must be for the model's family and have --num_vectors vectors."""
@@ -80,12 +88,12 @@ class TrainConfig(ModelSettings):
     ratio, is scaled to cover it, and the overhang is cut; every batch comes from one bucket, and buckets take turns in
     proportion to their pictures. No bucket has more pixels than the square of --resolution. One program is compiled
     for each bucket that has pictures."""
-    bucket_step: int = setting(64, SIDE)
+    bucket_step: int | None = setting(None, SIDE)
     """With --aspect_ratio_buckets: the sides of buckets are multiples of this many pixels; divisible by 8. Small
-    models need less than 64: the embedded one, which has 64 pixels, 8 or 16."""
-    max_aspect_ratio: float = setting(2.0, RATIO)
+    models need less than 64: the embedded one, which has 64 pixels, 8 or 16. Left out: 64."""
+    max_aspect_ratio: float | None = setting(None, RATIO)
     """With --aspect_ratio_buckets: largest ratio of a bucket's long side to its short one. Of longer pictures the ends
-    are cut off."""
+    are cut off. Left out: 2."""
 
     # -- masks: white is learned from; NAME.mask.png or NAME-masklabel.png beside a picture NAME is used if it is there
     mask_dir: str | None = setting(None, TEXT, path="input")
@@ -105,8 +113,8 @@ class TrainConfig(ModelSettings):
     dataset_name: str | None = setting(None, TEXT, path="model")
     """Instead of --train_data_dir: a dataset with pictures on the Hugging Face hub, or a folder or parquet file of one;
     needs the extra `datasets`. Its split "train" is read."""
-    image_column: str = setting("image", TEXT)
-    """The column of --dataset_name with the pictures."""
+    image_column: str | None = setting(None, TEXT)
+    """The column of --dataset_name with the pictures. Left out: image."""
     caption_column: str | None = setting(None, TEXT)
     """The column of --dataset_name, or the key in metadata.jsonl, with the captions. Left out: text."""
     no_captions: bool = False
@@ -152,7 +160,8 @@ class TrainConfig(ModelSettings):
 
     # -- the run
     output_dir: str = setting("output", TEXT, path="output")
-    """Folder for the learned embedding, checkpoints, samples, logs and the resolved config."""
+    """Folder for the learned embedding, checkpoints, samples, logs and the resolved config; or a URL of one
+    (gs://bucket/cat), to which files are sent whole after each save, so that a run goes on on another machine."""
     seed: int = setting(0, SEED, fingerprint=True)
     """Seed of everything random; the same seed gives the same rows on one machine (on a GPU: see --deterministic)."""
     deterministic: bool = setting(False, fingerprint=True)
@@ -191,15 +200,28 @@ class TrainConfig(ModelSettings):
     process_id: int | None = setting(None, WHOLE, of_this_process=True)
     """Number of this process, from 0. Left out: JAX_PROCESS_ID."""
 
+    early_stop: bool = setting(False, fingerprint=True)
+    """End a word before --max_train_steps, where it has stopped learning: its loss on a few samples that stay the same
+    is computed four times in --early_stop_window, and once these four differ too little, its rows stay as they are.
+    Every one of --concepts ends by itself, and the run with the last of them."""
+    early_stop_window: int | None = setting(None, COUNT, fingerprint=True)
+    """With --early_stop: updates of a word over which the loss is looked at; nothing ends before that. Left out: 310,
+    as in the paper (the embedded model: 40)."""
+    early_stop_threshold: float | None = setting(None, POSITIVE, fingerprint=True)
+    """With --early_stop: a word ends where the variance of the loss in the window is below this share of its variance
+    since the start. Left out: 0.15, as in the paper (the embedded model: 0.005)."""
+
     # -- the optimizer
     optimizer: Optimizer = setting("adamw", fingerprint=True)
     """adamw, as in diffusers' script; prodigy, which finds the step size by itself, for each row its own;
     schedule_free, AdamW whose rows are averaged as they learn, so that no schedule has to end: the average is what is
-    saved, drawn and measured. All keep what they know of a row with that row."""
+    saved, drawn and measured; dti, Directional Textual Inversion: every update turns a row by the angle --learning_rate
+    (in radians, nearly), and its norm stays at --row_norm, where free is vocabulary. All keep what they know of a row
+    with that row."""
     learning_rate: float | Rates | None = setting(None, LEARNING_RATE, fingerprint=True)
     """The optimizer's step size. Or several, as AUTOMATIC1111 writes them: "5e-3:200, 1e-3:1000, 2e-4" is 5e-3 until
-    update 200, 1e-3 until update 1000, then 2e-4. Left out: 1e-4 (prodigy: 1, a factor of the size that it finds; the
-    embedded model: see configs/demo.yaml)."""
+    update 200, 1e-3 until update 1000, then 2e-4. Left out: 1e-4 (prodigy: 1, a factor of the size that it finds; dti:
+    1e-2; the embedded model: see configs/demo.yaml)."""
     scale_lr: bool = setting(False, fingerprint=True)
     """Multiply the learning rate by accumulation steps, batch size per device, and devices."""
     lr_scheduler: Schedule = setting("constant", fingerprint=True)
@@ -219,6 +241,10 @@ class TrainConfig(ModelSettings):
     max_grad_norm: float | None = setting(None, POSITIVE, fingerprint=True)
     """Longest gradient of one row, in each text encoder; a longer one is shortened to it. (Over one row and not, as in
     diffusers' scripts, over all, so that the words of a run do not depend on each other.) Left out: any."""
+    row_norm: float | RowNorm = setting(RowNorm("free"), ROW_NORM, fingerprint=True)
+    """Norm that each row starts with and is set to after every update, so that only its direction is learned: free,
+    any; initial, the row's own at the start; vocabulary, the mean of the norms of its text encoder's known tokens; or a
+    number. Averages (--ema_decay, schedule_free) are of rows of this norm, and are set to it where they are saved."""
     ema_decay: float | None = setting(None, DECAY, fingerprint=True)
     """Save, draw and measure a moving average of the rows, of which this share stays at an update, e.g. 0.99; it rises
     to that from 0 as in diffusers' EMAModel. Training goes on from the rows themselves. Left out: no average."""
@@ -232,6 +258,10 @@ class TrainConfig(ModelSettings):
     snr_gamma: float | None = setting(None, POSITIVE, fingerprint=True)
     """Min-SNR weighting: a sample counts at most as if its signal-to-noise ratio were this, so that timesteps of little
     noise, of which the word learns little, count less; 5 in the paper. Left out: all timesteps count the same."""
+    context_loss: float = setting(0.0, NOT_NEGATIVE, fingerprint=True)
+    """Weight of CoRe's text term, 1.5e-4 in the paper: in --overview_prompts, the mean of 1 - cosine between the text
+    encoder's outputs at the other tokens with the new word and with --initializer_token in its place, which should be
+    the concept's class. It keeps the rest of a prompt as clear as beside the class word. 0: none."""
     noise_offset: float = setting(0.0, NOT_NEGATIVE, fingerprint=True)
     """Also shift the noise of each latent channel as a whole, by a normal number times this, e.g. 0.05 to 0.1: the word
     may then change how dark or bright a picture is."""
@@ -304,6 +334,11 @@ class TrainConfig(ModelSettings):
     hub_token: str | None = setting(None, TEXT, secret=True)
     """Token for the hub: to push, and to download a gated model. Left out: HF_TOKEN, or the one that `hf auth login`
     has stored."""
+
+    @property
+    def kept_norm(self) -> float | str:
+        """``row_norm`` as the optimizer has it: free for none but those that need a norm."""
+        return "vocabulary" if self.optimizer == "dti" and self.row_norm == "free" else self.row_norm
 
 
 @dataclass(frozen=True)

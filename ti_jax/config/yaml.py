@@ -22,7 +22,9 @@ import yaml
 
 from ti_jax.config.fields import setting_of
 from ti_jax.config.rates import RATE, Rates
+from ti_jax.config.row_norm import NORM, RowNorm
 from ti_jax.errors import InputError
+from ti_jax.remote import local_copy
 
 _CORE_SCALARS = (
     ("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
@@ -36,6 +38,10 @@ _CORE_SCALARS = (
         list("-+.0123456789"),
     ),
 )
+
+
+# Types of fields that are a number or text, with the class of the text.
+NUMBER_OR_TEXT: dict[Any, type[Rates] | type[RowNorm]] = {RATE: Rates, NORM: RowNorm}
 
 
 class _Loader(yaml.SafeLoader):
@@ -146,7 +152,7 @@ def dump_yaml(config: Any) -> str:
     for field in dataclasses.fields(config):
         value, about = getattr(config, field.name), setting_of(field)
         if value is not None and not (about.secret or about.of_this_process):
-            plain = str(value) if isinstance(value, Rates) else value
+            plain = str(value) if isinstance(value, str) else value
             values[field.name] = list(value) if isinstance(value, tuple) else plain
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
@@ -164,9 +170,9 @@ def from_yaml(value: Any, hint: Any) -> Any:
         if hints is not None:
             with contextlib.suppress(ValueError):
                 return tuple(from_yaml(item, hint) for item, hint in zip(value, hints, strict=True))
-    elif base == RATE:
+    elif base in NUMBER_OR_TEXT:
         with contextlib.suppress(ValueError):
-            return Rates(value) if isinstance(value, str) else from_yaml(value, float)
+            return NUMBER_OR_TEXT[base](value) if isinstance(value, str) else from_yaml(value, float)
     elif base is float:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
@@ -187,8 +193,9 @@ def switched(value: Any, field: dataclasses.Field) -> Any:
 def strip_optional(hint: Any) -> tuple[Any, bool]:
     """``X | None`` -> (X, True); any other type -> (itself, False)."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        if hint in (RATE, RATE | None):
-            return RATE, hint != RATE
+        for union in NUMBER_OR_TEXT:
+            if hint in (union, union | None):
+                return union, hint != union
         rest = [arg for arg in typing.get_args(hint) if arg is not types.NoneType]
         assert len(rest) == 1, f"a field's type is one type or None, not {hint}"
         return rest[0], True
@@ -215,7 +222,8 @@ def expected(base: Any) -> str:
         count = "a list" if others == [...] else f"{1 + len(others)} values"
         return f"{count}, each {expected(first)}"
     return {
-        str: "text", int: "a whole number", float: "a number", bool: "true or false", RATE: Rates.EXPECTED,
+        str: "text", int: "a whole number", float: "a number", bool: "true or false",
+        **{union: text.EXPECTED for union, text in NUMBER_OR_TEXT.items()},
     }[base]  # fmt: skip
 
 
@@ -227,7 +235,7 @@ def nearest(word: str, known: Iterable[str], question: str, otherwise: str) -> s
 
 def _parse(path: Path) -> Any:
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = local_copy(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not a text file in UTF-8 (byte {error.start}); save it as one") from error
     except OSError as error:

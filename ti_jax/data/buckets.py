@@ -49,6 +49,7 @@ def shapes_of(config: TrainConfig, resolution: int) -> tuple[Shape, ...]:
     """
     if not config.aspect_ratio_buckets:
         return ()
+    assert config.bucket_step is not None and config.max_aspect_ratio is not None, "the config is resolved"
     return bucket_shapes(resolution, config.bucket_step, config.max_aspect_ratio)
 
 

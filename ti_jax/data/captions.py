@@ -89,17 +89,28 @@ def read_captions(
 
 
 def report_captions(
-    config: TrainConfig, captions: Mapping[str, str], pictures: Sequence[str], report: Callable[[str], None]
+    config: TrainConfig,
+    folder: str | Path,
+    captions: Mapping[str, str],
+    pictures: Sequence[str],
+    report: Callable[[str], None],
 ) -> None:
-    """Report how many of the pictures have a caption, or which settings do nothing without any."""
+    """Report how many of the pictures of a folder have a caption, and which settings do nothing there."""
     described = sum(picture in captions for picture in pictures)
+    given = [] if described else ["shuffle_tags", "tag_dropout", "caption_dropout"]
     if described:
         report(f"captions: used for {described} of {len(pictures)} pictures; --no_captions ignores them")
-        return
-    given = [name for name in ("shuffle_tags", "tag_dropout", "caption_dropout") if getattr(config, name)]
-    if given:
+    if config.no_captions:
+        given.append("caption_column")
+    elif config.caption_column is not None and config.dataset_name is None and not _has_metadata(folder, config):
+        report(f"note: --caption_column {config.caption_column} does nothing, because {folder} has no {METADATA}")
+    if given := [f"--{name}" for name in given if getattr(config, name)]:
         why = "--no_captions is given" if config.no_captions else "no picture has a caption"
-        report(f"note: {' and '.join(f'--{name}' for name in given)} does nothing, because {why}")
+        report(f"note: {' and '.join(given)} {'do' if len(given) > 1 else 'does'} nothing, because {why}")
+
+
+def _has_metadata(folder: str | Path, config: TrainConfig) -> bool:
+    return any(path.name == METADATA for path in files_in(folder, config.recursive))
 
 
 def _is_about_the_folder(path: Path, templates: str | Path | None) -> bool:
@@ -110,8 +121,10 @@ def _is_about_the_folder(path: Path, templates: str | Path | None) -> bool:
 
 def _read_metadata(path: Path, column: str | None) -> Iterator[tuple[str, str, str]]:
     """File name, caption and place of each line."""
-    key = column or TEXT_COLUMN
-    for number, line in enumerate(re.split(r"\r\n|\n|\r", _read_text(path)), start=1):
+    key, text = column or TEXT_COLUMN, _read_text(path)
+    if not text.strip():
+        raise InputError(f"{path}: an empty file; write a line with the caption of each picture in it, or remove it")
+    for number, line in enumerate(re.split(r"\r\n|\n|\r", text), start=1):
         if not line.strip():
             continue
         place = f"{path}, line {number}"

@@ -8,10 +8,11 @@ configuration and tokenizers (`check_concepts`, `check_pictures_to_draw`), and o
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 from ti_jax.config import TrainConfig
@@ -23,11 +24,13 @@ from ti_jax.data.prompts import picture_prompts, with_placeholder
 from ti_jax.embeddings import Embedding, check_fits
 from ti_jax.embeddings.embedding import NEGATIVE_CLASS
 from ti_jax.errors import InputError, listed
+from ti_jax.files import as_url
 from ti_jax.models.networks import Rows
 from ti_jax.pipeline import StableDiffusion
 from ti_jax.pipeline.model_description import ModelDescription
 from ti_jax.text import tokens
 from ti_jax.text.templates import for_captions
+from ti_jax.text.text_encoders import encode
 from ti_jax.words import fill, same_word, without_word
 
 
@@ -72,6 +75,11 @@ class CheckedConcept:
         names = list(self.words)
         first = sum(self.words[name] for name in names[: names.index(self.token)])
         return slice(first, first + self.words[self.token])
+
+    @property
+    def learned_with(self) -> list[str]:
+        """All prompts that its rows depend on."""
+        return [*self.prompts, *(self.overview_prompts if self.config.context_loss else ())]
 
     @property
     def embeddings(self) -> list[Embedding]:
@@ -128,11 +136,14 @@ class Concept(CheckedConcept):
       rows: initial values of all rows of the run, float32 [n, D] for each text encoder. row_mask: bool [n], true for
         rows that are trained. Both are the same for all concepts of a run.
       metadata: origin of the word, to be saved in its file.
+      class_rows: as ``rows``, with the initializer's own tokens in the place of each concept, for ``context_loss``;
+        None: it is not asked for.
     """
 
     rows: dict[str, np.ndarray]
     row_mask: dict[str, np.ndarray]
     metadata: dict[str, str]
+    class_rows: dict[str, np.ndarray] | None = None
 
     def embedding(self, rows: Rows, step: int) -> Embedding:
         """The word with the run's rows of ``step``, as an `Embedding` to save or draw with."""
@@ -237,16 +248,21 @@ def with_rows(checked: Sequence[CheckedConcept], sd: StableDiffusion) -> tuple[C
     """
     others = checked[0].others
     _, other_rows = tokens.combine(others)
-    rows, row_mask = {}, {}
-    for name in sd.tokenizers:
-        own = [_start_of(concept, name, sd) for concept in checked]
-        rows[name] = np.concatenate([*own, other_rows[name]] if others else own)
-        row_mask[name] = np.arange(len(rows[name])) < sum(map(len, own))
+
+    def of_run(rows_of: Callable[[CheckedConcept, str, StableDiffusion], np.ndarray]) -> dict[str, np.ndarray]:
+        own = {name: [rows_of(concept, name, sd) for concept in checked] for name in sd.tokenizers}
+        return {name: np.concatenate([*each, other_rows[name]] if others else each) for name, each in own.items()}
+
+    rows = of_run(_start_of)
+    trained = sum(concept.words[concept.token] for concept in checked)
+    row_mask = {name: np.arange(len(table)) < trained for name, table in rows.items()}
+    class_rows = of_run(_tokens_of) if checked[0].config.context_loss else None
     return tuple(
         Concept(
             **{field.name: getattr(concept, field.name) for field in fields(CheckedConcept)},
             rows=rows,
             row_mask=row_mask,
+            class_rows=class_rows,
             metadata={
                 "base_model": public_name(sd.name),
                 "base_model_hash": sd.identity,
@@ -263,15 +279,54 @@ def with_rows(checked: Sequence[CheckedConcept], sd: StableDiffusion) -> tuple[C
 
 
 def _start_of(concept: CheckedConcept, encoder: str, sd: StableDiffusion) -> np.ndarray:
-    """Initial values of a concept's own rows for a text encoder, float32 [n, D]."""
+    """Initial values of a concept's own rows for a text encoder, float32 [n, D].
+
+    Raises:
+      InputError: they are to have a norm, and one of them is zero.
+    """
     if concept.start is not None:
-        return concept.start.vectors[encoder]
+        rows = concept.start.vectors[encoder]
+    else:
+        rows = (_output_of if concept.config.initializer_output else _tokens_of)(concept, encoder, sd)
+    wanted = concept.config.kept_norm
+    if wanted == "free":
+        return rows
+    norms = np.linalg.norm(rows, axis=-1, keepdims=True)
+    if not norms.all():
+        raise InputError(
+            f"{concept.token}: a row starts from zeros in the {encoder}, which no norm can be given to (--row_norm, "
+            f"--optimizer dti); start from another word"
+        )
+    if wanted == "initial":
+        return rows
+    if wanted == "vocabulary":
+        wanted = float(np.linalg.norm(sd.token_table(encoder), axis=-1).mean())
+    return np.asarray(rows * (float(wanted) / norms), np.float32)
+
+
+def _tokens_of(concept: CheckedConcept, encoder: str, sd: StableDiffusion) -> np.ndarray:
+    """The rows of the initializer's tokens for a text encoder, float32 [n, D], see `initial_rows`."""
     ids = tokens.initializer_ids(sd.tokenizers[encoder], str(concept.initializer))
     return tokens.initial_rows(sd.token_table(encoder), ids, concept.words[concept.token])
 
 
+def _output_of(concept: CheckedConcept, encoder: str, sd: StableDiffusion) -> np.ndarray:
+    """What a text encoder makes of the initializer's tokens, float32 [n, D].
+
+    As in CrossInit (arXiv 2312.15905) and its code: the initializer is the whole prompt, and the states are those after
+    the final layer norm, of SDXL's encoders too.
+    """
+    count = len(tokens.initializer_ids(sd.tokenizers[encoder], str(concept.initializer)))
+    ids = jnp.asarray(sd.tokenize([str(concept.initializer)])[encoder])
+    output = encode(dict(sd.networks.text_encoders)[encoder], sd.params[encoder], ids, None)
+    states = np.asarray(output.last_hidden_state[0, 1 : 1 + count], np.float32)
+    return tokens.initial_rows(states, range(count), concept.words[concept.token])
+
+
 def public_name(model: str) -> str:
-    """A model's hub id, or the bare name of a local folder or file: paths are private."""
+    """A model's hub id, or the bare name of a folder or file: paths are private."""
+    if as_url(model) is not None:
+        return Path(model).name
     path = Path(model).expanduser()
     return path.resolve().name if path.exists() or path.is_absolute() else model
 

@@ -11,12 +11,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ti_jax.cache import cache_folder
 from ti_jax.config import TrainConfig
 from ti_jax.data.captions import TEXT_COLUMN
 from ti_jax.data.formats import format_by_content, readable_suffixes, suffix_of
 from ti_jax.errors import InputError, listed, one_line
 from ti_jax.files import disk_errors
-from ti_jax.machine import cache_folder
+
+IMAGE_COLUMN = "image"
 
 
 def as_folder(config: TrainConfig) -> Path:
@@ -31,11 +33,11 @@ def as_folder(config: TrainConfig) -> Path:
     """
     where = f"--dataset_name {config.dataset_name}"
     dataset = _load(config, where)
-    column = _checked_columns(config, dataset, where)
+    pictures, column = _checked_columns(config, dataset, where)
     from datasets import Image
 
-    dataset = dataset.cast_column(config.image_column, Image(decode=False))
-    identity = json.dumps([dataset._fingerprint, config.image_column, column])
+    dataset = dataset.cast_column(pictures, Image(decode=False))
+    identity = json.dumps([dataset._fingerprint, pictures, column])
     # Without a limit: a folder from which some files are removed would be another dataset.
     if (cache := cache_folder("datasets", sys.maxsize)) is None:
         raise InputError(f"{where}: no cache folder for its pictures; set TI_JAX_CACHE to one that can be written")
@@ -48,7 +50,7 @@ def as_folder(config: TrainConfig) -> Path:
         try:
             for number, row in enumerate(dataset):
                 caption = row[column] if column else None
-                _write(aside / f"{number:06d}", row[config.image_column], caption, f"{where}: row {number}")
+                _write(aside / f"{number:06d}", row[pictures], caption, f"{where}: row {number}")
             if not folder.is_dir():  # another process may have been faster
                 os.replace(aside, folder)
         finally:
@@ -61,7 +63,9 @@ def _load(config: TrainConfig, where: str) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise InputError(f"{where}: needs the package datasets; pip install 'ti_jax[datasets]'") from error
+        name = str(config.dataset_name)
+        absent = "" if Path(name).exists() else "no such folder or file here, and for a dataset of the hub it "
+        raise InputError(f"{where}: {absent}needs the package datasets; pip install 'ti_jax[datasets]'") from error
     name = str(config.dataset_name)
     path = Path(name)
     try:
@@ -73,9 +77,10 @@ def _load(config: TrainConfig, where: str) -> Any:
             loaded = datasets.load_dataset(name, token=config.hub_token)
     # Besides its own errors those of HTTP, of pyarrow and of the dataset's files.
     except Exception as error:
+        absent = "" if path.exists() else "no such folder or file here, and as a dataset of the hub it "
         raise InputError(
-            f"{where}: cannot be loaded ({one_line(error)}); give the id of a dataset on the hub (private ones need "
-            f"--hub_token), a folder of its files, or a parquet file"
+            f"{where}: {absent}cannot be loaded ({one_line(error)}); give the id of a dataset on the hub (private "
+            f"ones need --hub_token), a folder of its files, or a parquet file"
         ) from error
     if isinstance(loaded, dict):
         if "train" not in loaded and len(loaded) != 1:
@@ -84,31 +89,30 @@ def _load(config: TrainConfig, where: str) -> Any:
     return loaded
 
 
-def _checked_columns(config: TrainConfig, dataset: Any, where: str) -> str | None:
-    """The column with the captions; None: there is none, or it is not to be used.
+def _checked_columns(config: TrainConfig, dataset: Any, where: str) -> tuple[str, str | None]:
+    """The columns with the pictures and with the captions; None: there is none, or it is not to be used.
 
     Raises:
       InputError: the dataset has not the columns of the config, or they hold something else.
     """
     from datasets import Image, Value
 
-    columns = dataset.column_names
-    if config.image_column not in columns:
+    columns, pictures = dataset.column_names, config.image_column or IMAGE_COLUMN
+    if pictures not in columns:
         raise InputError(
-            f"{where}: no column {config.image_column!r} beside {listed(columns)}; name the one with the pictures with "
+            f"{where}: no column {pictures!r} beside {listed(columns)}; name the one with the pictures with "
             f"--image_column"
         )
-    if not isinstance(dataset.features[config.image_column], Image):
+    if not isinstance(dataset.features[pictures], Image):
         raise InputError(
-            f"{where}: the column {config.image_column!r} does not hold pictures; name the one that does with "
-            f"--image_column"
+            f"{where}: the column {pictures!r} does not hold pictures; name the one that does with --image_column"
         )
     if config.no_captions:
-        return None
+        return pictures, None
     column = config.caption_column or TEXT_COLUMN
     if column not in columns:
         if config.caption_column is None:
-            return None
+            return pictures, None
         raise InputError(
             f"{where}: no column {column!r} beside {listed(columns)}; name the one with the captions with "
             f"--caption_column, or ignore all captions with --no_captions"
@@ -118,7 +122,7 @@ def _checked_columns(config: TrainConfig, dataset: Any, where: str) -> str | Non
         raise InputError(
             f"{where}: the column {column!r} does not hold texts; name the one with the captions with --caption_column"
         )
-    return column
+    return pictures, column
 
 
 def _write(path: Path, picture: dict[str, Any] | None, caption: str | None, where: str) -> None:

@@ -18,6 +18,8 @@ from ti_jax.embeddings import Embedding
 from ti_jax.embeddings.naming import load_given
 from ti_jax.embeddings.warn import capital_fault
 from ti_jax.errors import InputError
+from ti_jax.files import as_url
+from ti_jax.remote import local_copy, place_of
 from ti_jax.text.templates import CAPTION, load_templates
 from ti_jax.weights.hub import is_cached
 
@@ -57,8 +59,8 @@ def read_inputs(config: TrainConfig, log: LogLine) -> Inputs:
     report_repeats(picture_names, log)
     captions = {}
     if not config.no_captions:
-        captions = read_captions(folder, config.recursive, config.caption_column, config.templates)
-    report_captions(config, captions, picture_names, log)
+        captions = read_captions(folder, config.recursive, config.caption_column, _beside(config.templates))
+    report_captions(config, folder, captions, picture_names, log)
     templates = load_templates(config.learnable_property, config.templates)
     if not captions and all(CAPTION in template for template in templates):
         raise InputError(
@@ -77,7 +79,7 @@ def read_inputs(config: TrainConfig, log: LogLine) -> Inputs:
         pictures = load_pictures(config, folder, config.resolution, log)
         return Inputs(folder, captions, templates, others, start, pictures)
     model = config.pretrained_model_name_or_path
-    if model is not None and not Path(model).exists() and not is_cached(model, config.revision):
+    if model is not None and (as_url(model) or not (Path(model).exists() or is_cached(model, config.revision))):
         load_pictures(replace(config, aspect_ratio_buckets=False), folder, 8, lambda line: None)
     return Inputs(folder, captions, templates, others, start, None)
 
@@ -111,7 +113,12 @@ def _folder(config: TrainConfig) -> Path:
     if config.dataset_name is not None:
         return as_folder(config)
     assert config.train_data_dir is not None, "the config is resolved"
-    return Path(config.train_data_dir)
+    return local_copy(config.train_data_dir)
+
+
+def _beside(templates: str | None) -> Path | None:
+    """Where the file of templates is if it is in the folder of the pictures."""
+    return None if templates is None else place_of(templates)
 
 
 def load_pictures(config: TrainConfig, folder: Path, resolution: int, log: LogLine) -> Pictures:
@@ -124,7 +131,7 @@ def load_pictures(config: TrainConfig, folder: Path, resolution: int, log: LogLi
       InputError: as `ti_jax.data.folder.load_images`, `shapes_of` and `make_mask_reader`.
     """
     paths = picture_paths(folder, config.recursive)
-    return load_images(
+    pictures = load_images(
         folder,
         resolution,
         center_crop=config.center_crop,
@@ -135,6 +142,9 @@ def load_pictures(config: TrainConfig, folder: Path, resolution: int, log: LogLi
         augment=config.seed if config.augment else None,
         recursive=config.recursive,
     )
+    if config.unmasked_weight and all(each.masks is None for each in pictures.learned_from):
+        log(f"note: --unmasked_weight {config.unmasked_weight:g} does nothing, because no picture has a mask")
+    return pictures
 
 
 def _load_start(config: TrainConfig, log: LogLine) -> Embedding | None:

@@ -15,6 +15,7 @@ from PIL import Image
 from ti_jax.config import TrainConfig
 from ti_jax.data.reading import read_alpha, read_picture
 from ti_jax.errors import InputError, listed, one_line
+from ti_jax.remote import local_copy
 
 # After the name of a picture without its own suffix: ours, and OneTrainer's.
 SUFFIXES = (".mask.png", "-masklabel.png")
@@ -102,7 +103,7 @@ def make_mask_reader(config: TrainConfig, data: Path, pictures: Sequence[Path]) 
     Raises:
       InputError: no such ``--mask_dir`` or nothing in it belongs to a picture; `rembg` or its model is not there.
     """
-    folder = None if config.mask_dir is None else Path(config.mask_dir)
+    folder = None if config.mask_dir is None else local_copy(config.mask_dir)
     reader = MaskReader(folder, config.alpha_mask)
     if folder is not None:
         if not folder.is_dir():

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ti_jax.machine import cache_folder
+from ti_jax.cache import cache_folder
 from ti_jax.pipeline import StableDiffusion
 
 # 30,000 pictures at 512 pixels, mirror images included.

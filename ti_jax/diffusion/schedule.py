@@ -79,13 +79,22 @@ def alphas_cumprod(config: Mapping[str, Any]) -> np.ndarray:
     Betas are float32 and the cumulative product is accumulated in float64, as PyTorch does.
 
     Raises:
-      InputError: a beta schedule that is not implemented.
+      InputError: a beta schedule that is not implemented, or whose numbers cannot be.
     """
     steps = config.get("num_train_timesteps", 1000)
     kind = config.get("beta_schedule", "linear")
     start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
-    if config.get("trained_betas") is not None:
-        betas = np.asarray(config["trained_betas"], np.float32)
+    given = config.get("trained_betas")
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise InputError(f"scheduler_config.json: num_train_timesteps {steps!r}; expected a positive integer")
+    if given is not None:
+        if not isinstance(given, list) or not given or not all(map(_is_beta, given)):
+            raise InputError("scheduler_config.json: trained_betas; expected a list of numbers between 0 and 1")
+        betas = np.asarray(given, np.float32)
+    elif kind in ("linear", "scaled_linear") and not (_is_beta(start) and _is_beta(end)):
+        raise InputError(
+            f"scheduler_config.json: beta_start {start!r} and beta_end {end!r}; expected numbers between 0 and 1"
+        )
     elif kind == "linear":
         betas = _linspace(start, end, steps)
     elif kind == "scaled_linear":
@@ -105,6 +114,10 @@ def alphas_cumprod(config: Mapping[str, Any]) -> np.ndarray:
     if config.get("rescale_betas_zero_snr"):
         betas = _rescale_zero_terminal_snr(betas)
     return _cumulative(betas)
+
+
+def _is_beta(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 < value < 1
 
 
 def _linspace(start: float, end: float, steps: int) -> np.ndarray:

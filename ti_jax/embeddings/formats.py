@@ -14,6 +14,8 @@ from ti_jax.embeddings import a1111_format, bundle_formats, comfyui_format, diff
 from ti_jax.embeddings.containers import Content, read_content
 from ti_jax.embeddings.embedding import Embedding
 from ti_jax.errors import InputError
+from ti_jax.files import as_url
+from ti_jax.remote import Storage, local_copy
 
 
 @dataclass(frozen=True)
@@ -81,12 +83,13 @@ def render(embedding: Embedding, path: Path, format_name: str) -> dict[Path, byt
     raise InputError(f"unknown format {format_name!r} for a learned word; known are {', '.join(WRITTEN)}")
 
 
-def word_file(path: Path) -> Path:
-    """``path``; for a folder, the file in it that diffusers' scripts and our runs save the word in.
+def word_file(path: str | Path) -> Path:
+    """``path``; for a folder, the file in it that diffusers' scripts and our runs save the word in; for a URL, a copy.
 
     Raises:
       InputError: a folder without such a file.
     """
+    path = _copied(path)
     # Not Path's methods: they raise if the parent folder is not accessible.
     if not os.path.isdir(path):
         return path
@@ -96,12 +99,37 @@ def word_file(path: Path) -> Path:
     raise InputError(f"{path}: a folder without {' or '.join(diffusers_format.FILE_NAMES)}; give the file itself")
 
 
-def read(path: Path, token: str | None = None) -> Embedding:
+def _copied(path: str | Path) -> Path:
+    """The path itself; for a URL that of a copy, with the other half of an SDXL word beside it if there is one."""
+    url = as_url(path)
+    if url is None:
+        return Path(path)
+    storage = Storage(url)
+    if "" not in storage.listing():
+        halves = {each.name for name in diffusers_format.FILE_NAMES for each in _halves(Path(name))}
+        return local_copy(url, lambda names: [name for name in names if name in halves])
+    copy = local_copy(url)
+    for half in _halves(copy)[1:]:
+        beside = f"{url.rpartition('/')[0]}/{half.name}"
+        if Storage(beside).listing():
+            local_copy(beside)
+        else:
+            half.unlink(missing_ok=True)
+    return copy
+
+
+def _halves(path: Path) -> list[Path]:
+    """A word's file, and where its other half would be, whichever of the two it is."""
+    first = diffusers_format.first_path(path)
+    return [path, diffusers_format.second_path(path), *([] if first is None else [first])]
+
+
+def read(path: str | Path, token: str | None = None) -> Embedding:
     """Read a word from a file of any known format; see `Embedding.load`."""
     return read_as_found(path, token)[0]
 
 
-def read_as_found(path: Path, token: str | None = None) -> tuple[Embedding, Format, Content]:
+def read_as_found(path: str | Path, token: str | None = None) -> tuple[Embedding, Format, Content]:
     """As `read`, with the detected format and the file's contents."""
     path = word_file(path)
     content = read_content(path)

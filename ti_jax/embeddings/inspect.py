@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,11 @@ class Vocabulary:
     words: Sequence[str]
     table: np.ndarray
     usual_norm: float
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Norms of the words' rows, float32 [V]."""
+        return np.linalg.norm(self.table, axis=1)
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ class Report:
 
 def load_for_inspection(path: str | Path, token: str | None = None) -> Report:
     """Format, family and metadata of a file, without comparison; see `Embedding.load` for arguments and errors."""
-    path = word_file(Path(path))
+    path = word_file(path)
     embedding, form, content = read_as_found(path, token)
     encoders = {
         name: tuple(VectorReport(float(np.linalg.norm(row.astype(np.float64))), ()) for row in vectors)
@@ -123,7 +129,6 @@ def nearest_words(row: np.ndarray, vocabulary: Vocabulary, count: int) -> tuple[
     norm = np.linalg.norm(row)
     if norm == 0:
         return ()
-    lengths = np.maximum(np.linalg.norm(vocabulary.table, axis=1), 1e-12)
-    cosines = vocabulary.table @ (row / norm) / lengths
+    cosines = vocabulary.table @ (row / norm) / np.maximum(vocabulary.lengths, 1e-12)
     best = np.argsort(-cosines, kind="stable")[:count]
     return tuple((vocabulary.words[i], float(cosines[i])) for i in best)

@@ -50,7 +50,7 @@ def to_sdxl(
     Raises:
       InputError: a word that is not of SD1.x, a model that is not SDXL's, or a vector of zeros.
     """
-    _check_source(embedding, first.rows.shape[1], model)
+    check_source(embedding, first.rows.shape[1], model)
     vectors = embedding.vectors[FIRST]
     words = sorted(token for token in first.ids.keys() & second.ids.keys() if token.endswith("</w>"))
     words = [word for word in words if first.ids[word] < len(first.rows) and second.ids[word] < len(second.rows)]
@@ -77,10 +77,18 @@ def to_sd15(embedding: Embedding) -> Embedding:
     return Embedding(embedding.token, {FIRST: embedding.vectors[FIRST]}, _metadata(embedding, {}))
 
 
-def _check_source(embedding: Embedding, width: int, model: str) -> None:
+def check_source(embedding: Embedding, width: int | None, model: str) -> None:
+    """Refuse a word that is not of SD1.x.
+
+    Args:
+      width: numbers of a vector of the first text encoder of the SDXL model; None: not known yet. model: its name.
+
+    Raises:
+      InputError: it is of another family.
+    """
     if embedding.vectors.keys() != {FIRST}:
         raise InputError(f"{embedding.token} is for {_family(embedding)}; --to sdxl takes a word of SD1.x")
-    if embedding.dims[FIRST] != width:
+    if width is not None and embedding.dims[FIRST] != width:
         raise InputError(
             f"{embedding.token} is for {_family(embedding)}, and the first text encoder of {model} has {width} numbers "
             f"a vector: only SD1.x shares a text encoder with SDXL; learn the word again for SDXL"

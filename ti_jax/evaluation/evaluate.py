@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -21,10 +22,11 @@ from ti_jax.errors import InputError
 from ti_jax.evaluation.avatar_judge import FOLDER, Judge
 from ti_jax.evaluation.clip import CLIP, read_clip_config
 from ti_jax.evaluation.scores import CLIP_IMAGES, Scores, clip_scores, judge_scores
-from ti_jax.files import ensure_writable_folder, write_atomically
+from ti_jax.files import writable_folder, write_atomically
 from ti_jax.machine import explaining_out_of_memory
 from ti_jax.pipeline import StableDiffusion
 from ti_jax.pipeline.model_description import ModelDescription, open_model_of
+from ti_jax.remote import local_copy
 
 JUDGE_IMAGES = 4
 
@@ -123,7 +125,7 @@ def sampler_steps(config: TrainConfig) -> int:
 def check_measure(model: ModelDescription, clip: str | None) -> None:
     """Raise InputError if there is neither a CLIP model nor a judge for `load_measure`."""
     if clip is not None:
-        read_clip_config(Path(clip))
+        read_clip_config(local_copy(clip))
     elif not (model.path / FOLDER).is_dir():
         raise InputError(
             f"{model.name}: no judge comes with this model, so that scores need a CLIP model; give the folder of one "
@@ -138,7 +140,7 @@ def load_measure(model: ModelDescription, clip: str | None) -> CLIP | Judge:
       InputError: there is neither, or it cannot be read.
     """
     check_measure(model, clip)
-    return Judge.load(model.path) if clip is None else CLIP.from_pretrained(Path(clip))
+    return Judge.load(model.path) if clip is None else CLIP.from_pretrained(local_copy(clip))
 
 
 @explaining_out_of_memory("give a smaller --batch_size, or end other programs that use the device")
@@ -148,15 +150,18 @@ def evaluate(file: str, config: EvaluateConfig) -> Scores:
     Raises:
       InputError: something is wrong with the file, the pictures or the models.
     """
+    with contextlib.nullcontext() if config.output is None else writable_folder(Path(config.output).parent):
+        return _evaluate(file, config)
+
+
+def _evaluate(file: str, config: EvaluateConfig) -> Scores:
     assert config.num_inference_steps and config.guidance_scale is not None and config.train_data_dir, "it is resolved"
-    if config.output is not None:
-        ensure_writable_folder(Path(config.output).parent)
     (embedding,) = load_given([file])
     for remark in embedding.remarks:
         print(f"note: {file}: {remark}", file=sys.stderr)
-    folders = [Path(config.train_data_dir)]
+    folders = [local_copy(config.train_data_dir)]
     if config.distractors is not None:
-        folders += concept_folders(Path(config.distractors), besides=folders[0])
+        folders += concept_folders(local_copy(config.distractors), besides=folders[0])
     with open_model_of(config) as model:
         check_fits(embedding, model.embedding_dims, file)
         if (note := model.sampler_choice(config.scheduler).note) is not None:

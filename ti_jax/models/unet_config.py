@@ -157,7 +157,8 @@ class UNetConfig(Options):
 
     def check(self) -> None:
         """See `Options`."""
-        if not isinstance(self.block_out_channels, tuple) or not self.block_out_channels:
+        channels = self.block_out_channels
+        if not isinstance(channels, tuple) or not all(map(is_positive, channels)) or not channels:
             self.refuse("block_out_channels", "expected a list of positive integers")
         self._check_choices()
         self._check_numbers()
@@ -218,6 +219,8 @@ class UNetConfig(Options):
             value = getattr(self, option)
             if isinstance(value, tuple) and len(value) != levels:
                 self.refuse(option, f"expected {levels} entries, as many as block_out_channels has")
+            if "transformer" not in option and any(isinstance(each, tuple) for each in self._per_level(option)):
+                self.refuse(option, "expected a single value for each level")
         nested = any(isinstance(depth, tuple) for depth in self._per_level("transformer_layers_per_block"))
         if nested and self.reverse_transformer_layers_per_block is None:
             self.refuse("transformer_layers_per_block", "needs reverse_transformer_layers_per_block, too")

@@ -16,8 +16,10 @@ from ti_jax.config import ModelSettings, TrainConfig
 from ti_jax.diffusion.samplers import Sampler, SamplerChoice, choose_sampler, make_sampler
 from ti_jax.diffusion.schedule import NoiseSchedule
 from ti_jax.errors import InputError
+from ti_jax.models.components import TEXT_ENCODERS
 from ti_jax.models.networks import Networks, make_networks
 from ti_jax.ops.platform import Platform
+from ti_jax.remote import local_copy
 from ti_jax.text.text_encoders import PromptTokenizers
 from ti_jax.weights.hub import resolve
 from ti_jax.weights.sources import Source, open_source
@@ -151,7 +153,7 @@ def open_model(
     if dtype is None:
         dtype = Platform.of(jax.local_devices()[0]).dtype
     path = resolve(None if path_or_hub_id is None else str(path_or_hub_id), revision, variant, token)
-    with open_source(path, variant, prediction_type, vae=None if vae is None else Path(vae)) as source:
+    with open_source(path, variant, prediction_type, vae=None if vae is None else local_copy(vae)) as source:
         networks = make_networks(source.configs, dtype, clip_skip)
         _check_family(path, networks)
         model = OpenModel(
@@ -216,3 +218,15 @@ def _check_family(path: Path, networks: Networks) -> None:
             f"{path}: the UNet's addition_embed_type is {unet.addition_embed_type} with {len(text_encoders)} text "
             "encoder(s): Stable Diffusion XL has text_time and two, the others neither"
         )
+    if len(text_encoders) == 2:
+        assert unet.projection_class_embeddings_input_dim is not None and unet.addition_time_embed_dim is not None
+        pooled = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
+        second = text_encoders[TEXT_ENCODERS[1]].config
+        given = second.projection_dim if second.with_projection else second.hidden_size
+        if pooled != given:
+            raise InputError(
+                f"{path}: the UNet's projection_class_embeddings_input_dim is "
+                f"{unet.projection_class_embeddings_input_dim}, which with 6 times addition_time_embed_dim "
+                f"{unet.addition_time_embed_dim} leaves {pooled} for the pooled text, which {TEXT_ENCODERS[1]} gives "
+                f"{given} numbers of: parts of different models"
+            )

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from ti_jax.errors import InputError
+from ti_jax.remote import local_copy
 
 PLACEHOLDER, CAPTION = "{}", "{caption}"
 
@@ -87,7 +88,7 @@ def load_templates(learnable_property: str, templates_file: str | Path | None = 
         ``{}`` (given by its number), from which the word could not learn.
     """
     if templates_file is not None:
-        return _read_templates(Path(templates_file))
+        return _read_templates(local_copy(templates_file))
     if learnable_property not in TEMPLATES:
         raise InputError(f"learnable_property {learnable_property!r}: it must be {' or '.join(TEMPLATES)}")
     return list(TEMPLATES[learnable_property])

@@ -31,7 +31,8 @@ BATCH = 8  # prompts encoded at once; a fixed number, so that it compiles once
 
 
 @partial(jax.jit, static_argnums=0)
-def _encode(module: CLIPTextModel, params: Any, ids: jax.Array, rows: jax.Array) -> Any:
+def encode(module: CLIPTextModel, params: Any, ids: jax.Array, rows: jax.Array | None) -> Any:
+    """The `CLIPTextOutput` of ids int32 [B, L] with new words' rows float32 [n, D], compiled once for each shape."""
     with exact_products(module.dtype):
         return module.apply({"params": params}, ids, rows)
 
@@ -219,8 +220,8 @@ class TextEncoders(PromptTokenizers):
     def _hidden(self, name: str, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Ids int32 [B, L] and rows [n, D] -> hidden states that are passed to the UNet, float32 [B, L, D]."""
 
-        def encode(batch: np.ndarray) -> jax.Array:
-            output = _encode(self.modules[name], self.params[name], jnp.asarray(batch), jnp.asarray(rows))
+        def encode_batch(batch: np.ndarray) -> jax.Array:
+            output = encode(self.modules[name], self.params[name], jnp.asarray(batch), jnp.asarray(rows))
             return output.last_hidden_state if len(self.modules) == 1 else output.penultimate_hidden_state
 
-        return in_batches(encode, ids, BATCH)
+        return in_batches(encode_batch, ids, BATCH)

@@ -15,6 +15,7 @@ from ti_jax.training.job import Job
 from ti_jax.training.progress import ProgressSheet
 from ti_jax.training.report import Reporter
 from ti_jax.training.rows import row_figures
+from ti_jax.training.run_page import page_of
 from ti_jax.training.step import TrainState
 from ti_jax.training.validation import DRAWING_FAULTS
 
@@ -54,25 +55,32 @@ def make_actions(job: Job) -> Sequence[Action]:
         actions.append(Validate(job))
     if config.keep_best is not None:
         actions.append(Measure(job))
-    return [*actions, SaveCheckpoint(job)]
+    return [*actions, ShowReport(job), SaveCheckpoint(job)]
 
 
 class Timetable:
     """The steps at which the host is needed: at every action's interval, and every ``longest`` updates to log losses.
 
-    Also at ``stops``.
+    Also every ``watched`` steps (None: never), and at ``stops``.
 
     It depends on the actions and the config only, so that it is the same on every process.
     """
 
-    def __init__(self, actions: Sequence[Action], longest: int, total: int, stops: Sequence[int] = ()):
+    def __init__(
+        self,
+        actions: Sequence[Action],
+        longest: int,
+        total: int,
+        stops: Sequence[int] = (),
+        watched: int | None = None,
+    ):
         self._actions, self._longest, self._total, self._stops = actions, longest, total, stops
+        self._intervals = [longest, *(every for every in (watched, *(each.every for each in actions)) if every)]
 
     def next(self, step: int) -> int:
         """The first such step after ``step``, at most the last step of the run."""
-        intervals = [self._longest, *(action.every for action in self._actions if action.every is not None)]
         stops = (stop for stop in self._stops if stop > step)
-        return min(self._total, *((step // every + 1) * every for every in intervals), *stops)
+        return min(self._total, *((step // every + 1) * every for every in self._intervals), *stops)
 
     def logs(self, step: int) -> bool:
         """Whether the losses since the last such step are logged: every ``longest`` updates, at the end, and where the
@@ -88,10 +96,16 @@ class Timetable:
 
 
 class LogRows(Action):
-    """Logs each row's distance and cosine to its start, and its norm."""
+    """Logs each row's distance and cosine to its start, and its norm: enough for a curve, and whenever the run stops.
+
+    Its own stops are some of those at which the losses are logged, so that they split no dispatch.
+    """
+
+    POINTS = 50
 
     def __init__(self, job: Job):
-        super().__init__(job, every=None)
+        longest = job.builder.longest_chunk
+        super().__init__(job, every=longest * max(1, job.total // (self.POINTS * longest)))
 
     def __call__(self, step: int, state: TrainState, reporter: Reporter) -> None:
         """See `Action`."""
@@ -109,8 +123,8 @@ class SaveEmbedding(Action):
 
     def __call__(self, step: int, state: TrainState, reporter: Reporter) -> None:
         """See `Action`."""
-        for concept in self.job.concepts:
-            run_folder.save_embedding(concept.embedding(state.shown_rows, step), concept.folder, step)
+        for concept, embedding in zip(self.job.concepts, self.job.embeddings(state), strict=True):
+            run_folder.save_embedding(embedding, concept.folder, step)
 
     def done(self, step: int) -> bool:
         """See `Action`."""
@@ -127,7 +141,7 @@ class Validate(Action):
     def __call__(self, step: int, state: TrainState, reporter: Reporter) -> None:
         """See `Action`; a picture that cannot be drawn is a warning."""
         job = self.job
-        learned = job.embeddings(state.shown_rows, step)
+        learned = job.embeddings(state)
         for concept, sheet in zip(job.concepts, self._sheets, strict=True):
             with job.clock.phase("pictures"):
                 draw = partial(validation.save_validation, job.sd, concept, learned, step)
@@ -151,8 +165,8 @@ class Measure(Action):
     def __call__(self, step: int, state: TrainState, reporter: Reporter) -> None:
         """See `Action`; a failed measurement is a warning."""
         job = self.job
-        for concept, tracker in zip(job.concepts, job.trackers, strict=True):
-            measure = partial(tracker.measure, job.sd, concept.embedding(state.shown_rows, step), step)
+        for concept, embedding, tracker in zip(job.concepts, job.embeddings(state), job.trackers, strict=True):
+            measure = partial(tracker.measure, job.sd, embedding, step)
             with job.clock.phase("measure"):
                 scores = or_warn(f"{concept.token} at step {step}", measure, "measured")
             if scores is not None:
@@ -162,6 +176,19 @@ class Measure(Action):
     def done(self, step: int) -> bool:
         """See `Action`."""
         return all(tracker.last is not None and tracker.last[0] == step for tracker in self.job.trackers)
+
+
+class ShowReport(Action):
+    """Shows the words of now in ``report.html``, whenever the run stops for something else."""
+
+    def __init__(self, job: Job):
+        super().__init__(job, every=None)
+
+    def __call__(self, step: int, state: TrainState, reporter: Reporter) -> None:
+        """See `Action`; a page that cannot be made is a warning."""
+        page = page_of(self.job)
+        page.seen(self.job.embeddings(state))
+        page.refresh(step)
 
 
 class SaveCheckpoint(Action):

@@ -28,6 +28,7 @@ from ti_jax.config.fields import setting_of
 from ti_jax.errors import InputError, one_line
 from ti_jax.files import disk_errors
 from ti_jax.interrupts import whole
+from ti_jax.remote import local_copy
 from ti_jax.training.optimizer import state_with_counts, state_with_one_count
 from ti_jax.training.step import TrainState
 
@@ -106,8 +107,8 @@ def fingerprint(
         "embeddings": embeddings,
         "batch size on all devices": global_batch,
         **{name: getattr(config, name) for name in FIELDS},
-        "bucket_step": config.bucket_step if config.aspect_ratio_buckets else None,
-        "max_aspect_ratio": config.max_aspect_ratio if config.aspect_ratio_buckets else None,
+        "bucket_step": config.bucket_step,  # None without buckets
+        "max_aspect_ratio": config.max_aspect_ratio,
         "lr_warmup_steps": None if config.lr_scheduler == "constant" else config.lr_warmup_steps,
         "lr_num_cycles": config.lr_num_cycles if config.lr_scheduler == "cosine_with_restarts" else None,
         "max_train_steps": None if constant else total_steps,
@@ -154,7 +155,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         contents = ocp.args.Composite(
-            state=ocp.args.StandardSave(jax.device_get(state._asdict())), identity=ocp.args.JsonSave(self.identity)
+            state=ocp.args.StandardSave(jax.device_get(_parts(state))), identity=ocp.args.JsonSave(self.identity)
         )
         with disk_errors(self.folder), whole():
             # Orbax's threads print tracebacks if the disk is full, so check before they start.
@@ -202,7 +203,7 @@ class Checkpoints:
         return sorted(int(path.name) for path in self.folder.glob("[0-9]*") if path.name.isdigit() and path.is_dir())
 
     def _checkpoint_folder(self, wanted: str) -> Path:
-        folder = Path(wanted)
+        folder = local_copy(wanted)
         if folder.name.isdigit() and folder.is_dir():
             return folder.absolute()
         found = self._steps()
@@ -221,7 +222,7 @@ class Checkpoints:
                 wanted = like = jax.device_get(like)
                 if "counts" not in found:
                     wanted = like._replace(opt_state=state_with_one_count(like.opt_state))
-                shapes = ocp.args.StandardRestore(wanted._asdict())
+                shapes = ocp.args.StandardRestore(_parts(wanted))
                 state = TrainState(**manager.restore(int(where.name), args=ocp.args.Composite(state=shapes))["state"])
                 if "counts" not in found:
                     state = state._replace(opt_state=state_with_counts(state.opt_state, like.opt_state))
@@ -259,6 +260,11 @@ class Checkpoints:
         """Close Orbax's manager."""
         if "_manager" in vars(self):
             self._manager.close()
+
+
+def _parts(state: TrainState) -> dict[str, Any]:
+    """What is saved of a state: a part that a run does not have is in no checkpoint of it."""
+    return {name: part for name, part in state._asdict().items() if part is not None}
 
 
 def _options(limit: int | None, read_only: bool = False) -> ocp.CheckpointManagerOptions:

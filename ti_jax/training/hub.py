@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 from ti_jax.config import TrainConfig
+from ti_jax.config.concepts import slug
 from ti_jax.embeddings import Embedding
 from ti_jax.embeddings.embedding import NEGATIVE_CLASS
+from ti_jax.embeddings.families import family_of
+from ti_jax.embeddings.formats import render
 from ti_jax.errors import InputError, one_line, utf8
-from ti_jax.files import write_atomically
+from ti_jax.files import as_url, write_atomically
 from ti_jax.training.run_folder import ONE_FILE
+from ti_jax.training.uses import base_of, diffusers_code
 from ti_jax.training.validation import OVERVIEW_COLUMNS
 from ti_jax.words import fill
 
 # Not config.yaml, which has the paths of this machine.
-_UPLOADED = ["learned_embeds*.safetensors", "overview.png", "samples/*.png", "README.md"]
+_UPLOADED = (
+    "learned_embeds*.safetensors", "overview.png", "progress.png", "samples/*.png", "report.html", "scores.json",
+    "README.md",
+)  # fmt: skip
+# Named by the word, which AUTOMATIC1111 and ComfyUI take from the file's name.
+_ALSO = {".safetensors": "comfyui", ".pt": "a1111", ".png": "card"}
 
 
 def open_repository(config: TrainConfig) -> Callable[[Path, Embedding], None]:
@@ -28,7 +38,7 @@ def open_repository(config: TrainConfig) -> Callable[[Path, Embedding], None]:
     Raises:
       InputError: no token, no right to the repository, or no network.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import (
         HFValidationError,
         HTTPError,  # of the HTTP library that huggingface_hub uses
@@ -51,10 +61,9 @@ def open_repository(config: TrainConfig) -> Callable[[Path, Embedding], None]:
         card = model_card(config, embedding, repository, folder)
         write_atomically(folder / "README.md", utf8(card).encode())
         try:
-            api.upload_folder(
+            api.create_commit(
                 repo_id=repository,
-                folder_path=folder,
-                allow_patterns=_UPLOADED,
+                operations=[CommitOperationAdd(name, content) for name, content in _files(folder, embedding).items()],
                 commit_message=f"{embedding.token}: {embedding.metadata['steps']} steps",
             )
         except refusals as error:
@@ -66,6 +75,42 @@ def open_repository(config: TrainConfig) -> Callable[[Path, Embedding], None]:
     return push
 
 
+def _files(folder: Path, embedding: Embedding) -> dict[str, Path | bytes]:
+    """What is uploaded, by its name in the repository: files of the run, and the word in the other formats."""
+    found = (path for pattern in _UPLOADED for path in sorted(folder.glob(pattern)) if path.is_file())
+    files: dict[str, Path | bytes] = {path.relative_to(folder).as_posix(): path for path in found}
+    return files | in_all_formats(embedding)
+
+
+def in_all_formats(embedding: Embedding) -> dict[str, bytes]:
+    """Files of a word that AUTOMATIC1111 and ComfyUI know by its own name; none for a model that they do not know.
+
+    ``.pt`` needs PyTorch, and is left out without it; SDXL has no other format than ``.safetensors``.
+    """
+    files: dict[str, bytes] = {}
+    if family_of(embedding.dims) is None:
+        return files
+    for suffix, form in _ALSO.items():
+        with contextlib.suppress(InputError):
+            rendered = render(embedding, Path(f"{slug(embedding.token)}{suffix}"), form)
+            files |= {path.name: content for path, content in rendered.items()}
+    return files
+
+
+def _in_other_programs(embedding: Embedding) -> str:
+    """The card's lines on AUTOMATIC1111 and ComfyUI; none for a model that they do not know."""
+    if family_of(embedding.dims) is None:
+        return ""
+    name = slug(embedding.token)
+    where = "the prompt" if NEGATIVE_CLASS not in embedding.metadata else "the negative prompt"
+    return f"""
+| program | put `{name}.safetensors` into | write in {where} |
+|---|---|---|
+| AUTOMATIC1111, Forge | `embeddings/` | `{name}` |
+| ComfyUI | `models/embeddings/` | `embedding:{name}` |
+"""
+
+
 def model_card(config: TrainConfig, embedding: Embedding, repository: str, folder: Path) -> str:
     """The README.md of a pushed word, with the hub's front matter.
 
@@ -75,26 +120,15 @@ def model_card(config: TrainConfig, embedding: Embedding, repository: str, folde
     """
     base = embedding.metadata["base_model"]
     model = config.pretrained_model_name_or_path
-    is_local = model is None or Path(model).exists()
+    is_local = model is None or as_url(model) is not None or Path(model).exists()
     start = embedding.metadata.get("initializer_token")
     start = (
         f'"{start}"' if start else f"another learned word, `{Path(embedding.metadata['initializer_embedding']).name}`"
     )
     sdxl = len(embedding.vectors) > 1
-    kind = "StableDiffusionXLPipeline" if sdxl else "StableDiffusionPipeline"
-    loader = "from_single_file" if model is not None and Path(model).is_file() else "from_pretrained"
-    skip = f", clip_skip={config.clip_skip}" if config.clip_skip else ""
-    second = f"""
-pipe.load_textual_inversion(
-    "{repository}",
-    weight_name="learned_embeds_2.safetensors",
-    text_encoder=pipe.text_encoder_2,
-    tokenizer=pipe.tokenizer_2,
-)"""
     subject = embedding.metadata.get(NEGATIVE_CLASS)
-    example = f'"a picture of {embedding.token}"'
-    if subject is not None:
-        example = f'"a picture of {subject}", negative_prompt="{embedding.token}"'
+    example = fill("a picture of {}", subject or embedding.token)
+    code = diffusers_code(embedding, example, repository, base_of(config, base))
     kind_of_word = "word" if subject is None else "word for negative prompts"
     one_file = f"\nAUTOMATIC1111 and ComfyUI read `{ONE_FILE}` instead of the two.\n"
     return f"""---
@@ -106,13 +140,9 @@ A {kind_of_word} for Stable Diffusion ({base}), learned with Textual Inversion: 
 {embedding.num_vectors} row(s) of the token-embedding table, starting from {start}.
 
 ```python
-from diffusers import {kind}
-
-pipe = {kind}.{loader}("{f"path/to/{base}" if is_local else base}")
-pipe.load_textual_inversion("{repository}", weight_name="learned_embeds.safetensors"){second if sdxl else ""}
-pipe({example}{skip}).images[0].save("out.png")
+{code}
 ```
-{one_file if sdxl else ""}
+{one_file if sdxl else ""}{_in_other_programs(embedding)}
 ![what the word draws](overview.png)
 """
 

@@ -9,9 +9,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -24,8 +26,7 @@ from ti_jax.data.moments_cache import open_cache
 from ti_jax.data.on_demand import digest_of_all
 from ti_jax.diffusion.losses import Objective
 from ti_jax.embeddings import Embedding
-from ti_jax.files import ensure_writable_folder
-from ti_jax.models.networks import Rows
+from ti_jax.files import writable_folder
 from ti_jax.ops.platform import Platform
 from ti_jax.pipeline import StableDiffusion
 from ti_jax.pipeline.model_description import open_model_of
@@ -38,10 +39,16 @@ from ti_jax.training.mixing import Mixing, mixing_of
 from ti_jax.training.multihost import is_leader
 from ti_jax.training.optimizer import make_optimizer, warmup_note
 from ti_jax.training.parallel import make_mesh, replicate, without_copies
+from ti_jax.training.plateau import no_watch
+from ti_jax.training.remote_folder import RemoteFolder
 from ti_jax.training.rows import usual_norms
 from ti_jax.training.step import StepInputs, TrainState
+from ti_jax.training.terms import Terms
 from ti_jax.training.validation import check_pictures_to_draw
 from ti_jax.training.wandb_board import check_wandb
+
+if TYPE_CHECKING:
+    from ti_jax.training.run_page import RunPage
 
 
 class Clock:
@@ -75,6 +82,8 @@ class Job:
       usual_norms: median norm of the frozen token embeddings, by text encoder.
       checkpoints: on the leader process only. So are the next two, one for each concept if the config asks for them:
       trackers: of scores. pushes: upload a concept's folder with its word.
+      remote: where the folder is behind a URL, the leader's own; None: it is here.
+      page: on the leader process, from the time on when the run begins to write into its folder.
     """
 
     config: TrainConfig
@@ -92,7 +101,9 @@ class Job:
     checkpoints: Checkpoints | None
     trackers: tuple[ScoreTracker, ...]
     pushes: tuple[Callable[[Path, Embedding], None], ...]
+    remote: RemoteFolder | None
     clock: Clock = field(default_factory=Clock)
+    page: RunPage | None = None
 
     @property
     def mesh(self) -> Mesh:
@@ -108,14 +119,27 @@ class Job:
         """Before the names of a concept's figures in the run's logs; one that is alone needs none."""
         return f"{concept.folder.name}/" if len(self.concepts) > 1 else ""
 
-    def embeddings(self, rows: Rows, step: int) -> tuple[Embedding, ...]:
-        """The words of all concepts with the rows of ``step``."""
-        return tuple(concept.embedding(rows, step) for concept in self.concepts)
+    def embeddings(self, state: TrainState) -> tuple[Embedding, ...]:
+        """The words of all concepts; one that ``--early_stop`` has ended is that of the step where it ended."""
+        rows, steps = state.shown_rows, [int(state.step)] * len(self.concepts)
+        if state.watch is not None:
+            ends = np.asarray(state.watch.stopped).tolist()
+            steps = [step if end < 0 else end for step, end in zip(steps, ends, strict=True)]
+        return tuple(concept.embedding(rows, step) for concept, step in zip(self.concepts, steps, strict=True))
+
+    def send(self, must: bool = False) -> None:
+        """Send what is new in the folder, where that is behind a URL.
+
+        Args:
+          must: what cannot be sent is an error, and not tried again later.
+        """
+        if self.remote is not None:
+            self.remote.send(must)
 
     def save_words(self, state: TrainState) -> None:
         """Write the words of all concepts."""
-        for concept in self.concepts:
-            run_folder.save_embedding(concept.embedding(state.shown_rows, int(state.step)), concept.folder)
+        for concept, embedding in zip(self.concepts, self.embeddings(state), strict=True):
+            run_folder.save_embedding(embedding, concept.folder)
 
     @property
     def fingerprint(self) -> dict:
@@ -129,7 +153,7 @@ class Job:
             dtype=self.sd.dtype,
             pictures=digest_of_all([each.pixels for each in pictures]),
             masks=digest_of_masks(pictures),
-            prompts=[prompt for concept in self.concepts for prompt in concept.prompts],
+            prompts=[prompt for concept in self.concepts for prompt in concept.learned_with],
             prompt_counts={int(count) for each in self.concepts for count in (each.prompts_of >= 0).sum(axis=1)},
             shown=hash_of_what_is_shown(self.concepts),
             words=first.words,
@@ -145,7 +169,11 @@ class Job:
 
 
 def prepare(
-    config: TrainConfig, devices: Sequence[jax.Device] | None, sharing: int, holding: contextlib.ExitStack
+    config: TrainConfig,
+    devices: Sequence[jax.Device] | None,
+    sharing: int,
+    holding: contextlib.ExitStack,
+    remote: RemoteFolder | None = None,
 ) -> Job:
     """Load, check and build everything that the run needs, cheapest checks first. Nothing in the folder is changed.
 
@@ -154,6 +182,7 @@ def prepare(
     Args:
       config: resolved. devices: to train on; None: all. sharing: number of devices that share ``train_batch_size``.
       holding: receives the contexts to keep open until the run ends: the folder's lock and the checkpoints.
+      remote: what is behind the URL that was given for ``output_dir``, which is here now.
 
     Raises:
       InputError: something in the config, the pictures or the model is wrong.
@@ -167,8 +196,10 @@ def prepare(
     if is_leader():
         for each in run_folder.folders(folder, configs):
             if each == folder or each.exists():
-                ensure_writable_folder(each)
+                holding.enter_context(writable_folder(each))
                 holding.enter_context(run_folder.locked(each))
+                if remote is not None and each == folder:
+                    holding.enter_context(remote.opened())
                 run_folder.check_free(each)
     mesh = make_mesh(devices)
     assert config.train_batch_size is not None, "the config is resolved"
@@ -205,6 +236,7 @@ def prepare(
             row_mask={name: jnp.asarray(mask) for name, mask in concepts[0].row_mask.items()},
             key=jax.random.key(config.seed),
             objective=Objective.of(config, sd.schedule),
+            terms=Terms.of(concepts, sd),
         ),
         mesh,
     )
@@ -217,7 +249,8 @@ def prepare(
     drawn_with = jax.tree.map(lambda leaf: leaf.addressable_data(0), shared.params)
     sd = dataclasses.replace(sd, params={**sd.params, **drawn_with})
     rows = {name: jnp.asarray(value) for name, value in concepts[0].rows.items()}
-    start = jax.device_get(TrainState(rows, optimizer.init(rows), jnp.int32(0), jnp.bool_(True)))
+    watch = no_watch(len(next(iter(rows.values()))), len(concepts)) if config.early_stop else None
+    start = jax.device_get(TrainState(rows, optimizer.init(rows), jnp.int32(0), jnp.bool_(True), watch))
     builder = StepBuilder(
         sd.networks,
         optimizer,
@@ -233,7 +266,7 @@ def prepare(
         holding.enter_context(contextlib.closing(checkpoints))
     return Job(
         config, folder, sd, concepts, mixing, frozen, order, start, builder, schedule, total, usual_norms(sd),
-        checkpoints, trackers, pushes, clock,
+        checkpoints, trackers, pushes, remote, clock,
     )  # fmt: skip
 
 
@@ -265,9 +298,8 @@ def _resume(job: Job) -> tuple[TrainState, Checkpointing | None]:
     else:
         multihost.log_leader(f"resuming at step {int(restored.step)} of {job.total}")
     state = jax.device_get(job.start if restored is None else restored)
-    step = int(state.step)
-    for concept, tracker in zip(job.concepts, job.trackers, strict=bool(job.trackers)):
-        tracker.resume(concept.embedding(state.shown_rows, step), step)
+    for embedding, tracker in zip(job.embeddings(state), job.trackers, strict=bool(job.trackers)):
+        tracker.resume(embedding, int(state.step))
     return state, job.checkpoints.identity["gradient_checkpointing"]
 
 

@@ -23,19 +23,25 @@ from ti_jax.embeddings import Embedding
 from ti_jax.errors import InputError, listed
 from ti_jax.files import write_atomically
 from ti_jax.machine import enable_compilation_cache, free_memory
+from ti_jax.remote import as_given
 from ti_jax.training import multihost, run_folder, validation
 from ti_jax.training.actions import Action, Timetable, make_actions, or_warn, save_state
 from ti_jax.training.chips import peak_flops
 from ti_jax.training.compile import CompiledStep, checked, compile_fitting
 from ti_jax.training.cpu_devices import use_cores
+from ti_jax.training.early_stop import EarlyStop, compile_early_stop
 from ti_jax.training.feeding import WINDOWS, Feeder, bytes_of, feeds, placed, without_moments
 from ti_jax.training.flops import batch_flops
 from ti_jax.training.job import Job, agree, prepare
 from ti_jax.training.multihost import StopRequests, all_or_raise, is_leader, on_leader
+from ti_jax.training.pace import Pace
 from ti_jax.training.parallel import replicate
+from ti_jax.training.plateau import Seen
 from ti_jax.training.profiling import Profiler
+from ti_jax.training.remote_folder import RemoteFolder
 from ti_jax.training.report import Reporter, Work, print_row_figures
 from ti_jax.training.rows import row_figures
+from ti_jax.training.run_page import RunPage, page_of
 from ti_jax.training.step import StepInputs, TrainState
 
 
@@ -45,9 +51,11 @@ class TrainResult:
 
     Attributes:
       embeddings: the learned words. losses: float32, one for each update (after resuming: those made since).
-      output_dir: the run's folder.
+      output_dir: the run's folder; where ``--output_dir`` is a URL, the one here that is sent there.
       seconds: wall time of each phase: "load", "encode", "compile", "train", "measure", "pictures".
       interrupted: the run was stopped early (Ctrl-C, SIGTERM, SIGHUP), after saving a checkpoint.
+      early_stops: by token, the step at which ``--early_stop`` ended a word; one that learned to the last step is not
+        in it.
     """
 
     embeddings: tuple[Embedding, ...]
@@ -55,6 +63,7 @@ class TrainResult:
     output_dir: Path
     seconds: dict[str, float]
     interrupted: bool = False
+    early_stops: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def embedding(self) -> Embedding:
@@ -79,13 +88,16 @@ def train(config: TrainConfig, devices: Sequence[jax.Device] | None = None) -> T
     """
     config = resolve(config)
     cores = use_cores(config) if devices is None else None
+    remote = RemoteFolder.of(config.output_dir)
+    if remote is not None:
+        config = dataclasses.replace(config, output_dir=str(remote.folder))
     multihost.join(config)
     enable_compilation_cache()
     sharing = 1
     if cores is not None and jax.default_backend() == "cpu":
         devices, sharing = jax.devices()[:cores], cores
     with multihost.in_step(), contextlib.ExitStack() as holding:
-        job = agree(all_or_raise(lambda: prepare(config, devices, sharing, holding)))
+        job = agree(all_or_raise(lambda: prepare(config, devices, sharing, holding, remote)))
         return run(job, compile_step(job))
 
 
@@ -159,32 +171,43 @@ def _compile_all(job: Job, inputs: Sequence[tuple[StepInputs, Feeder | None]], f
 
 
 def run(job: Job, steps: Sequence[Step]) -> TrainResult:
-    """Train to the last step, or until a stop is requested; then save the word and draw the overview."""
+    """Train to the last step, or until a stop is requested; then save the word and draw the overview.
+
+    With ``--early_stop`` the last step of a word is the one where its loss has stopped falling, if that comes first.
+    """
+    summary = _summary(job, steps[0].compiled.gradient_checkpointing)
+    with job.clock.phase("compile"):
+        early_stop = all_or_raise(lambda: compile_early_stop(job, steps[0].frozen))
     # Save the policy that was chosen: with other free memory another one would be.
     config = dataclasses.replace(job.config, gradient_checkpointing=steps[0].compiled.gradient_checkpointing)
     # Earlier results are moved only now that all input has been checked: a mistyped command must not displace them.
     on_leader(lambda: _open_folder(config, job))
-    multihost.log_leader(_summary(job, steps[0].compiled.gradient_checkpointing))
+    multihost.log_leader(summary)
+    job = dataclasses.replace(job, config=config)
+    if is_leader():
+        job = dataclasses.replace(job, page=RunPage(job))
     # With several processes an action runs on all or none of them, so that a stop waits for its end.
     with interrupts.deferred(abandon=jax.process_count() == 1):
-        state, losses, stopped = _loop(job, steps)
+        state, losses, stopped = _loop(job, steps, early_stop)
         embeddings, finished = on_leader(lambda: _finish(job, state, stopped))
-    return TrainResult(embeddings, np.asarray(losses, np.float32), job.folder, job.clock.seconds, not finished)
+    ends = {} if early_stop is None else early_stop.stops
+    return TrainResult(embeddings, np.asarray(losses, np.float32), job.folder, job.clock.seconds, not finished, ends)
 
 
-def _loop(job: Job, steps: Sequence[Step]) -> tuple[TrainState, list[float], bool]:
+def _loop(job: Job, steps: Sequence[Step], early_stop: EarlyStop | None) -> tuple[TrainState, list[float], bool]:
     """Run the updates and the actions between them; returns (state, losses, stopped before the end)."""
     state, now = replicate(job.start, job.mesh), int(job.start.step)
     actions = make_actions(job)
     profiled = job.config.profile_steps
-    timetable = Timetable(actions, job.builder.longest_chunk, job.total, profiled or ())
+    watched = None if early_stop is None else early_stop.every
+    timetable = Timetable(actions, job.builder.longest_chunk, job.total, profiled or (), watched)
     profiler = Profiler(profiled if is_leader() else None, job.folder / job.config.logging_dir)
     pace, losses, unlogged = Pace(job.builder.longest_chunk), [], []
     reporter = all_or_raise(
         lambda: Reporter(job.config, job.folder, now, job.total, work_of(job)) if is_leader() else None
     )
 
-    def read(start: int, end: int, chunk: jax.Array, dispatched: float) -> None:
+    def read(start: int, end: int, chunk: jax.Array, dispatched: float, seen: Seen | None) -> None:
         """Wait for a chunk's losses, and log them at the steps of the timetable."""
         values = np.asarray(chunk)[: end - start].tolist()
         if not np.isfinite(values).all():
@@ -197,30 +220,40 @@ def _loop(job: Job, steps: Sequence[Step]) -> tuple[TrainState, list[float], boo
             reporter.progress(len(values))
         if timetable.logs(end):
             log(end)
+        if early_stop is not None and seen is not None:
+            early_stop.read(seen, end, reporter)
+
+    def ended() -> bool:
+        return early_stop is not None and early_stop.ended
 
     def log(step: int) -> None:
         """Log the losses of the updates up to ``step`` that are not logged yet."""
         if reporter is not None and unlogged:
             rate = float(job.schedule(job.mixing.updates(step - 1)))
             reporter.chunk(step, list(unlogged), rate, job.samples_per_step * len(unlogged))
+            page_of(job).refresh(step)
         unlogged.clear()
 
     pending = None  # the chunk whose losses are read after the next one is dispatched, so that the device never waits
-    # On a CPU a dispatch may wait for the one before it and for its own end: the losses of both would be read together,
-    # and the second seem to have taken no time.
-    reads_first = job.mesh.devices.flat[0].platform == "cpu"
+    reads_first = _reads_first(job)
     stopping, requests = False, StopRequests()
     with contextlib.ExitStack() as closing:
         if reporter is not None:
             closing.enter_context(contextlib.closing(reporter))
         closing.callback(profiler.close)
         if now:
-            on_leader(partial(_act, [each for each in timetable.due(now) if not each.done(now)], now, state, reporter))
-        while now < job.total and not stopping:
+            left = [each for each in timetable.due(now) if not each.done(now)]
+            on_leader(partial(_act, job, left, now, state, reporter))
+        if early_stop is not None and not early_stop.begun:
+            state, first = early_stop.observe(state)
+            early_stop.read(first, now, reporter)
+        while now < job.total and not stopping and not ended():
             if pending is not None and reads_first:
                 with job.clock.phase("train"):
                     read(*pending)
                 pending = None
+                if ended():
+                    break
             most = min(timetable.next(now) - now, pace.steps)
             bucket, turn, count = (0, now, most) if job.order is None else job.order.next(now, most)
             step = steps[bucket]
@@ -236,11 +269,17 @@ def _loop(job: Job, steps: Sequence[Step]) -> tuple[TrainState, list[float], boo
                 dispatched = time.perf_counter()
                 with profiler.step(now), jax.transfer_guard("disallow"):  # everything is on the devices already
                     state, chunk = step.compiled.program(step.frozen, state, number, *given)
+                    seen = None
+                    if early_stop is not None and end % early_stop.every == 0:
+                        state, seen = early_stop.observe(state)
                 if step.feeder is not None:
                     step.feeder.ahead(turn)
                 if pending is not None:
                     read(*pending)
-            pending, now = (now, end, chunk, dispatched), end
+                    if ended():  # so that what was just dispatched did nothing
+                        pending = None
+                        break
+            pending, now = (now, end, chunk, dispatched, seen), end
             due = timetable.due(now)
             if due or now == job.total or now in (profiled or ()):
                 with job.clock.phase("train"):
@@ -248,7 +287,7 @@ def _loop(job: Job, steps: Sequence[Step]) -> tuple[TrainState, list[float], boo
                 pending = None
                 profiler.reached(now)
             if due:
-                on_leader(partial(_act, due, now, state, reporter))
+                on_leader(partial(_act, job, due, now, state, reporter))
             stopping = requests.received(interrupts.requested())
         if pending is not None:
             read(*pending)
@@ -256,7 +295,16 @@ def _loop(job: Job, steps: Sequence[Step]) -> tuple[TrainState, list[float], boo
         on_leader(partial(save_state, job, state))
         if stopping and reporter is not None:
             reporter.print_line(f"asked to stop: a checkpoint of step {now} is saved")
-    return state, losses, now < job.total
+    return state, losses, now < job.total and not ended()
+
+
+def _reads_first(job: Job) -> bool:
+    """Whether a chunk's losses are read before the next one is dispatched.
+
+    On a CPU a dispatch may wait for the one before it and for its own end: the losses of both would be read together,
+    and the second seem to have taken no time.
+    """
+    return job.mesh.devices.flat[0].platform == "cpu"
 
 
 def work_of(job: Job) -> Work | None:
@@ -273,39 +321,13 @@ def work_of(job: Job) -> Work | None:
     return Work(flops * builder.accumulation, peak)
 
 
-class Pace:
-    """Chooses the updates per dispatch, so that one takes about a second: a request to stop waits no longer.
-
-    Results do not depend on how the updates are split into dispatches. Several processes use the slowest one's number.
-    """
-
-    SECONDS = 1.0
-
-    def __init__(self, longest: int):
-        self.steps, self._longest = 1, longest
-        self._settled = False
-        self._last_read = 0.0
-
-    def measured(self, steps: int, dispatched: float) -> None:
-        """Record that a chunk of ``steps`` is done; it began when it was ``dispatched``, or after the one before."""
-        now = time.perf_counter()
-        seconds = now - max(dispatched, self._last_read)
-        self._last_read = now
-        if self._settled:
-            return
-        wanted = min(max(1, int(steps * self.SECONDS / seconds)), 2 * self.steps, self._longest)
-        agreed = int(multihost.smallest(wanted) or 1)
-        # Agreeing costs the processes a round trip: stop once the number no longer grows.
-        self._settled = jax.process_count() > 1 and (agreed <= self.steps or agreed == self._longest)
-        self.steps = agreed
-
-
 def _open_folder(config: TrainConfig, job: Job) -> None:
     assert job.checkpoints is not None, "only the leader process has them"
     job.checkpoints.identity["gradient_checkpointing"] = config.gradient_checkpointing
     resume_at = None if config.resume_from_checkpoint is None else int(job.start.step)
     run_folder.prepare(job.folder, resume_at, [each.folder for each in job.concepts if each.folder != job.folder])
-    write_atomically(job.folder / "config.yaml", dump_yaml(config).encode())
+    write_atomically(job.folder / "config.yaml", as_given(dump_yaml(config)).encode())
+    job.send(must=True)
 
 
 def _summary(job: Job, policy: Checkpointing) -> str:
@@ -324,12 +346,13 @@ def _summary(job: Job, policy: Checkpointing) -> str:
     )
 
 
-def _act(due: Sequence[Action], step: int, state: TrainState, reporter: Reporter | None) -> None:
+def _act(job: Job, due: Sequence[Action], step: int, state: TrainState, reporter: Reporter | None) -> None:
     """Run the actions of a step. Those skipped by a request to stop are run when the run resumes there."""
     assert reporter is not None, "only the leader process has one"
     with contextlib.suppress(interrupts.Interrupted):
         for action in due:
             action(step, state, reporter)
+    job.send()
     reporter.pause()
 
 
@@ -337,6 +360,8 @@ def _give_up(job: Job, state: TrainState) -> None:
     """Save the last finite rows, and end the run because its loss is not finite."""
     good = int(state.step)
     job.save_words(state)
+    page_of(job).finish(job.embeddings(state), good, f"ended at step {good + 1}: the loss became non-finite")
+    job.send()
     files = listed([str(concept.folder / run_folder.EMBEDDING_FILE) for concept in job.concepts], 3)
     raise InputError(
         f"the loss became non-finite at step {good + 1}; the rows of step {good} are saved in {files}: use a lower "
@@ -351,7 +376,8 @@ def _finish(job: Job, state: TrainState, stopped: bool) -> tuple[tuple[Embedding
       The final words, and whether everything was done.
     """
     last = int(state.step)
-    embeddings = job.embeddings(state.shown_rows, last)
+    job.send()
+    embeddings = job.embeddings(state)
     for concept in job.concepts:
         print_row_figures(row_figures(concept, state.shown_rows, job.usual_norms), last, job.prefix(concept))
     try:
@@ -361,6 +387,7 @@ def _finish(job: Job, state: TrainState, stopped: bool) -> tuple[tuple[Embedding
                 with job.clock.phase("pictures"):
                     draw = partial(validation.save_overview, job.sd, concept, embeddings)
                     or_warn(f"the overview of {concept.token}", draw)
+            page_of(job).finish(embeddings, last, "finished")  # before an upload, which may fail
             for concept, push, embedding in zip(job.concepts, job.pushes, embeddings, strict=bool(job.pushes)):
                 interrupts.interruptible(partial(push, concept.folder, embedding))
     except interrupts.Interrupted:
@@ -368,6 +395,9 @@ def _finish(job: Job, state: TrainState, stopped: bool) -> tuple[tuple[Embedding
         multihost.log_leader(
             "stopped after the last step: --resume_from_checkpoint latest does what is left (scores, overview, upload)"
         )
+    if stopped:
+        page_of(job).finish(embeddings, last, f"stopped at step {last} of {job.total}")
+    job.send(must=True)
     phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in job.clock.seconds.items())
     for concept, embedding in zip(job.concepts, embeddings, strict=True):
         if len(embedding.vectors) > 1:
@@ -377,7 +407,7 @@ def _finish(job: Job, state: TrainState, stopped: bool) -> tuple[tuple[Embedding
             )
         file = concept.folder / run_folder.EMBEDDING_FILE
         end = f" ({phases})" if concept is job.concepts[-1] else ""
-        multihost.log_leader(f"{file}: {embedding.token} after {last} steps{end}")
+        multihost.log_leader(f"{file}: {embedding.token} after {embedding.metadata['steps']} steps{end}")
     return embeddings, not stopped
 
 

@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 from ti_jax.config import TrainConfig
 from ti_jax.errors import InputError, OutOfStep, one_line, utf8
 from ti_jax.machine import explaining_out_of_memory
+from ti_jax.remote import as_given
 from ti_jax.training.launchers import find_launch
 
 T = TypeVar("T")
@@ -122,7 +123,7 @@ def is_leader() -> bool:
 def log_leader(text: str) -> None:
     """Print a line on stderr, on the leader process only."""
     if is_leader():
-        print(text, file=sys.stderr)
+        print(as_given(text), file=sys.stderr)
 
 
 def all_or_raise(make: Callable[[], T]) -> T:

@@ -15,6 +15,9 @@ from ti_jax.config import TrainConfig
 from ti_jax.config.rates import Rates
 from ti_jax.models.networks import Rows
 
+# Weight of the prior of `directional`: the authors' kappa.
+DIRECTION_PRIOR = 1e-4
+
 
 def learning_rate_schedule(config: TrainConfig, peak: float, total_steps: int) -> optax.Schedule:
     """Learning rate of each update, counted from 0.
@@ -149,8 +152,76 @@ def averaged(inner: optax.GradientTransformation, decay: float) -> optax.Gradien
     return optax.GradientTransformation(init, update)
 
 
+class NormState(NamedTuple):
+    """State of `with_norm`."""
+
+    inner: optax.OptState
+    norm: jax.Array  # the row's at the start
+
+
+def of_norm(row: jax.Array, norm: jax.Array) -> jax.Array:
+    """Rows [..., D] with this norm [...]."""
+    return row * (norm / jnp.linalg.norm(row, axis=-1))[..., None]
+
+
+def with_norm(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """``inner``, after whose updates the row is set to the norm that it started with.
+
+    Of schedule-free the average is set to it, and the sequence that is averaged; the row is between the two, where
+    the next gradient is taken.
+    """
+
+    def init(row: jax.Array) -> NormState:
+        return NormState(inner.init(row), jnp.linalg.norm(row))
+
+    def update(grad, state, row=None):
+        update, updated = inner.update(grad, state.inner, row)
+        if isinstance(updated, optax.contrib.ScheduleFreeState):
+            average = of_norm(optax.contrib.schedule_free_eval_params(updated, row + update), state.norm)
+            updated = updated._replace(z=of_norm(updated.z, state.norm))
+            now = updated.b1 * average + (1.0 - updated.b1) * updated.z
+        else:
+            now = of_norm(row + update, state.norm)
+        return now - row, NormState(updated, state.norm)
+
+    return optax.GradientTransformation(init, update)
+
+
+class DirectionState(NamedTuple):
+    """State of `directional`."""
+
+    start: jax.Array  # the row's direction at the start: of length 1
+    made: jax.Array  # int32: number of updates made
+
+
+def directional(schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Directional Textual Inversion (Kim et al. 2025, arXiv 2512.13672), to be wrapped in `with_norm`.
+
+    A row is ``m v`` with ``|v| = 1`` and a fixed m. The gradient with respect to v, of the loss and of the prior
+    ``-kappa v . start`` (von Mises-Fisher), is projected to the tangent space at v and divided by its length; v goes
+    against it by the learning rate, and `with_norm` brings it back to length 1. No momentum; held to the authors'
+    ``SphericalSGD`` with ``beta`` 0.
+    """
+
+    def init(row: jax.Array) -> DirectionState:
+        return DirectionState(row / jnp.linalg.norm(row), jnp.zeros((), jnp.int32))
+
+    def update(grad, state, row=None):
+        norm = jnp.linalg.norm(row)
+        direction = row / norm
+        grad = norm * grad - DIRECTION_PRIOR * state.start
+        grad = grad - jnp.vdot(grad, direction) * direction
+        step = schedule(state.made) * grad / (jnp.linalg.norm(grad) + 1e-8)
+        return -norm * step, state._replace(made=state.made + 1)
+
+    return optax.GradientTransformation(init, update)
+
+
 def only_with_a_gradient(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """``inner``, to which an update whose gradient is all zeros is none: Prodigy would divide by zero at the first."""
+    """``inner``, to which an update whose gradient is all zeros is none.
+
+    Prodigy would divide by zero at the first, and `directional` follow its prior alone.
+    """
 
     def update(grad, state, row=None):
         update, updated = inner.update(grad, state, row)
@@ -171,7 +242,10 @@ def shown_rows(rows: Rows, opt_state: optax.OptState) -> Rows:
 
 def _shown(table: np.ndarray, state: optax.OptState) -> np.ndarray:
     if isinstance(state, AveragedState):
-        return np.asarray(state.average)
+        has_norm = isinstance(state.inner, NormState)
+        return np.asarray(of_norm(state.average, state.inner.norm) if has_norm else state.average)
+    if isinstance(state, NormState):
+        state = state.inner
     if isinstance(state, optax.contrib.ScheduleFreeState):
         return np.asarray(jax.vmap(optax.contrib.schedule_free_eval_params)(state, table))
     return table
@@ -191,6 +265,10 @@ def make_optimizer(
     peak = (1.0 if isinstance(rate, str) else rate) * (global_factor if config.scale_lr else 1)
     schedule = learning_rate_schedule(config, peak, total_steps)
     optimizer = _one_row(config, schedule)
+    if config.kept_norm != "free":
+        optimizer = with_norm(optimizer)
+    if config.optimizer in ("prodigy", "dti"):
+        optimizer = only_with_a_gradient(optimizer)
     if config.ema_decay is not None:
         optimizer = averaged(optimizer, config.ema_decay)
     return per_row(optimizer), schedule
@@ -198,6 +276,8 @@ def make_optimizer(
 
 def _one_row(config: TrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     """The optimizer of one row [D]."""
+    if config.optimizer == "dti":
+        return directional(schedule)
     b1, b2, eps, decay = config.adam_beta1, config.adam_beta2, config.adam_epsilon, config.adam_weight_decay
     clip = [] if config.max_grad_norm is None else [optax.clip_by_global_norm(config.max_grad_norm)]
     if config.optimizer == "schedule_free":
@@ -212,8 +292,8 @@ def _one_row(config: TrainConfig, schedule: optax.Schedule) -> optax.GradientTra
         return optax.contrib.schedule_free(base, lambda count: schedule(count - 1), b1=b1)
     if config.optimizer == "prodigy":
         warms_up = config.lr_scheduler != "constant" and config.lr_warmup_steps > 0
-        optimizer = only_with_a_gradient(
-            optax.contrib.prodigy(schedule, betas=(b1, b2), eps=eps, weight_decay=decay, safeguard_warmup=warms_up)
+        optimizer = optax.contrib.prodigy(
+            schedule, betas=(b1, b2), eps=eps, weight_decay=decay, safeguard_warmup=warms_up
         )
     else:
         optimizer = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=decay)

@@ -76,6 +76,15 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, tree)
 
 
+def sharded(tree: Any, mesh: Mesh) -> Any:
+    """Give each device its own samples of every leaf [n, rounds, samples, ...], an array that all processes have."""
+
+    def put(leaf: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(leaf.shape, NamedSharding(mesh, SAMPLES), lambda index: leaf[index])
+
+    return jax.tree.map(put, tree)
+
+
 def replicated_shapes(tree: Any, mesh: Mesh) -> Any:
     """`jax.ShapeDtypeStruct` of every leaf, sharded as `replicate` does: to compile without the arrays."""
     everywhere = NamedSharding(mesh, P())
@@ -103,9 +112,10 @@ def make_run_steps(
     """``run_steps(frozen, state, count, ...) -> (state, losses)``: up to ``count`` updates in one dispatch, jitted.
 
     ``count`` (at most ``max_steps``) is traced, so that one program serves every chunk. The loop ends early at a
-    non-finite loss. ``losses`` is float32 [max_steps]; entries from ``count`` on are NaN. The state is donated. A run
-    with several datasets also gives ``turn``, that of the first update: see `draw_sample`. One that is fed gives
-    ``place, fed`` instead: the samples of a number of updates, sharded as `SAMPLES`, and which of them is the first.
+    non-finite loss, and makes no update once ``--early_stop`` has ended all concepts. ``losses`` is float32
+    [max_steps]; entries from ``count`` on are NaN. The state is donated. A run with several datasets also gives
+    ``turn``, that of the first update: see `draw_sample`. One that is fed gives ``place, fed`` instead: the samples of
+    a number of updates, sharded as `SAMPLES`, and which of them is the first.
 
     This is ``jax.jit(jax.shard_map(...))``, which is what ``jax.pmap`` has been since JAX 0.8. All other inputs and all
     outputs are replicated; devices differ only in the samples that they draw. ``check_vma`` is off because TPU kernels
@@ -115,7 +125,8 @@ def make_run_steps(
     def updates(frozen: StepInputs, state: TrainState, count: jax.Array, *first: Any) -> tuple[TrainState, jax.Array]:
         def more(carry):
             index, state, _ = carry
-            return (index < count) & state.ok
+            going = (index < count) & state.ok
+            return going if state.watch is None else going & ~state.watch.ended
 
         def one(carry):
             index, state, losses = carry
@@ -130,9 +141,13 @@ def make_run_steps(
         in_specs = tuple(SAMPLES if isinstance(each, Fed) else P() for each in arguments)
         return jax.shard_map(updates, mesh=mesh, in_specs=in_specs, out_specs=(P(), P()), check_vma=False)(*arguments)
 
+    return jax.jit(run_steps, donate_argnums=1, compiler_options=options_for(mesh, compiler_options))
+
+
+def options_for(mesh: Mesh, compiler_options: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The given compiler options and those of the mesh's platform, for `jax.jit`."""
     own = {"cpu": cpu_options, "cuda": cuda_options}.get(Platform.of(mesh.devices.flat[0]).name)
-    options = {**(compiler_options or {}), **((own and own()) or {})}
-    return jax.jit(run_steps, donate_argnums=1, compiler_options=options or None)
+    return {**(compiler_options or {}), **((own and own()) or {})} or None
 
 
 def _of_update(index: jax.Array, first: jax.Array | None = None, window: Fed | None = None) -> tuple[Any, ...]:

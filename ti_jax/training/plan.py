@@ -10,6 +10,7 @@ import dataclasses
 import math
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -38,8 +39,9 @@ from ti_jax.training.compile import StepBuilder, compile_fitting
 from ti_jax.training.feeding import WINDOWS, bytes_of, bytes_of_window, feeds, window_of, without_moments
 from ti_jax.training.flops import batch_flops
 from ti_jax.training.optimizer import make_optimizer
-from ti_jax.training.parallel import make_mesh
+from ti_jax.training.parallel import make_mesh, replicate
 from ti_jax.training.step import StepInputs, TrainState
+from ti_jax.training.terms import Anchor, Context, Terms
 from ti_jax.weights.hub import resolve as resolve_model
 from ti_jax.weights.reference_configs import PUBLISHED
 from ti_jax.weights.sources import open_source
@@ -207,16 +209,7 @@ class Planner:
     def at(self, batch: int) -> Plan | None:
         """The plan for a batch per device; None if the compiler reports that it does not fit."""
         config = self.config
-        accumulation = config.gradient_accumulation_steps
-        samples = batch * accumulation * self.mesh.size
-        optimizer, _ = make_optimizer(config, config.max_train_steps or 1, samples)
-        rows = self._rows()
-        state = TrainState(rows, jax.eval_shape(optimizer.init, rows), array((), jnp.int32), array((), jnp.bool_))
-
-        builder = StepBuilder(
-            self.networks, optimizer, self.mesh, batch_size=batch, accumulation=accumulation,
-            longest_chunk=config.logging_steps, deterministic=config.deterministic,
-        )  # fmt: skip
+        builder, state = self.step(batch)
         frozen, memory, window, waiting = self._frozen(), self.memory, None, 0
         pictures = frozen.dataset.entries.shape[0]
         others = _bytes(frozen) - bytes_of(frozen.dataset)
@@ -236,19 +229,58 @@ class Planner:
             model=config.pretrained_model_name_or_path or "mini-sd",
             devices=self.devices,
             batch=batch,
-            samples=samples,
+            samples=builder.samples,
             arguments=compiled.arguments + waiting,
             temporary=compiled.temporary,
             code=compiled.code,
             memory=self.memory,
             flops=self._counted_flops(compiled.program, text),
-            least_flops=self.least_flops(batch) * accumulation,
+            least_flops=self.least_flops(batch) * config.gradient_accumulation_steps,
             crossing=crossing_bytes(text),
             peak=self.peak,
             gradient_checkpointing=compiled.gradient_checkpointing,
             on_host=0 if window is None else pictures,
             tuned=self.card is None,
         )
+
+    def step(self, batch: int) -> tuple[StepBuilder, TrainState]:
+        """The builder of the training step for a batch per device, and the shapes of its state."""
+        config = self.config
+        accumulation = config.gradient_accumulation_steps
+        optimizer, _ = make_optimizer(config, config.max_train_steps or 1, batch * accumulation * self.mesh.size)
+        rows = self._rows()
+        state = TrainState(rows, jax.eval_shape(optimizer.init, rows), array((), jnp.int32), array((), jnp.bool_))
+        builder = StepBuilder(
+            self.networks, optimizer, self.mesh, batch_size=batch, accumulation=accumulation,
+            longest_chunk=config.logging_steps, deterministic=config.deterministic,
+        )  # fmt: skip
+        return builder, state
+
+    def timed(self, batch: int) -> tuple[float, float]:
+        """Seconds to compile the step for a batch per device, and of one update; with weights and data of zeros.
+
+        Raises:
+          InputError: the loss is not finite, or zero: the device does not compute what it should.
+        """
+        builder, shapes = self.step(batch)
+        began = time.perf_counter()
+        lowered = builder.lower(self._frozen(), shapes, self.config.gradient_checkpointing or "none")
+        program = lowered.compile()
+        compiling = time.perf_counter() - began
+        of_zeros = partial(jax.tree.map, lambda leaf: np.zeros(leaf.shape, leaf.dtype))
+        data = of_zeros(self._frozen()._replace(key=array((), jnp.uint32)))  # NumPy has no zeros of a key's type
+        frozen = replicate(data._replace(key=jax.random.key(0), schedule=self.schedule), self.mesh)
+        state = replicate(of_zeros(shapes)._replace(ok=np.bool_(True)), self.mesh)
+        count = replicate(np.int32(builder.longest_chunk), self.mesh)
+        state, losses = program(frozen, state, count)  # the first call loads what the program needs
+        jax.block_until_ready(losses)
+        began = time.perf_counter()
+        state, losses = program(frozen, state, count)
+        loss = float(np.mean(jax.device_get(losses)))
+        seconds = (time.perf_counter() - began) / builder.longest_chunk
+        if not 0.0 < loss < math.inf:  # of a network that predicts zero: it is that of the noise alone
+            raise InputError(f"a training step of zero weights has the loss {loss:g}, and should have a positive one")
+        return compiling, seconds
 
     def _counted_flops(self, program: jax.stages.Compiled, text: str) -> float | None:
         """FLOPs of an update as the compiler counts them, None where it does not count all."""
@@ -334,6 +366,25 @@ class Planner:
             row_mask={name: array((self.vectors,), jnp.bool_) for name, _ in networks.text_encoders},
             key=jax.eval_shape(lambda: jax.random.key(0)),
             objective=Objective.of(self.config, self.schedule),
+            terms=self._terms(),
+        )
+
+    def _terms(self) -> Terms | None:
+        config, rows = self.config, self._rows()
+        if not config.initializer_output and not config.context_loss:
+            return None
+        anchor = Anchor(rows, {name: array((self.vectors,), jnp.float32) for name in rows})
+        prompts = sum(len(each.overview_prompts or ()) for each in self.concepts)
+        long = {name: module.config.max_position_embeddings for name, module in self.networks.text_encoders}
+        context = Context(
+            {name: array((prompts, length), jnp.int32) for name, length in long.items()},
+            {name: array((prompts, length), jnp.float32) for name, length in long.items()},
+            {name: array((prompts, length, rows[name].shape[1]), jnp.float32) for name, length in long.items()},
+        )
+        return Terms(
+            array((), jnp.float32),
+            anchor if config.initializer_output else None,
+            context if config.context_loss else None,
         )
 
     def _negative(self) -> Negative | None:

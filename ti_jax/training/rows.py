@@ -18,17 +18,26 @@ def usual_norms(sd: StableDiffusion) -> dict[str, float]:
 
 
 def row_figures(concept: Concept, rows: Rows, usual_norms: Mapping[str, float]) -> list[dict[str, Any]]:
-    """How far each row of the word has moved, for each text encoder, and its norm next to the vocabulary's.
+    """`figures_of` the word of a concept with the run's rows."""
+    own = {name: np.asarray(value)[concept.own] for name, value in rows.items()}
+    return figures_of(own, concept, usual_norms)
+
+
+def figures_of(
+    vectors: Mapping[str, np.ndarray], concept: Concept, usual_norms: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """How far each row of a word has moved, for each text encoder, and its norm next to the vocabulary's.
+
+    Args:
+      vectors: the word's own rows, float32 [n, D] for each text encoder.
 
     Returns:
       One dict per row: ``encoder``, ``row``, ``distance`` (Euclidean) and ``cosine`` to its start, ``norm``, and
       ``usual_norm`` from ``usual_norms``.
     """
     figures = []
-    for name, value in rows.items():
-        for row, (now, start) in enumerate(
-            zip(np.asarray(value)[concept.own], concept.rows[name][concept.own], strict=True)
-        ):
+    for name, value in vectors.items():
+        for row, (now, start) in enumerate(zip(value, concept.rows[name][concept.own], strict=True)):
             norm, start_norm = float(np.linalg.norm(now)), float(np.linalg.norm(start))
             figures.append(
                 {

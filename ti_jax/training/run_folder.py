@@ -8,12 +8,14 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from ti_jax.config import TrainConfig, concept_configs
 from ti_jax.embeddings import Embedding
 from ti_jax.errors import InputError
 from ti_jax.files import disk_errors
 from ti_jax.interrupts import whole
+from ti_jax.remote import as_given, place_of
 
 try:
     import fcntl
@@ -24,6 +26,7 @@ EMBEDDING_FILE = "learned_embeds.safetensors"
 ONE_FILE = "learned_embeds_sdxl.safetensors"  # of an SDXL word, for AUTOMATIC1111 and ComfyUI
 OVERVIEW_FILE = "overview.png"
 PROGRESS_FILE = "progress.png"
+REPORT_FILE = "report.html"
 LOCK_FILE = ".ti_jax-lock"
 
 
@@ -38,25 +41,40 @@ def locked(folder: Path) -> Iterator[None]:
         yield
         return
     path = folder / LOCK_FILE
-    with disk_errors(path):
-        file = path.open("a+")
-    with file:
+    with _locked_file(folder, path) as file:
+        with disk_errors(path):
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _locked_file(folder: Path, path: Path) -> TextIO:
+    """The file ``path``, open and locked."""
+    while True:
+        with disk_errors(path):
+            file = path.open("a+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            number = file.read().strip()
+            with file:
+                file.seek(0)
+                number = file.read().strip()
             raise InputError(
                 f"--output_dir {folder}: another run is writing there{f' (process {number})' if number else ''}; wait "
                 f"for its end, stop it, or give another --output_dir"
             ) from None
         except OSError:  # a file system without locks
-            pass
-        with disk_errors(path):
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-        yield
+            return file
+        # A run that ended in between has removed the file that we opened, and others lock a new one.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()
 
 
 def folders(folder: Path, configs: Sequence[TrainConfig]) -> list[Path]:
@@ -75,12 +93,12 @@ def check_apart(config: TrainConfig) -> None:
     concepts = concept_configs(config)
     # A dataset of the hub has its folder elsewhere.
     read = [("--train_data_dir", each.train_data_dir) for each in concepts if each.train_data_dir is not None]
-    if config.concepts is not None and os.path.isdir(config.concepts):
+    if config.concepts is not None and os.path.isdir(place_of(config.concepts)):
         read.append(("--concepts", config.concepts))
     for folder in folders(Path(config.output_dir), concepts):
-        output = Path(os.path.realpath(folder))
+        output = Path(os.path.realpath(as_given(str(folder))))
         for flag, given in read:
-            pictures = Path(os.path.realpath(given))
+            pictures = Path(os.path.realpath(as_given(given)))
             if output.is_relative_to(pictures):
                 raise InputError(
                     f"--output_dir {config.output_dir}: in the folder of the pictures, {flag} {given}, and a run would "
@@ -136,10 +154,11 @@ _RESULTS: tuple[tuple[str, Callable[[Path], bool]], ...] = (
     ("config.yaml", _says("^(placeholder_token|concepts):", "^output_dir:")),
     (OVERVIEW_FILE, _is_our_png),
     (PROGRESS_FILE, _is_our_png),
+    (REPORT_FILE, _says('<meta name="generator" content="ti_jax')),
     ("README.md", _says("^- textual_inversion$", "learned_embeds")),
 )
 # Files that a run overwrites.
-_WRITTEN = ("metrics.jsonl", "scores.jsonl", "scores.json", "config.yaml", OVERVIEW_FILE, PROGRESS_FILE)
+_WRITTEN = ("metrics.jsonl", "scores.jsonl", "scores.json", "config.yaml", OVERVIEW_FILE, PROGRESS_FILE, REPORT_FILE)
 
 
 def results(folder: Path) -> list[Path]:
@@ -198,7 +217,7 @@ def prepare(folder: Path, resume_at: int | None, concepts: Sequence[Path] = ()) 
                 target.parent.mkdir(parents=True, exist_ok=True)
                 path.rename(target)
             of = "the results of an earlier run" if resume_at is None else f"checkpoints after step {resume_at}"
-            print(f"{of} are moved to {aside}", file=sys.stderr)
+            print(as_given(f"{of} are moved to {aside}"), file=sys.stderr)
         for each in concepts or [folder]:
             (each / "samples").mkdir(parents=True, exist_ok=True)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,8 @@ from ti_jax.models.networks import Condition, Networks, Rows
 from ti_jax.ops.lookup import lookup
 from ti_jax.ops.matmul import exact_products
 from ti_jax.training.optimizer import shown_rows
+from ti_jax.training.plateau import Watch
+from ti_jax.training.terms import Terms, added_loss
 
 # From so many entries on, a batch shares the orders of its epochs, see `orders_of`.
 MANY_ENTRIES = 1024
@@ -35,6 +38,7 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     step: jax.Array  # int32: updates made
     ok: jax.Array  # bool: false from the first non-finite loss or gradient on; rows and moments are those before it
+    watch: Watch | None = None  # of a run with --early_stop
 
     @property
     def shown_rows(self) -> Rows:
@@ -51,6 +55,7 @@ class StepInputs(NamedTuple):
     row_mask: Mapping[str, jax.Array]  # bool [n] for each text encoder: rows that are trained
     key: jax.Array
     objective: Objective = Objective()
+    terms: Terms | None = None  # that are added to the loss
 
 
 class Fed(NamedTuple):
@@ -355,8 +360,16 @@ def make_train_step(
                 name: grad * (batch_size / jnp.maximum(counts[name], 1 / global_batch))[:, None]
                 for name, grad in grads.items()
             }
+        if (terms := frozen.terms) is not None:
+            with exact_products(networks.dtype):
+                added = partial(added_loss, networks, frozen.params, terms)
+                value, own_grads = jax.value_and_grad(added)(state.rows)
+            loss, grads = loss + terms.share * value, jax.tree.map(jnp.add, grads, own_grads)
+        if state.watch is not None:
+            row_mask = {name: mask & ~state.watch.halted for name, mask in row_mask.items()}
         updates, opt_state = optimizer.update(grads, state.opt_state, state.rows, row_mask=row_mask)
-        updated = TrainState(optax.apply_updates(state.rows, updates), opt_state, state.step + 1, state.ok)
+        rows = optax.apply_updates(state.rows, updates)
+        updated = state._replace(rows=rows, opt_state=opt_state, step=state.step + 1)
         # No NaN may reach the rows, which are what the user keeps, and no overflow: a row whose norm is infinite is
         # lost even if its entries are finite.
         lengths = jax.tree.map(lambda rows: jnp.linalg.norm(rows, axis=-1), updated.rows)

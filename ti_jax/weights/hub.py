@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from ti_jax.config import ASSETS
 from ti_jax.errors import InputError, one_line
-from ti_jax.files import disk_fault
+from ti_jax.files import as_url, disk_fault
+from ti_jax.remote import local_copy
 from ti_jax.weights.config_files import MODEL_INDEX, config_name, pipeline_components, read_component_config, read_json
 from ti_jax.weights.files import choose_file, weight_files
 from ti_jax.weights.tokenizers import TOKENIZER_FILES
@@ -46,6 +47,8 @@ def resolve(
         return EMBEDDED_DEFAULT
     if not path_or_hub_id.strip():
         raise InputError("the model's name is empty; give a diffusers folder, a checkpoint or a hub id (owner/name)")
+    if (url := as_url(path_or_hub_id)) is not None:
+        return _copied(url, revision, variant)
     folder = Path(path_or_hub_id).expanduser()
     if folder.is_file():
         for flag, value in (("revision", revision), ("variant", variant)):
@@ -63,6 +66,27 @@ def resolve(
         pipeline_components(read_component_config(folder, None), folder)
         return folder
     return download(path_or_hub_id, revision, variant, token)
+
+
+def _copied(url: str, revision: str | None, variant: str | None) -> Path:
+    """A copy of what ti_jax reads of a folder or file behind a URL.
+
+    Raises:
+      InputError: as `resolve`.
+    """
+
+    def chosen(names: list[str]) -> list[str]:
+        if MODEL_INDEX not in names:
+            raise InputError(
+                f"{url}: a folder without {MODEL_INDEX}, so not a diffusers model; give the one that has it (or the "
+                f"file, for a single-file checkpoint)"
+            )
+        index = local_copy(f"{url}/{MODEL_INDEX}")
+        return wanted(names, pipeline_components(read_json(index), url), variant, url) + [
+            name for name in names if name.startswith("judge/")
+        ]
+
+    return resolve(str(local_copy(url, chosen)), revision, variant)
 
 
 class HubError(Exception):

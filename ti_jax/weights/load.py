@@ -61,9 +61,11 @@ def load_component(
     where = Path(folder) / (component if subfolder is None else subfolder)
     targets: dict[TreePath, jax.ShapeDtypeStruct] = flatten_dict(shapes)
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(open_tensors(path)) for path in weight_files(where, variant)]
+        paths = weight_files(where, variant)
+        files = [stack.enter_context(open_tensors(path)) for path in paths]
         placed, faults = plan(files, component, targets)
-        refuse_faults(faults, f"{where}: weights that do not fit the model of config.json")
+        named = paths[0] if len(paths) == 1 else where
+        refuse_faults(faults, f"{named}: weights that do not fit the model of config.json")
         return read_tree(placed, component, targets, dtype, identity)
 
 

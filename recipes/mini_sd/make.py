@@ -38,7 +38,7 @@ from ti_jax.files import write_atomically  # noqa: E402
 from ti_jax.weights.load import load_component  # noqa: E402
 
 HERE = Path(__file__).parent
-KEPT = HERE / "kept"
+SHIPPED = HERE.parents[1] / "ti_jax" / "assets" / "mini-sd"
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def keep(path: Path, make) -> Any:
 def make_all(recipe: Recipe, work: Path, out: Path, kept: bool) -> dict[str, Any]:
     """Run all stages; returns the figures, which are also saved in ``<work>/figures.json``.
 
-    With `kept`, the judge and the autoencoder are read from ``kept/`` beside this file instead of trained.
+    With `kept`, the judge and the autoencoder are those of the folder that ships instead of trained.
     """
     work.mkdir(parents=True, exist_ok=True)
     # Do not resume what was made with other settings.
@@ -96,8 +96,8 @@ def make_all(recipe: Recipe, work: Path, out: Path, kept: bool) -> dict[str, Any
         return np.load(moments_file)
 
     if kept:
-        reader = Judge.load(KEPT)
-        vae_params = load_component(KEPT, "vae", vae.shapes(), np.float32)
+        reader = Judge.load(SHIPPED)
+        vae_params = load_component(SHIPPED, "vae", vae.shapes(), np.float32)
         moments = encode(vae_params)
     else:
         critic = judge.train_judge(recipe.critic, work / "critic", work)
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(".work/mini_sd"), help="pictures, checkpoints, logs")
     parser.add_argument("--out", type=Path, default=None, help="the diffusers folder (default: <work>/mini-sd)")
     parser.add_argument(
-        "--kept", action="store_true", help="take the judge and the autoencoder from kept/: only the base is trained"
+        "--kept", action="store_true", help="take the judge and the autoencoder that ship: only the base is trained"
     )
     arguments = parser.parse_args()
     config = HERE / "smoke.yaml" if arguments.smoke else arguments.config

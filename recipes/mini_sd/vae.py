@@ -64,7 +64,7 @@ class VAETraining:
     kl: float = 5e-4
     critic: float = 0.3
     answers: float = 0.006
-    start: str = ""  # folder beside this file with an autoencoder to go on from; empty: from nothing
+    start: str = ""  # a model folder, relative to this one, whose autoencoder it goes on from; empty: from nothing
     seed: int = 0
 
 

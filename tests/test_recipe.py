@@ -259,6 +259,45 @@ def test_a_cut_run_goes_on_as_if_it_had_not_been(recipe, tmp_path):
     assert not np.array_equal(whole["w"], fit(tmp_path / "other", 15)["w"])  # the average moves every eighth step
 
 
+def test_the_base_goes_on_from_one_with_another_vocabulary(recipe, tmp_path, monkeypatch):
+    """Each token has the row that it had, whatever its number is now; a new token keeps the row that it was given."""
+    from transformers import CLIPTokenizer
+
+    from ti_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
+    from ti_jax.models.shapes import param_shapes
+    from ti_jax.models.unet import UNet2DConditionModel, UNetConfig
+
+    base, shipped = recipe.base, RECIPE.parents[1] / "ti_jax" / "assets" / "mini-sd"
+    words = [word for word in recipe.world.vocabulary() if word != "sunglasses"]
+    monkeypatch.setattr(recipe.world, "vocabulary", lambda: ["aardvark", *words])
+    tokenizer = recipe.tokenizer.make_tokenizer(tmp_path)
+    length, table_of = recipe.tokenizer.MAX_LENGTH, lambda tree: tree["embeddings"]["token_embedding"]
+
+    def text_shapes(count):
+        encoder = CLIPTextModel(CLIPTextConfig.from_dict(base.text_config(count)))
+        return param_shapes(encoder, jnp.zeros((1, length), jnp.int32))
+
+    inputs = jnp.zeros((1, 8, 8, 4)), jnp.zeros(1, jnp.int32), jnp.zeros((1, length, base.WIDTH))
+    shapes = param_shapes(UNet2DConditionModel(UNetConfig.from_dict(base.UNET_CONFIG)), *inputs)
+    text, given = text_shapes(len(tokenizer)), jnp.full((len(tokenizer), base.WIDTH), 7.0)
+    table_of(text)["embedding"] = given
+    tree, text = base.start_from(shipped, shapes, text, tokenizer)
+    assert jax.tree.structure(tree) == jax.tree.structure(shapes) and jax.tree.all(jax.tree.map(np.any, tree))
+    old = CLIPTokenizer.from_pretrained(shipped / "tokenizer")
+    loaded = base.load_component(shipped, "text_encoder", text_shapes(len(old)), np.float32)
+    table, before = table_of(text)["embedding"], table_of(loaded)["embedding"]
+
+    def number(tokenizer, word):
+        (found,) = tokenizer(word).input_ids[1:-1]
+        return found
+
+    moved = 0
+    for word in ("a", "person", "striped", "the"):
+        assert np.array_equal(table[number(tokenizer, word)], before[number(old, word)])
+        moved += number(tokenizer, word) != number(old, word)
+    assert moved and np.array_equal(table[number(tokenizer, "aardvark")], given[0])
+
+
 def test_the_card_has_the_words_and_the_figures_of_its_run(recipe, tmp_path):
     kinds = (("renders", 0.99), ("vae", 0.5), ("drawn", 0.25))
     figures = {kind: {"hair": share, "eyes": 1.0} for kind, share in kinds} | {"vae_psnr": 29.51}

@@ -8,6 +8,7 @@ import functools
 import gc
 import importlib.util
 import inspect
+import json
 import os
 import re
 import resource
@@ -24,6 +25,9 @@ import pytest
 from PIL import Image
 
 from ti_jax.config import ASSETS, TrainConfig
+
+# Tokens of the embedded model's tokenizer, which the tiny models have, too; ids from here on are new rows.
+VOCAB = len(json.loads((ASSETS / "mini-sd" / "tokenizer" / "vocab.json").read_text(encoding="utf-8")))
 
 # Before PyTorch starts: its threads and those of another worker would stand in each other's way.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -281,8 +285,8 @@ def make_tiny_sd(tmp_path_factory):
 
         text_encoder = CLIPTextModel(
             CLIPTextConfig(
-                vocab_size=788, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                max_position_embeddings=32, bos_token_id=786, eos_token_id=787, pad_token_id=787,
+                vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                max_position_embeddings=32, bos_token_id=VOCAB - 2, eos_token_id=VOCAB - 1, pad_token_id=VOCAB - 1,
             )
         )  # fmt: skip
         unet = UNet2DConditionModel(
@@ -334,8 +338,9 @@ def _tiny_sdxl(folder, levels):
     def encoder(kind, **options):
         return kind(
             transformers.CLIPTextConfig(
-                vocab_size=788, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                max_position_embeddings=32, bos_token_id=786, eos_token_id=787, pad_token_id=787, **options,
+                vocab_size=VOCAB, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                max_position_embeddings=32, bos_token_id=VOCAB - 2, eos_token_id=VOCAB - 1, pad_token_id=VOCAB - 1,
+                **options,
             )
         )  # fmt: skip
 

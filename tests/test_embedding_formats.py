@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from conftest import VOCAB
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from words import as_read, assert_same, numbers, refusal, sdxl_word, word
@@ -26,8 +27,9 @@ CASES += [("SDXL", *entry) for entry in TWO_ENCODERS]
 def encoder(dim, kind=CLIPTextModel):
     return kind(
         CLIPTextConfig(
-            vocab_size=788, hidden_size=dim, intermediate_size=8, num_hidden_layers=1, num_attention_heads=4,
-            max_position_embeddings=40, projection_dim=8, bos_token_id=786, eos_token_id=787, pad_token_id=787,
+            vocab_size=VOCAB, hidden_size=dim, intermediate_size=8, num_hidden_layers=1, num_attention_heads=4,
+            max_position_embeddings=40, projection_dim=8, bos_token_id=VOCAB - 2, eos_token_id=VOCAB - 1,
+            pad_token_id=VOCAB - 1,
         )
     )  # fmt: skip
 
@@ -67,7 +69,7 @@ def test_diffusers_loads_what_we_save(tmp_path, family, form, suffix, n):
         keywords = {"text_encoder": getattr(pipe, name), "tokenizer": getattr(pipe, f"tokenizer{half}")}
         pipe.load_textual_inversion(source, token="<cat-toy>" if form == "comfyui" else None, **keywords)
         ids = keywords["tokenizer"].convert_tokens_to_ids(["<cat-toy>", *(f"<cat-toy>_{i}" for i in range(1, n))])
-        assert ids == list(range(788, 788 + n))
+        assert ids == list(range(VOCAB, VOCAB + n))
         rows = keywords["text_encoder"].get_input_embeddings().weight[ids].detach().numpy()
         assert rows.tobytes() == vectors.tobytes()
 

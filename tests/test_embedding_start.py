@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from conftest import VOCAB
 
 import ti_jax
 from ti_jax.cli import main
@@ -133,8 +134,8 @@ def test_one_word_inside_another(sd, tmp_path):
     for order in ("ab", "ba"):
         words, table = tokens.combine([ti_jax.Embedding.load(tmp_path / f"{name}.safetensors") for name in order])
         first, second = (0, 1) if order == "ab" else (2, 0)
-        found = [i for i in ids(sd, "a cat-toy and a cat", words) if i >= 788]
-        assert found == [788 + second, 789 + second, 788 + first]
+        found = [i for i in ids(sd, "a cat-toy and a cat", words) if i >= VOCAB]
+        assert found == [VOCAB + second, VOCAB + 1 + second, VOCAB + first]
         np.testing.assert_array_equal(table["text_encoder"][first], small(1).vectors["text_encoder"][0])
 
 
@@ -144,7 +145,7 @@ def test_a_prompt_that_is_expanded_already(sd, tmp_path):
     words, _ = tokens.combine([ti_jax.Embedding.load(tmp_path / "a.bin")])
     once = ids(sd, "a <x> here", words)
     assert ids(sd, "a <x> <x>_1 <x>_2 here", words) == once
-    assert [i for i in once if i >= 788] == [788, 789, 790]
+    assert [i for i in once if i >= VOCAB] == [VOCAB, VOCAB + 1, VOCAB + 2]
 
 
 def test_a_word_that_the_reader_renames(sd, tmp_path):
@@ -155,6 +156,6 @@ def test_a_word_that_the_reader_renames(sd, tmp_path):
         path = tmp_path / f"{name}.safetensors"
         assert ti_jax.Embedding.load(path).token == own
         words, _ = tokens.combine([ti_jax.Embedding.load(path, token="<mine>")])
-        assert [i for i in ids(sd, "a <mine> and <theirs>", words) if i >= 788] == [788, 789]
+        assert [i for i in ids(sd, "a <mine> and <theirs>", words) if i >= VOCAB] == [VOCAB, VOCAB + 1]
     ti_jax.Embedding.load(tmp_path / "b.safetensors", token="<mine>").save(tmp_path / "c.safetensors")
     assert list(safetensors.torch.load_file(tmp_path / "c.safetensors")) == ["<mine>"]

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import VOCAB
 from diffusers import (
     StableDiffusionPipeline,
 )
@@ -53,9 +54,9 @@ def test_diffusers_loads_our_files(tmp_path, form, suffix, n):
 
     words = ["<cat-toy>", "<cat-toy>_1", "<cat-toy>_2", "<cat-toy>_3"][:n]
     assert set(pipeline.tokenizer.added_tokens_encoder) >= set(words)
-    assert "<cat-toy>_4" not in pipeline.tokenizer.added_tokens_encoder and len(pipeline.tokenizer) == 788 + n
+    assert "<cat-toy>_4" not in pipeline.tokenizer.added_tokens_encoder and len(pipeline.tokenizer) == VOCAB + n
     ids = pipeline.tokenizer.convert_tokens_to_ids(words)
-    assert ids == list(range(788, 788 + n))
+    assert ids == list(range(VOCAB, VOCAB + n))
     rows = pipeline.text_encoder.get_input_embeddings().weight[ids].detach().numpy()
     assert rows.dtype == np.float32 and rows.tobytes() == embedding.vectors["text_encoder"].tobytes()
     converted = pipeline.maybe_convert_prompt("a portrait of <cat-toy>, smiling", pipeline.tokenizer)

@@ -2,13 +2,13 @@ import unicodedata
 
 import numpy as np
 import pytest
+from conftest import VOCAB
 from transformers import CLIPTokenizer
 
 from ti_jax.config import ASSETS
 from ti_jax.text import prompt_weights, tokens
 from ti_jax.words import contains_word, find_words, fold, same_word
 
-VOCAB = 788
 # Letters whose lower case has another length, another form at the end of a word, or that re.IGNORECASE confuses.
 ODD_WORDS = [
     "<İst>",

@@ -86,8 +86,8 @@ class Form:
     """The fields of the page.
 
     Attributes:
-      preset: one of `PRESETS` that the settings start from, for a model that is not the embedded one. prompts: of the validation pictures. further: lines ``name: value`` of a config. Empty: what suits the
-        model.
+      preset: one of `PRESETS` that the settings start from, for a model that is not the embedded one.
+      prompts: of the validation pictures. further: lines ``name: value`` of a config. Empty: what suits the model.
     """
 
     model: str = EMBEDDED

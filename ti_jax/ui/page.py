@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +77,15 @@ def build(server: Server) -> gr.Blocks:
             found.seen["list"] = choices
             return [found.seen, listed, *found.parts]
 
-        shows = [seen, run, *watch.parts, trial.word, trial.other, trial.without, saved.word]
+        def opened(name: Any) -> Any:
+            """The page as it comes: of a run that goes on the second step."""
+            found = tick(name, {}, look_again=True)
+            return [gr.Tabs(selected=LEARN) if shown.goes_on(found[0]) else gr.skip(), *found]
+
+        shows = [seen, run, *watch.parts, *trial.parts, saved.word]
         timer.tick(_kind(tick), [run, seen], shows, show_progress="hidden", api_name="watch")
         run.input(_kind(tick), [run, seen], shows, show_progress="hidden", api_visibility="private")
-        page.load(
-            _kind(lambda name: tick(name, {}, look_again=True)), [run], shows, show_progress="hidden",
-            api_visibility="private",
-        )  # fmt: skip
+        page.load(_kind(opened), [run], [tabs, *shows], show_progress="hidden", api_visibility="private")
 
         def learn(files: Any, table: Any, *fields: Any) -> Any:
             """Start a run with the pictures and settings, and show it."""
@@ -157,8 +160,9 @@ def _kind(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*arguments)
         except InputError as error:
             raise gr.Error(
-                " ".join(str(error).split()), duration=None, title="This cannot be", print_exception=False
-            ) from error
+                escape(" ".join(str(error).split()), quote=False), duration=None, title="Please check",
+                print_exception=False,
+            ) from error  # fmt: skip
 
     answer.__doc__ = function.__doc__
     return answer
@@ -278,16 +282,14 @@ def _learn() -> _Watch:
 
 @dataclass(frozen=True)
 class _Trial:
-    word: gr.Component
-    other: gr.Component
-    without: gr.Component
+    parts: list[Any]
 
 
 def _try(server: Server, run: gr.Component) -> _Trial:
     """The third tab: prompts with the word, without it, and with another state of it."""
     with gr.Row():
         with gr.Column(scale=4):
-            prompts = gr.Textbox(label="Prompts", lines=3, value="a portrait of {} on a red background",
+            prompts = gr.Textbox(label="Prompts", lines=3, 
                                  info="one a line; {} stands for the word", elem_id="try-prompts")  # fmt: skip
             word = gr.Dropdown([], label="Draw with", elem_id="try-word")
             other = gr.Dropdown([shown.NO_OTHER], value=shown.NO_OTHER, label="Compare with", elem_id="try-other")
@@ -330,7 +332,7 @@ def _try(server: Server, run: gr.Component) -> _Trial:
 
     fields = [run, prompts, word, other, plain, without, count, seed, negative, steps, guidance]
     draw.click(_kind(drawn), fields, [picture, notes], api_name="draw")
-    return _Trial(word, other, without)
+    return _Trial([word, other, prompts, without])
 
 
 @dataclass(frozen=True)

@@ -72,10 +72,12 @@ class Shown:
 
 def of_run(runs: Runs, name: str | None, seen: dict[str, Any]) -> Shown:
     """The parts that show a run, where they are not as they were: see `page.build` for their order."""
+    if name is None and "name" in seen:
+        return Shown([gr.skip()] * 12, {"name": None})
     if name is None:
         nothing = [NOTHING, *[gr.Button(interactive=False)] * 2, "", *[gr.Image(None, visible=False)] * 2, ""]
         empty: list[Any] = [gr.Dropdown(choices=[], value=None)] * 2
-        return Shown([*nothing, *empty, gr.skip(), gr.Dropdown(choices=[], value=None)], {"name": None})
+        return Shown([*nothing, *empty, gr.skip(), gr.skip(), empty[0]], {"name": None})
     folder = runs.folder(name)
     state = state_of(folder)
     marks = {"name": name, "list": seen.get("list"), "state": state}
@@ -91,14 +93,14 @@ def of_run(runs: Runs, name: str | None, seen: dict[str, Any]) -> Shown:
         gr.Button(interactive=ended, value="Resume" if state.step < state.total or not state.total else "Learn on"),
     ]
     words = list(marks["words"])
-    choices: list[Any] = [gr.skip()] * 4
+    choices: list[Any] = [gr.skip()] * 5
     if changed("words", "name"):
         # What is chosen stays, where there was something to choose.
         first = {} if seen.get("words") else {"value": words[0] if words else None}
         none = {} if seen.get("words") else {"value": NO_OTHER}
-        instead = _class(folder) if changed("name") else gr.skip()
+        suits = _suiting(folder) if changed("name") else [gr.skip(), gr.skip()]
         listed = gr.Dropdown(choices=words, **first)
-        choices = [listed, gr.Dropdown(choices=[NO_OTHER, *words], **none), instead, listed]
+        choices = [listed, gr.Dropdown(choices=[NO_OTHER, *words], **none), *suits, listed]
     parts = [
         state_html(state, len(records_of(folder)) > 0) if changed("state") else gr.skip(),
         *(buttons if changed("state") else [gr.skip(), gr.skip()]),
@@ -111,11 +113,18 @@ def of_run(runs: Runs, name: str | None, seen: dict[str, Any]) -> Shown:
     return Shown(parts, marks)
 
 
-def _class(folder: Path) -> Any:
+def goes_on(seen: dict[str, Any]) -> bool:
+    """Whether the run that is shown has a process."""
+    return "state" in seen and seen["state"].running
+
+
+def _suiting(folder: Path) -> list[Any]:
+    """A prompt to try the word with, and what may stand in its place."""
     try:
-        return class_of(config_of(folder))
+        config = config_of(folder)
     except InputError:
-        return gr.skip()
+        return [gr.skip(), gr.skip()]
+    return [(config.overview_prompts or ("a picture of {}",))[0], class_of(config)]
 
 
 def _mark(path: Path) -> Any:

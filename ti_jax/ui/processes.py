@@ -45,14 +45,26 @@ def start(folder: Path, flags: Sequence[str]) -> int:
         if process_of(folder) is not None or not _locked(log.fileno()):
             raise InputError(f"the run in {folder} is going on already; stop it first")
         log.truncate(0)
-        command = [sys.executable, "-m", "ti_jax", "train", *flags]
         child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, close_fds=True
+            [*python(), "ti_jax", "train", *flags],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            close_fds=True,
         )
         write_atomically(folder / PROCESS_FILE, str(child.pid).encode())
     # Or it would stay in the table of processes after its end.
     threading.Thread(target=child.wait, daemon=True, name=f"run {child.pid}").start()
     return child.pid
+
+
+def python() -> list[str]:
+    """The command line up to the name of a module, which is found where this process finds it: of the files in the
+    working directory only if this one reads them, too.
+    """
+    here = {"", os.getcwd()} & set(sys.path)
+    return [sys.executable, *([] if here else ["-P"]), "-m"]
 
 
 def _locked(file: int) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -21,6 +21,7 @@ from ti_jax.config.defaults import EMBEDDED_CLASS
 from ti_jax.embeddings import Embedding
 from ti_jax.errors import InputError
 from ti_jax.images import overview
+from ti_jax.ui.processes import python
 from ti_jax.words import contains_word, fill, without_word
 
 IDLE = 300.0  # seconds after which the model is dropped from memory
@@ -47,9 +48,11 @@ class Drawer:
         with self._using:
             self._rest()
             if self._process is None or self._process.poll() is not None:
+                # A run beside it needs its part of a GPU's memory.
+                environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "ti_jax.cli.drawer"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                    text=True, encoding="utf-8",
+                    [*python(), "ti_jax.cli.drawer"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                    text=True, encoding="utf-8", env=environment,
                 )  # fmt: skip
             assert self._process.stdin is not None and self._process.stdout is not None
             try:

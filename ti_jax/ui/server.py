@@ -33,6 +33,9 @@ def serve(root: str, host: str, port: int, models: Sequence[str]) -> None:
     if not installed("gradio"):
         raise InputError("ti-jax ui needs Gradio: pip install 'ti_jax[ui]'")
     aside = _settle()
+    import gradio
+    import uvicorn
+    from fastapi import FastAPI
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -45,7 +48,7 @@ def serve(root: str, host: str, port: int, models: Sequence[str]) -> None:
     offered = Models(models)
     with writable_folder(root):
         pass
-    port = _free_port(host, port)
+    bound = _bound(host, port)
     if host not in LOOPBACK:
         print(
             f"warning: --host {host}: whoever reaches this machine there can start runs and see pictures; the page has "
@@ -58,15 +61,20 @@ def serve(root: str, host: str, port: int, models: Sequence[str]) -> None:
         guards.append(Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"]))
     page = build(Server(Runs(root), offered, Drawer(), aside))
     page.queue(default_concurrency_limit=4)
-    page.launch(
-        server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, footer_links=[],
-        run_history=False, allowed_paths=[], enable_monitoring=False, ssr_mode=False, mcp_server=False, pwa=False,
-        max_file_size="200mb", theme=theme(), css=STYLE,
-        app_kwargs={"middleware": guards},
+    # Not its launch, which asks the page for itself first, and fails behind a proxy. But only after that Gradio checks
+    # where the files are that it is told of.
+    page.has_launched = True
+    app = gradio.mount_gradio_app(
+        FastAPI(middleware=guards, openapi_url=None), page, path="/", footer_links=[], run_history=False,
+        allowed_paths=[], enable_monitoring=False, ssr_mode=False, mcp_server=False, pwa=False, max_file_size="200mb",
+        theme=theme(), css=STYLE,
     )  # fmt: skip
-    shown = f"[{host}]" if ":" in host else host
-    print(f"http://{shown}:{port}  (runs in {os.path.realpath(root)}; Ctrl-C ends the page, not a run)", flush=True)
-    page.block_thread()
+    address = f"[{host}]" if ":" in host else host
+    print(
+        f"http://{address}:{bound.getsockname()[1]}  (runs in {os.path.realpath(root)}; Ctrl-C ends the page, not a run)",
+        flush=True,
+    )
+    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[bound])
 
 
 class OwnOrigin:
@@ -101,15 +109,14 @@ def _settle() -> Path:
     return aside
 
 
-def _free_port(host: str, port: int) -> int:
-    """The port, or a free one for 0.
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket at the address, which can be asked before the page is there.
 
     Raises:
-      InputError: it is in use, or there is no such address here.
+      InputError: the address is in use, or not this machine's.
     """
     try:
-        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as found:
-            return int(found.getsockname()[1])
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise InputError(
             f"--host {host} --port {port}: cannot be served there ({error.strerror or error}); end what uses it, or "

@@ -112,7 +112,7 @@ def test_a_new_run_has_a_folder_of_its_own(root):
         ("a\nb\n", "finished", "finished", ""),
         ("", "stopped at step 20 of 40", "stopped", "stopped at step 20 of 40"),
         ("", "ended at step 3: the loss became non-finite", "failed", "the loss became non-finite"),
-        ("reading\nti-jax train: error: cat/0.png: broken; remove it\n", "", "failed", "cat/0.png: broken; remove it"),
+        ("reading\nti-jax: error: cat/0.png: broken; remove it\n", "", "failed", "cat/0.png: broken; remove it"),
         ("Traceback (most recent call last):\n  x\nKeyError: 'x'\n", "", "failed", "a fault of ti_jax: KeyError: 'x'"),
     ],
 )
@@ -249,7 +249,7 @@ def test_another_model_starts_from_the_settings_of_its_family(tmp_path):
         ({"steps": "0"}, "steps '0': must be a whole number, 1 or more"),
         ({"learning_rate": "fast"}, "learning rate 'fast': must be a number"),
         ({"learning_rate": "-1"}, "--learning_rate -1.0: must be above 0"),
-        ({"kind": "cat"}, "--learnable_property 'cat': must be one of object or style"),
+        ({"kind": "cat"}, "--learnable_property 'cat': must be object or style"),
         ({"prompts": "a cat"}, "the new word <x> is not in it"),
         ({"further": "sed: 1"}, "further settings: unknown key 'sed'; did you mean seed?"),
         ({"further": "templates: /etc/passwd"}, "further settings: templates cannot be chosen on the page"),

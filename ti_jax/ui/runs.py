@@ -250,7 +250,7 @@ def _end_of(path: Path, count: int | None) -> str:
 def _error_of(log: list[str]) -> str | None:
     """The line that an error has ended a run with; None: no error has."""
     for number, line in enumerate(log):
-        if (match := re.match(r"ti-jax train: error: (.*)", line)) is not None:
+        if (match := re.match(r"ti-jax: error: (.*)", line)) is not None:
             return match[1]
         if line.startswith("Traceback (most recent call last)"):
             return f"a fault of ti_jax: {log[-1]}" if number < len(log) - 1 else "a fault of ti_jax"

@@ -69,11 +69,8 @@ def serve(root: str, host: str, port: int, models: Sequence[str]) -> None:
         allowed_paths=[], enable_monitoring=False, ssr_mode=False, mcp_server=False, pwa=False, max_file_size="200mb",
         theme=theme(), css=STYLE,
     )  # fmt: skip
-    address = f"[{host}]" if ":" in host else host
-    print(
-        f"http://{address}:{bound.getsockname()[1]}  (runs in {os.path.realpath(root)}; Ctrl-C ends the page, not a run)",
-        flush=True,
-    )
+    address = f"{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
+    print(f"http://{address}  (runs in {os.path.realpath(root)}; Ctrl-C ends the page, not a run)", flush=True)
     uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[bound])
 
 

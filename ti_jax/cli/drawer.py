@@ -41,7 +41,9 @@ def serve(lines: Iterable[str], answers: TextIO) -> None:
 
 
 def _draw(request: dict[str, Any], held: dict[Any, StableDiffusion]) -> list[Any]:
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in request.items()}
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in request.items()
+    }
     config = resolve_infer(InferConfig(**values))
     model = tuple(getattr(config, field.name) for field in dataclasses.fields(ModelSettings))
 

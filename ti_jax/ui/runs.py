@@ -157,8 +157,8 @@ def state_of(folder: Path) -> State:
         if total and step >= total:
             return found("learning", "drawing the last pictures")
         return found("learning", "" if "learning:" in last else last)
-    if (error := _error_of(log)) is not None:
-        return found("failed", error)
+    if (fault := _error_of(log)) is not None:
+        return found("failed", fault)
     report = _report_says(folder)
     if report == "finished":
         return found("finished", "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,7 @@ def may_choose(name: str) -> bool:
     return about.path is None and not about.secret and not about.of_this_process and name not in _ELSEWHERE
 
 
-def further_settings(text: str) -> Mapping[str, Any]:
+def further_settings(text: str) -> dict[str, Any]:
     """Settings from lines ``name: value``, as in a config.
 
     Raises:

@@ -80,7 +80,7 @@ def of_run(runs: Runs, name: str | None, seen: dict[str, Any]) -> Shown:
         return Shown([*nothing, *empty, gr.skip(), gr.skip(), empty[0]], {"name": None})
     folder = runs.folder(name)
     state = state_of(folder)
-    marks = {"name": name, "list": seen.get("list"), "state": state}
+    marks: dict[str, Any] = {"name": name, "list": seen.get("list"), "state": state}
     marks |= {each: _mark(folder / each) for each in (METRICS_FILE, PROGRESS_FILE, OVERVIEW_FILE, LOG_FILE)}
     marks["words"] = words_of(folder)
 

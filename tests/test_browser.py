@@ -30,7 +30,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 PICTURES = sorted(map(str, (ASSETS / "concepts" / "cleo").glob("*.png")))
 # Few samples and few steps of the sampler; the programs are the same in every test, so that they are compiled once.
-QUICK = "validation_inference_steps: 2\nlogging_steps: 2\noverview_prompts: [a portrait of {}]"
+QUICK = 'validation_inference_steps: 2\nlogging_steps: 2\noverview_prompts: ["a portrait of {}"]'
 PATIENCE = 120_000  # milliseconds; on two busy cores
 
 
@@ -127,6 +127,13 @@ def ask(tab, word, pictures=PICTURES, steps=6, every=2):
     tab.fill("#further textarea", QUICK)
 
 
+def learn(tab):
+    """Start the run; an error is shown at once."""
+    tab.click("#learn")
+    tab.wait_for_selector("#state .status, .toast-body")
+    assert tab.locator(".toast-body").all_inner_texts() == []
+
+
 def to_step(tab, name):
     tab.get_by_role("tab", name=name).click()
 
@@ -135,7 +142,7 @@ def test_from_pictures_to_a_saved_file(chromium, served, tmp_path):
     with shown(chromium, served.url) as tab:
         ask(tab, "<first>")
         assert "4 pictures: all can be learned from" in tab.inner_text("#remarks")
-        tab.click("#learn")
+        learn(tab)
         for part in ("#curve svg", "#progress img", "#state .finished", "#overview img"):
             tab.wait_for_selector(part)
         assert "<first>" in tab.inner_text("#state") and "step 6 of 6" in tab.inner_text("#state")
@@ -173,7 +180,7 @@ def test_an_error_of_the_run_is_on_the_page(chromium, served):
     with shown(chromium, served.url) as tab:
         ask(tab, "<wrong>")
         tab.fill("#initializer textarea", "xylophone")
-        tab.click("#learn")
+        learn(tab)
         tab.wait_for_selector("#state .error:has-text('xylophone')")
     assert state_of(served.root / "wrong").status == "failed"
 
@@ -184,7 +191,7 @@ def test_a_reload_and_kills_lose_nothing(chromium, tmp_path):
     folder = page.root / "long"
     with shown(chromium, page.url) as tab:
         ask(tab, "<long>", steps=5000, every=10)
-        tab.click("#learn")
+        learn(tab)
         tab.wait_for_selector("#curve svg")
         tab.reload()
         tab.wait_for_selector("#state .learning", state="attached")

@@ -24,6 +24,9 @@ from ti_jax.ui.settings import EXAMPLE, EXAMPLE_WORD, PRESETS, Form, Models, mak
 from ti_jax.ui.trying import MOST_PICTURES, Drawer, Wanted, compare
 
 EVERY = 2.0  # seconds between two looks at the folder of the run that is shown
+# Gradio would look whether a choice is one that it has sent, and after a restart of the server it has sent none. The
+# functions look themselves, in the run's folder.
+AS_SENT: dict[str, Any] = {"preprocess": False}
 NEW, LEARN, TRY, SAVE = "new", "learn", "try", "save"
 
 
@@ -83,9 +86,10 @@ def build(server: Server) -> gr.Blocks:
             return [gr.Tabs(selected=LEARN) if shown.goes_on(found[0]) else gr.skip(), *found]
 
         shows = [seen, run, *watch.parts, *trial.parts, saved.word]
-        timer.tick(_kind(tick), [run, seen], shows, show_progress="hidden", api_name="watch")
-        run.input(_kind(tick), [run, seen], shows, show_progress="hidden", api_visibility="private")
-        page.load(_kind(opened), [run], [tabs, *shows], show_progress="hidden", api_visibility="private")
+        quietly = dict(show_progress="hidden", **AS_SENT)
+        timer.tick(_kind(tick), [run, seen], shows, api_name="watch", **quietly)
+        run.input(_kind(tick), [run, seen], shows, api_visibility="private", **quietly)
+        page.load(_kind(opened), [run], [tabs, *shows], api_visibility="private", **quietly)
 
         def learn(files: Any, table: Any, *fields: Any) -> Any:
             """Start a run with the pictures and settings, and show it."""
@@ -101,11 +105,13 @@ def build(server: Server) -> gr.Blocks:
             processes.resume(server.runs.folder(name), whole("steps", steps))
 
         form.learn.click(_kind(learn), [form.files, form.captions, *form.fields], [tabs, *shows], api_name="learn")
-        looks = dict(inputs=[run, seen], outputs=shows, show_progress="hidden", api_visibility="private")
-        watch.stop.click(_kind(stop), [run], [], api_name="stop").then(_kind(tick), **looks)
-        watch.resume.click(_kind(resume), [run, watch.until], [], api_name="resume").then(_kind(tick), **looks)
+        looks = dict(inputs=[run, seen], outputs=shows, api_visibility="private", **quietly)
+        watch.stop.click(_kind(stop), [run], [], api_name="stop", **AS_SENT).then(_kind(tick), **looks)
+        watch.resume.click(_kind(resume), [run, watch.until], [], api_name="resume", **AS_SENT).then(
+            _kind(tick), **looks
+        )
         watch.report.expand(_kind(lambda name: shown.report(server.runs, name)), [run], [watch.report_page],
-                            api_name="report")  # fmt: skip
+                            api_name="report", **AS_SENT)  # fmt: skip
     return page
 
 
@@ -323,7 +329,7 @@ def _try(server: Server, run: gr.Component) -> _Trial:
                 raise InputError(f"{each!r}: not a word of this run; choose one from the list")
         wanted = Wanted(
             tuple(str(prompts).splitlines()), {each: server.runs.file(name, known[each]) for each in chosen},
-            str(without or "") if plain else None, whole("pictures", count) or 1, int(seed or 0),
+            str(without or "") if plain else None, whole("pictures", count) or 1, int(number("seed", seed) or 0),
             whole("steps", steps), number("guidance scale", guidance),
             str(negative or "") or None,
         )  # fmt: skip
@@ -331,7 +337,7 @@ def _try(server: Server, run: gr.Component) -> _Trial:
         return found, "\n".join(f"- {line}" for line in said)
 
     fields = [run, prompts, word, other, plain, without, count, seed, negative, steps, guidance]
-    draw.click(_kind(drawn), fields, [picture, notes], api_name="draw")
+    draw.click(_kind(drawn), fields, [picture, notes], api_name="draw", **AS_SENT)
     return _Trial([word, other, prompts, without])
 
 
@@ -363,5 +369,5 @@ def _save(server: Server, run: gr.Component) -> _Saved:
         written, warnings = saving.save_as(path, str(format_name), server.folder_aside())
         return list(map(str, written)), shown.usage(saving.how_to_use(path, config_of(folder)), warnings)
 
-    save.click(_kind(saved), [run, word, form], [files, how], api_name="save")
+    save.click(_kind(saved), [run, word, form], [files, how], api_name="save", **AS_SENT)
     return _Saved(word)

@@ -190,6 +190,7 @@ def remarks(look: Look) -> str:
 
 def report(runs: Runs, name: Any) -> str:
     """The run's own page, in a frame that runs no scripts."""
+    runs.folder(name)
     try:
         text = runs.file(name, REPORT_FILE).read_text(encoding="utf-8", errors="replace")
     except InputError:

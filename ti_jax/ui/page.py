@@ -203,9 +203,9 @@ def _new_word(server: Server) -> _NewWord:
                 preset = gr.Radio(list(PRESETS), label="Settings of", value=None, visible=False,
                                   info="for the model's family")  # fmt: skip
             with gr.Row():
-                steps = gr.Textbox(label="Steps", elem_id="steps", placeholder="by model")
-                rate = gr.Textbox(label="Learning rate", placeholder="by model", elem_id="rate")
-                vectors = gr.Textbox(label="Vectors", placeholder="1", elem_id="vectors")
+                steps = gr.Textbox(label="Steps", elem_id="steps", placeholder="by model", min_width=90)
+                rate = gr.Textbox(label="Learning rate", placeholder="by model", elem_id="rate", min_width=90)
+                vectors = gr.Textbox(label="Vectors", placeholder="1", elem_id="vectors", min_width=90)
             with gr.Accordion("More settings", open=False, elem_id="more"):
                 with gr.Row():
                     batch = gr.Textbox(label="Pictures a step", placeholder="by model",
@@ -268,9 +268,10 @@ def _learn() -> _Watch:
     """The second tab: the run as its folder has it."""
     state = gr.HTML(elem_id="state")
     with gr.Row():
-        stop = gr.Button("Stop", interactive=False, elem_id="stop")
-        resume = gr.Button("Resume", interactive=False, elem_id="resume")
-        until = gr.Textbox(label="to step", placeholder="as before", elem_id="until")
+        stop = gr.Button("Stop", interactive=False, elem_id="stop", size="md", scale=0, min_width=140)
+        resume = gr.Button("Resume", interactive=False, elem_id="resume", size="md", scale=0, min_width=140)
+        until = gr.Textbox(placeholder="to step: as before", elem_id="until", show_label=False, container=False,
+                           scale=0, min_width=180)  # fmt: skip
     with gr.Row():
         with gr.Column(scale=5):
             curve = gr.HTML(elem_id="curve")

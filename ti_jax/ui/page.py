@@ -273,13 +273,13 @@ def _learn() -> _Watch:
         until = gr.Textbox(placeholder="to step: as before", elem_id="until", show_label=False, container=False,
                            scale=0, min_width=180)  # fmt: skip
     with gr.Row():
-        with gr.Column(scale=5):
-            curve = gr.HTML(elem_id="curve")
         with gr.Column(scale=6):
+            curve = gr.HTML(elem_id="curve")
+            overview = gr.Image(label="At the end", interactive=False, elem_id="overview", visible=False,
+                                buttons=["download", "fullscreen"])  # fmt: skip
+        with gr.Column(scale=4):
             progress = gr.Image(label="Progress", interactive=False, elem_id="progress", buttons=["fullscreen"],
                                 visible=False)  # fmt: skip
-    overview = gr.Image(label="At the end", interactive=False, elem_id="overview", buttons=["download", "fullscreen"],
-                        visible=False)  # fmt: skip
     with gr.Accordion("Report", open=False, elem_id="report") as report:
         page = gr.HTML("")
     with gr.Accordion("What the process says", open=False):

@@ -158,6 +158,9 @@ def test_settings_that_cannot_be_read_are_what_the_run_says(root):
 def test_the_words_of_a_run(root):
     folder = root / "cleo"
     assert words_of(folder) == {}
+    (folder / "learned_embeds-steps-8.safetensors").touch()
+    assert list(words_of(folder).values()) == ["learned_embeds-steps-8.safetensors"] * 2  # the newest, and of step 8
+    (folder / "learned_embeds-steps-8.safetensors").unlink()
     for name in ("learned_embeds.safetensors", "learned_embeds-steps-9.safetensors",
                  "learned_embeds-steps-10.safetensors", "learned_embeds_2.safetensors"):  # fmt: skip
         (folder / name).touch()

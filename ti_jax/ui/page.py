@@ -275,10 +275,10 @@ def _learn() -> _Watch:
     with gr.Row():
         with gr.Column(scale=6):
             curve = gr.HTML(elem_id="curve")
-            overview = gr.Image(label="At the end", interactive=False, elem_id="overview", visible=False,
+            overview = gr.Image(show_label=False, interactive=False, elem_id="overview", visible=False,
                                 buttons=["download", "fullscreen"])  # fmt: skip
         with gr.Column(scale=4):
-            progress = gr.Image(label="Progress", interactive=False, elem_id="progress", buttons=["fullscreen"],
+            progress = gr.Image(show_label=False, interactive=False, elem_id="progress", buttons=["fullscreen"],
                                 visible=False)  # fmt: skip
     with gr.Accordion("Report", open=False, elem_id="report") as report:
         page = gr.HTML("")
@@ -313,7 +313,7 @@ def _try(server: Server, run: gr.Component) -> _Trial:
                     guidance = gr.Textbox(label="Guidance scale", placeholder="by model")
             draw = gr.Button("Draw", variant="primary", elem_id="draw")
         with gr.Column(scale=6):
-            picture = gr.Image(label="The same seeds in every row", interactive=False, elem_id="drawn", format="png",
+            picture = gr.Image(show_label=False, interactive=False, elem_id="drawn", format="png",
                                buttons=["download", "fullscreen"])  # fmt: skip
             notes = gr.Markdown()
 
@@ -352,7 +352,7 @@ def _save(server: Server, run: gr.Component) -> _Saved:
     with gr.Row():
         with gr.Column(scale=4):
             word = gr.Dropdown([], label="Save", elem_id="save-word")
-            form = gr.Radio([(shown.FORMAT_NAMES.get(name, name), name) for name in saving.SUFFIXES],
+            form = gr.Radio([(shown.FORMAT_NAMES.get(name, name), name) for name in saving.SUFFIXES][::-1],
                             value="diffusers", label="For", elem_id="format")  # fmt: skip
             save = gr.Button("Save", variant="primary", elem_id="save")
             files = gr.File(label="Files", file_count="multiple", interactive=False, elem_id="files")

@@ -22,6 +22,7 @@ PICTURES, SETTINGS_FILE, LOG_FILE, PROCESS_FILE = "pictures", "settings.yaml", "
 CONFIG_FILE, METRICS_FILE = "config.yaml", "metrics.jsonl"
 
 LOG_END = 20_000  # bytes of the log that are read
+NEWEST = "the word as it is now"
 HERE = "."  # the name of the root itself, where that is a run's folder
 
 Status = Literal["starting", "learning", "stopping", "stopped", "finished", "failed"]
@@ -190,7 +191,7 @@ def config_of(folder: Path) -> TrainConfig:
 def words_of(folder: Path) -> dict[str, str]:
     """The learned words in a run's folder: what each is called on the page, and its path in the folder.
 
-    Of several concepts each has its folder. The word itself comes first, then its copies, the last one first.
+    Of several concepts each has its folder. The newest state comes first, then all copies, the last one first.
     """
     found: dict[str, str] = {}
     for inside in (folder, *sorted(path for path in folder.glob("*") if (path / EMBEDDING_FILE).is_file())):
@@ -199,8 +200,9 @@ def words_of(folder: Path) -> dict[str, str]:
         prefix = "" if inside == folder else f"{inside.name}, "
         copies = (re.fullmatch(r"learned_embeds-steps-(\d+)\.safetensors", path.name) for path in inside.glob("*"))
         steps = sorted((int(match[1]) for match in copies if match is not None), reverse=True)
-        names = {f"{prefix}the word as it is now": EMBEDDING_FILE} if (inside / EMBEDDING_FILE).is_file() else {}
-        names |= {f"{prefix}step {step}": f"learned_embeds-steps-{step}.safetensors" for step in steps}
+        of_steps = {f"{prefix}step {step}": f"learned_embeds-steps-{step}.safetensors" for step in steps}
+        newest = EMBEDDING_FILE if (inside / EMBEDDING_FILE).is_file() else next(iter(of_steps.values()), None)
+        names = of_steps if newest is None else {f"{prefix}{NEWEST}": newest, **of_steps}
         found |= {label: (inside / name).relative_to(folder).as_posix() for label, name in names.items()}
     return found
 

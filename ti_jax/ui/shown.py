@@ -200,7 +200,8 @@ def report(runs: Runs, name: Any) -> str:
 
 def usage(uses: Sequence[Use], warnings: Sequence[str]) -> str:
     """What to do with a word in each program."""
-    lines = [f"- Note: {_plain(each)}" for each in warnings]
+    lines = ["`path/to` is where the run's folder is; a file that was downloaded has its own name."]
+    lines += [f"- Note: {_plain(each)}" for each in warnings]
     for use in uses:
         lines += ["", f"#### {use.program}"]
         if use.place is not None:

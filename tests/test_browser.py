@@ -62,6 +62,13 @@ class Page:
         with urllib.request.urlopen(urllib.request.Request(self.url + path, body, headers), timeout=60) as answer:
             return answer.read()
 
+    def refuses(self, path, data=None, **headers):
+        """The status of a request that is refused."""
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            self.request(path, data, **headers)
+        refused.value.close()
+        return refused.value.code
+
     def uploaded(self, path):
         """A file as the page hands it over once it has been dropped there."""
         body = b"--x\r\nContent-Disposition: form-data; name=files; filename=%s\r\n\r\n" % Path(path).name.encode()
@@ -208,20 +215,15 @@ def test_a_reload_and_kills_lose_nothing(chromium, tmp_path):
         tab.wait_for_selector("#state .stopped", state="attached")
         last, logged = checkpoints_of(folder)[-1], state_of(folder).step
         to_step(tab, "2 Learn")
-        tab.fill("#until textarea", str(logged + 2))
+        tab.fill("#until textarea", "4000")
         tab.click("#resume")
-        tab.wait_for_selector("#state .finished")
-        assert f"step {logged + 2} of {logged + 2}" in tab.inner_text("#state")
-        # Once more, and stopped from the page.
-        tab.fill("#until textarea", "5000")
-        tab.click("#resume")
-        wait_for(lambda: state_of(folder).step > logged + 2)
+        wait_for(lambda: state_of(folder).running and state_of(folder).step > logged)
         tab.click("#stop:not([disabled])")
         tab.wait_for_selector("#state .stopped")
-        assert "stopped at step" in tab.inner_text("#state")
+        assert "stopped at step" in tab.inner_text("#state") and "of 4000" in tab.inner_text("#state")
     page.end()
     ended = state_of(folder)
-    assert checkpoints_of(folder)[-1] == ended.step > logged + 2 > last and not list(folder.glob("previous-*"))
+    assert checkpoints_of(folder)[-1] == ended.step > logged >= last > 0 and not list(folder.glob("previous-*"))
     updates = [record["step"] for record in read_lines(folder / "metrics.jsonl") if "losses" in record]
     count = sum(len(record.get("losses", ())) for record in read_lines(folder / "metrics.jsonl"))
     assert updates == sorted(set(updates)) and updates[-1] == count == ended.step
@@ -288,19 +290,15 @@ def test_no_call_reads_a_file_that_was_not_chosen(served, tmp_path):
     assert kind == "complete" and "root:" not in html and "There is none yet" in html
     for path in (secret, "/etc/passwd", served.root / "links" / "config.yaml", inside / "report.html"):
         for route in ("file=", "file/"):
-            with pytest.raises(urllib.error.HTTPError):
-                served.request(f"/gradio_api/{route}{path}")
+            assert served.refuses(f"/gradio_api/{route}{path}") in (403, 404)
     assert not (served.root / "api").exists() and not (tmp_path / "x").exists()
     assert served.call("look", [picture], embedded)[0] == "complete"  # the call itself is right
 
 
 def test_other_sites_are_not_answered(served):
     """A site whose name leads to 127.0.0.1, and one that has its visitor's browser call the API."""
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        served.request("/", Host="elsewhere.example")
-    assert refused.value.code == 400
-    with pytest.raises(urllib.error.HTTPError):
-        served.request("/gradio_api/call/watch", {"data": [None]}, Origin="https://elsewhere.example")
+    assert served.refuses("/", Host="elsewhere.example") == 400
+    assert served.refuses("/gradio_api/call/watch", {"data": [None]}, Origin="https://elsewhere.example") == 403
 
 
 def test_bound_elsewhere_is_a_warning(tmp_path):

@@ -25,6 +25,8 @@ from ti_jax.ui.runs import (
     SETTINGS_FILE,
     Runs,
     config_of,
+    log_end,
+    place_of,
     process_of,
     records_of,
     state_of,
@@ -91,6 +93,11 @@ def test_files_of_a_run_lie_in_its_folder(root):
     (folder / "link.png").symlink_to(root.parent / "secret.txt")
     (folder / "up").symlink_to(root.parent)
     assert runs.file("cleo", "samples/a.png") == folder / "samples" / "a.png"
+    (folder / LOG_FILE).symlink_to(root.parent / "secret.txt")
+    assert log_end(folder) == []
+    (root / "linked").mkdir()
+    (root / "linked" / "config.yaml").symlink_to(root.parent / "secret.txt")
+    assert runs.names() == ["cleo"]
     wrong = ["link.png", "up/secret.txt", "../../secret.txt", str(root.parent / "secret.txt"), "samples", "", "x\0",
              str(folder / "samples" / "a.png"), None, 1]  # fmt: skip
     for path in wrong:
@@ -168,8 +175,12 @@ def test_the_words_of_a_run(root):
     for name in ("ana", "previous-1"):
         (folder / name).mkdir()
         (folder / name / "learned_embeds.safetensors").touch()
+        (folder / name / "progress.png").touch()
     assert words_of(folder)["ana, the word as it is now"] == "ana/learned_embeds.safetensors"
     assert not any("previous" in path for path in words_of(folder).values())
+    assert place_of(folder, "progress.png") == "ana/progress.png"
+    assert place_of(folder, "learned_embeds.safetensors") == "learned_embeds.safetensors"
+    assert place_of(folder, "overview.png") == "overview.png"
 
 
 # -- processes

@@ -104,7 +104,12 @@ def _is_name(name: str) -> bool:
 
 
 def _is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (CONFIG_FILE, SETTINGS_FILE))
+    return any(_is_own_file(folder / name) for name in (CONFIG_FILE, SETTINGS_FILE))
+
+
+def _is_own_file(path: Path) -> bool:
+    """Whether it is a file, and no link to one elsewhere."""
+    return path.is_file() and not path.is_symlink()
 
 
 def _began(folder: Path) -> float:
@@ -181,7 +186,7 @@ def config_of(folder: Path) -> TrainConfig:
     Raises:
       InputError: they cannot be read, or not any more.
     """
-    path = next((folder / name for name in (CONFIG_FILE, SETTINGS_FILE) if (folder / name).is_file()), None)
+    path = next((folder / name for name in (CONFIG_FILE, SETTINGS_FILE) if _is_own_file(folder / name)), None)
     if path is None:
         raise InputError(f"{folder}: neither {CONFIG_FILE} nor {SETTINGS_FILE} in it")
     config = TrainConfig(**load_yaml(path, TrainConfig))
@@ -205,6 +210,12 @@ def words_of(folder: Path) -> dict[str, str]:
         names = of_steps if newest is None else {f"{prefix}{NEWEST}": newest, **of_steps}
         found |= {label: (inside / name).relative_to(folder).as_posix() for label, name in names.items()}
     return found
+
+
+def place_of(folder: Path, name: str) -> str:
+    """Path of a run's file in its folder; of several concepts that of the first that has one."""
+    found = [path for path in sorted(folder.glob(f"*/{name}")) if _is_name(path.parent.name)]
+    return name if (folder / name).exists() or not found else found[0].relative_to(folder).as_posix()
 
 
 def checkpoints_of(folder: Path) -> list[int]:
@@ -239,7 +250,9 @@ def log_end(folder: Path) -> list[str]:
 
 
 def _end_of(path: Path, count: int | None) -> str:
-    """The last bytes of a file as text; empty if there is none."""
+    """The last bytes of a file as text; empty if there is none, or a link to one elsewhere."""
+    if path.is_symlink():
+        return ""
     try:
         with path.open("rb") as file:
             if count is not None:

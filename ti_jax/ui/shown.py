@@ -24,6 +24,7 @@ from ti_jax.ui.runs import (
     State,
     config_of,
     log_end,
+    place_of,
     process_of,
     records_of,
     state_of,
@@ -81,7 +82,9 @@ def of_run(runs: Runs, name: str | None, seen: dict[str, Any]) -> Shown:
     folder = runs.folder(name)
     state = state_of(folder)
     marks: dict[str, Any] = {"name": name, "list": seen.get("list"), "state": state}
-    marks |= {each: _mark(folder / each) for each in (METRICS_FILE, PROGRESS_FILE, OVERVIEW_FILE, LOG_FILE)}
+    marks |= {
+        each: _mark(folder / place_of(folder, each)) for each in (METRICS_FILE, PROGRESS_FILE, OVERVIEW_FILE, LOG_FILE)
+    }
     marks["words"] = words_of(folder)
 
     def changed(*keys: str) -> bool:
@@ -139,7 +142,7 @@ def _mark(path: Path) -> Any:
 def _picture(runs: Runs, name: str, file: str) -> Any:
     """A picture of the run, read here: the browser gets a copy, and no path of this machine."""
     try:
-        with Image.open(runs.file(name, file)) as opened:
+        with Image.open(runs.file(name, place_of(runs.folder(name), file))) as opened:
             return gr.Image(opened.convert("RGB"), visible=True)
     except (InputError, OSError):  # none yet, or spoilt by somebody else
         return gr.Image(None, visible=False)

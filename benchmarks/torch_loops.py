@@ -72,16 +72,22 @@ class StockLoop:
         for network in (self.vae, self.unet):
             network.to(self.device, self.dtype)
         self.tables: dict[str, torch.Tensor] = {}
+        for text_encoder in self.text_encoders.values():
+            text_encoder.to(self.device, torch.float32)
+        self.add_word()
+        self.order: list[int] = []
+        self.prepare()
+
+    def add_word(self) -> None:
+        """A row for the new word in each table."""
         for name, tokenizer in self.tokenizers.items():
-            text_encoder = self.text_encoders[name].to(self.device, torch.float32)
+            text_encoder = self.text_encoders[name]
             (start,) = tokenizer.encode(self.initializer, add_special_tokens=False)
             tokenizer.add_tokens(self.token)
             text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
             self.tables[name] = text_encoder.get_input_embeddings().weight
             with torch.no_grad():
                 self.tables[name][self.id(name)] = self.tables[name][start]
-        self.order: list[int] = []
-        self.prepare()
 
     def id(self, name: str) -> int:
         """The new word's id in the table of the text encoder `name`."""
@@ -209,7 +215,7 @@ class StrongLoop(StockLoop):
 
     compiled: str | None = None
 
-    def prepare(self) -> None:
+    def cache_moments(self) -> None:
         """Encode all pictures and their mirror images, then free the autoencoder."""
         with torch.no_grad():
             pictures = torch.stack([self.pixels, self.pixels.flip(-1)], dim=1).flatten(0, 1)
@@ -219,6 +225,10 @@ class StrongLoop(StockLoop):
         )
         self.scaling_factor = self.vae.config.scaling_factor
         del self.vae
+
+    def prepare(self) -> None:
+        """Cache the moments; the new row becomes a parameter of its own; compile."""
+        self.cache_moments()
         self.trained = {}
         for name, text_encoder in self.text_encoders.items():
             embeddings = _WithNewRow(self.tables[name])

@@ -24,6 +24,7 @@ COMMANDS = {
     "train": TrainConfig, "infer": InferConfig, "evaluate FILE": EvaluateConfig, "plan": PlanConfig,
     "data DIR": DataConfig,
     "verify FILE": main.VerifyConfig,
+    "ui": main.UiConfig,
     **{f"embedding {name} {files}": cls for name, (_, cls, files, _) in embedding.COMMANDS.items()},
 }  # fmt: skip
 
@@ -296,8 +297,8 @@ def test_help_into_a_closed_pipe_is_quiet():
     [
         (
             "-m ti_jax",
-            "ti-jax: error: no command given; one of train, infer, evaluate, plan, data, verify, embedding, doctor, or "
-            "ti-jax --help",
+            "ti-jax: error: no command given; one of train, infer, evaluate, plan, data, verify, embedding, doctor, "
+            "ui, or ti-jax --help",
         ),
         ("-m ti_jax trian", "ti-jax: error: unknown command 'trian'; did you mean train?"),
         (

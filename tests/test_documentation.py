@@ -29,6 +29,7 @@ CONFIGS = {
     "train": TrainConfig, "infer": InferConfig, "plan": PlanConfig, "data": DataConfig, "evaluate": EvaluateConfig,
     "verify": main.VerifyConfig,
     "doctor": main.DoctorConfig,
+    "ui": main.UiConfig,
 }  # fmt: skip
 
 
@@ -89,7 +90,7 @@ def check(*words):
         rest = rest[:at] + rest[at + 2 :]
     if command == "infer" and "--prompt" not in rest:  # left out with "..."
         rest += ["--prompt", "{}"]
-    has_file = command not in ("evaluate", "verify", "doctor")
+    has_file = command not in ("evaluate", "verify", "doctor", "ui")
     check_fields(
         parse(CONFIGS[command], rest, prog="", examples="", config_file=has_file, no_counterpart=NO_COUNTERPART)
     )

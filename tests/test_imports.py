@@ -8,7 +8,8 @@ PACKAGE = Path(__file__).parent.parent / "ti_jax"
 # From the bottom up; a package stands for all its modules.
 ORDER = [
     "startup", "interrupts", "errors", "words", "files", "cache", "remote", "batches", "machine", "images", "config",
-    "ops", "diffusion", "models", "weights", "embeddings", "text", "pipeline", "data", "evaluation", "training", "cli",
+    "ops", "diffusion", "models", "weights", "embeddings", "text", "pipeline", "data", "evaluation", "training", "ui",
+    "cli",
 ]  # fmt: skip
 
 

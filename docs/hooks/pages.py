@@ -29,6 +29,7 @@ SUBJECTS = {
     "Flags and config files": ("config/", "cli/flags", "cli/main"),
     "Pictures and masks": (
         "data/picture", "data/reading", "data/folder", "data/masks", "data/size", "data/buckets", "data/dataset",
+        "data/survey",
     ),
     "Captions, templates and prompts": ("data/", "text/", "words"),
     "Several processes": ("training/multihost", "training/launchers"),
@@ -38,6 +39,7 @@ SUBJECTS = {
     "Models: folders, the hub, single files": ("weights/", "models/", "pipeline/model", "diffusion/"),
     "Embedding files": ("embeddings/", "cli/embedding", "cli/verify"),
     "Scores": ("evaluation/",),
+    "The page of ti-jax ui": ("ui/",),
     "Drawing and the rest": ("",),
 }  # fmt: skip
 
@@ -125,6 +127,7 @@ def _configs() -> dict[str, tuple[type, set[str]]]:
         "data": (DataConfig, names(TrainConfig)),
         "verify": (main.VerifyConfig, set()),
         "doctor": (main.DoctorConfig, set()),
+        "ui": (main.UiConfig, set()),
     }
     return configs | {name: (cls, set()) for name, (_, cls, *_) in embedding.COMMANDS.items()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from ti_jax.files import writable_folder
 from ti_jax.images import grid, save_png
 from ti_jax.machine import explaining_out_of_memory
 from ti_jax.pipeline import StableDiffusion
-from ti_jax.pipeline.model_description import ModelDescription, open_model_of
+from ti_jax.pipeline.model_description import ModelDescription, OpenModel, open_model_of
 from ti_jax.text.tokens import combine
 from ti_jax.words import find_words
 
@@ -26,8 +27,11 @@ GRID_COLUMNS = 4
     "give a smaller --batch_size, a smaller --height and --width or --vae_tiling always, or end other programs that "
     "use the device"
 )
-def draw(config: InferConfig) -> list[Path]:
+def draw(config: InferConfig, load: Callable[[OpenModel], StableDiffusion] = StableDiffusion.load) -> list[Path]:
     """Draw the pictures of a resolved config.
+
+    Args:
+      load: reads the weights, or has them already.
 
     Returns:
       The files written: ``config.output``, or for several pictures those of `output_paths`.
@@ -40,10 +44,10 @@ def draw(config: InferConfig) -> list[Path]:
     if output.is_dir():
         raise InputError(f"--output {output}: a folder; give the name of a .png file in it")
     with writable_folder(output.parent):
-        return _draw(config, output)
+        return _draw(config, output, load)
 
 
-def _draw(config: InferConfig, output: Path) -> list[Path]:
+def _draw(config: InferConfig, output: Path, load: Callable[[OpenModel], StableDiffusion]) -> list[Path]:
     embeddings = load_given(config.embedding)
     for file, embedding in zip(config.embedding, embeddings, strict=True):
         config, note = _with_stored_name(config, embedding)
@@ -60,7 +64,7 @@ def _draw(config: InferConfig, output: Path) -> list[Path]:
         for file, embedding in zip(config.embedding, embeddings, strict=True):
             check_fits(embedding, model.embedding_dims, file)
         _check_request(config, model, embeddings)
-        sd = StableDiffusion.load(model)
+        sd = load(model)
     prompts = [prompt for prompt in config.prompt for _ in range(config.num_images)]
     images = sd.generate(
         prompts,

@@ -1,5 +1,5 @@
 """The commands: ``ti-jax train`` (``train.py``), ``infer`` (``infer.py``), ``evaluate``, ``plan``, ``data``,
-``verify``, ``embedding`` and ``doctor``.
+``verify``, ``embedding``, ``doctor`` and ``ui``.
 
 JAX is imported inside the commands, after the command line has been checked.
 """
@@ -27,7 +27,7 @@ from ti_jax.config import (
     resolve_infer,
 )
 from ti_jax.config.fields import setting
-from ti_jax.config.rules import TEXT, WHOLE
+from ti_jax.config.rules import PORT, TEXT, TEXTS, WHOLE
 from ti_jax.config.yaml import nearest
 from ti_jax.errors import InputError, OutOfStep
 from ti_jax.remote import as_given
@@ -79,6 +79,13 @@ examples:
 """
 
 
+UI_EXAMPLES = """\
+examples:
+  {prog}
+  {prog} --output_dir runs --port 8000 --models ~/models
+"""
+
+
 @dataclass(frozen=True)
 class VerifyConfig:
     """Load a learned word into diffusers on PyTorch, and compare a prompt's encoding with ti_jax's."""
@@ -100,6 +107,23 @@ class DoctorConfig:
 
     json: bool = False
     """Print the findings as JSON."""
+
+
+@dataclass(frozen=True)
+class UiConfig:
+    """A page in the browser: drop pictures, learn a word, try it, save it. Runs go on when the page or this command
+    ends, and are found again. Needs the extra `ui` (pip install 'ti_jax[ui]')."""
+
+    output_dir: str = setting("output", TEXT, path="output")
+    """Folder of the runs, each in a folder of its own; also those that train.py has made there are shown."""
+    models: tuple[str, ...] = setting((), TEXTS, path="input")
+    """Models that the page offers besides the embedded one and hub ids: diffusers folders, .safetensors or .ckpt files,
+    or folders of such. It reads no others of this machine."""
+    host: str = setting("127.0.0.1", TEXT)
+    """Address to serve at. Any other than this machine's own lets others start runs and see pictures: there is no
+    password."""
+    port: int = setting(7860, PORT)
+    """Port to serve at; 0: any that is free."""
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "ti-jax") -> int:
@@ -255,7 +279,7 @@ def _data(args: Sequence[str], prog: str) -> int:
     config = replace(config, train_data_dir=folder or config.train_data_dir)
     if config.train_data_dir is None:
         raise InputError(f"the folder is missing: {prog} DIR, with the flags after it")
-    from ti_jax.cli.data import survey
+    from ti_jax.data.survey import survey
 
     found = survey(resolve_data(config))
     with _output():
@@ -310,6 +334,18 @@ def _doctor(args: Sequence[str], prog: str) -> int:
     return 0 if found.ok else 1
 
 
+def _ui(args: Sequence[str], prog: str) -> int:
+    from ti_jax.cli.flags import parse
+
+    with _output():
+        config = parse(UiConfig, args, prog=prog, examples=UI_EXAMPLES.format(prog=prog), config_file=False)
+    check_fields(config)
+    from ti_jax.ui.server import serve
+
+    serve(os.path.expanduser(config.output_dir), config.host, config.port, config.models)
+    return 0
+
+
 @contextlib.contextmanager
 def _output() -> Iterator[None]:
     """Context for printing to stdout: a reader that has closed the pipe, like ``head``, ends the program silently."""
@@ -340,4 +376,5 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str], str], int], str]] = {
         "Convert, inspect, merge, prune or transfer files of learned words, of any known format.",
     ),
     "doctor": (_doctor, "Check this machine: versions, devices, caches, a timed step; what a bug report starts with."),
+    "ui": (_ui, "Learn, try and save words on a page in the browser."),
 }

@@ -11,6 +11,7 @@ from ti_jax.words import is_word
 
 COUNT = Rule("1 or more", lambda value: value >= 1, good=(1,), bad=(0, -1))
 WHOLE = Rule("0 or more", lambda value: value >= 0, good=(0,), bad=(-1,))
+PORT = Rule("from 0 to 65535", lambda value: 0 <= value < 2**16, good=(0, 2**16 - 1), bad=(-1, 2**16))
 SEED = Rule("from 0 to 4294967295", lambda value: 0 <= value < 2**32, good=(0, 2**32 - 1), bad=(-1, 2**32))
 # The largest square has 67 million pixels. More is a slip of the keyboard: it would run for days, or until XLA aborts.
 SIDE = Rule(

@@ -77,6 +77,39 @@ def _locked_file(folder: Path, path: Path) -> TextIO:
         file.close()
 
 
+def holder(lock: Path, number: Path | None = None) -> int | None:
+    """Number of the process that holds a lock file; None: no process does.
+
+    Args:
+      number: the file with that number; None: the lock file itself, as `locked` writes it.
+    """
+    try:
+        text = (number or lock).read_text(encoding="utf-8").strip()
+        # The lock is tried only if there is such a process: a run that is starting must not find it taken by us.
+        if not text.isdecimal() or not exists(int(text)):
+            return None
+        if fcntl is None:
+            return int(text)
+        with lock.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return int(text)
+    except OSError:  # no such file, or one of somebody else
+        return None
+    return None
+
+
+def exists(process: int) -> bool:
+    """Whether there is a process of that number."""
+    try:
+        os.kill(process, 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
+
+
 def folders(folder: Path, configs: Sequence[TrainConfig]) -> list[Path]:
     """The run's folder and, where they have their own, those of its concepts."""
     return list(dict.fromkeys([folder, *(Path(config.output_dir) for config in configs)]))

@@ -496,8 +496,8 @@ def torch_loss_and_gradients(problem, model):
 def test_bfloat16_gradients_are_as_near_to_float32_as_pytorchs(family, tiny_sd, make_tiny_sdxl, pictures, tmp_path):
     """The precision of every accelerator, through text encoders, UNet and loss, on the draws of eight updates.
 
-    How far bfloat16 is off hangs on the weights, which are random here: PyTorch's gradients differ from float32's by 1% to 7%,
-    and its loss by up to 0.14%.
+    How far bfloat16 is off hangs on the weights, which are random here: PyTorch's gradients differ from float32's by 1%
+    to 7%, and its loss by up to 0.14%.
     """
     model = tiny_sd if family == "sd" else make_tiny_sdxl(2)
     exact, half = (Problem(model, pictures, tmp_path, dtype) for dtype in (jnp.float32, jnp.bfloat16))

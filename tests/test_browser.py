@@ -231,10 +231,10 @@ def test_a_reload_and_kills_lose_nothing(chromium, tmp_path):
 
 
 def wait_for(holds):
-    for _ in range(PATIENCE // 100):
+    for _ in range(PATIENCE // 300):
         if holds():
             return
-        time.sleep(0.1)
+        time.sleep(0.3)
     raise AssertionError("it did not come")
 
 

@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import children
 import pytest
 import servers
 
@@ -134,8 +136,23 @@ def hub():
         thread.join()
 
 
+# What of it takes long to import and does not read the environment.
+MODULES = (
+    "ti_jax.weights.hub",
+    "httpx2",
+    "httpcore2",
+    "httpx",
+    "httpcore",
+    "anyio",
+    "h11",
+    "truststore",
+    "yaml",
+    "filelock",
+)
+MODULES += ("tqdm.auto", "fsspec", "hf_xet", "tempfile", "shutil")
 SCRIPT = """
 import sys
+assert "huggingface_hub" not in sys.modules
 from ti_jax.errors import InputError
 from ti_jax.weights.hub import resolve
 try:
@@ -145,15 +162,21 @@ except InputError as error:
 """
 
 
-@pytest.fixture
-def run(hub, tmp_path):
+@pytest.fixture(scope="module")
+def script():
     """Resolve in a process of its own, as its environment counts when huggingface_hub is imported."""
+    with children.forked(SCRIPT, *MODULES) as run:
+        yield run
+
+
+@pytest.fixture
+def run(hub, script, tmp_path):
+    """``run(repo_id, ...)``: the line that a process says which resolves it."""
 
     def resolve_there(repo_id: str, revision="", variant="", token="", **environment: str) -> str:
         environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "NO_PROXY": "*"} | environment
         environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-        command = [sys.executable, "-c", SCRIPT, repo_id, revision, variant, token]
-        done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+        done = script([repo_id, revision, variant, token], os.environ | environment)
         assert done.returncode == 0, done.stderr
         lines = done.stdout.splitlines()
         assert len(lines) == 1
@@ -407,16 +430,13 @@ FAILING = {
 
 
 @pytest.fixture
-def run_both(hub, tmp_path):
+def run_both(hub, script, tmp_path):
     """As `run`, with what is said on stderr."""
 
     def resolve_there(**environment: str) -> tuple[str, str]:
         usual = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "NO_PROXY": "*"}
         usual |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_ETAG_TIMEOUT": "2"}
-        command = [sys.executable, "-c", SCRIPT, "owner/sd"]
-        done = subprocess.run(
-            command, env=os.environ | usual | environment, capture_output=True, text=True, check=False
-        )
+        done = script(["owner/sd"], os.environ | usual | environment)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip(), done.stderr.strip()
 
@@ -481,23 +501,38 @@ def test_a_token_opens_a_gated_repository(hub, run):
     assert COMMIT in run("owner/sd", token="hf_right")
 
 
+# Several commands in one process: it takes seconds to import JAX.
+COMMANDS = """
+import json, sys
+from ti_jax.cli.main import main
+for command in json.loads(sys.argv[1]):
+    print(f"<{main(command)}>", file=sys.stderr)
+"""
+
+
 def test_the_token_of_a_run_reaches_the_hub(hub, pictures, tmp_path):
     """A gated model: --hub_token gets past the gate (to files that are no model, which ends it)."""
-    hub.repositories["owner/sd"] = [*READ, *SAFETENSORS]
-    hub.gated.add("owner/sd")
     hub.tokens.add("Bearer hf_right")
-    environment = {"HF_ENDPOINT": hub.url, "NO_PROXY": "*"}
-    flags = ["--pretrained_model_name_or_path", "owner/sd", "--output_dir", str(tmp_path / "out")]
-    flags += ["--train_data_dir", str(pictures), "--placeholder_token", "<new>", "--initializer_token", "toy"]
-    for command in ("train", "plan"):
-        for token, opens in (("hf_wrong", False), ("hf_right", True)):
-            done = subprocess.run(
-                [sys.executable, "-m", "ti_jax", command, *flags, "--hub_token", token],
-                env=os.environ | environment | {"HF_HOME": str(tmp_path / command / token)},
-                capture_output=True, text=True,
-            )  # fmt: skip
-            assert opens or done.returncode == 2
-            assert ("gated; accept" not in done.stderr) == opens
+    flags = ["--train_data_dir", str(pictures), "--placeholder_token", "<new>", "--initializer_token", "toy"]
+    flags += ["--output_dir", str(tmp_path / "out")]
+    cases = [(command, token) for command in ("train", "plan") for token in ("hf_wrong", "hf_right")]
+    commands = []
+    for command, token in cases:
+        model = f"owner/{command}_{token}"  # what one has in the cache is nothing to another
+        hub.repositories[model] = [*READ, *SAFETENSORS]
+        hub.gated.add(model)
+        commands.append([command, "--pretrained_model_name_or_path", model, "--hub_token", token, *flags])
+    environment = {"HF_ENDPOINT": hub.url, "NO_PROXY": "*", "HF_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS, json.dumps(commands)],
+        env=os.environ | environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    *said, rest = re.split(r"^<(\d+)>\n", done.stderr, flags=re.MULTILINE)
+    assert not rest
+    for (_, token), told, status in zip(cases, said[::2], said[1::2], strict=True):
+        assert status == "2"
+        assert ("parts of different models" if token == "hf_right" else "gated; accept") in told.splitlines()[-1]
 
 
 def test_a_pipeline_with_code_of_its_own(tmp_path):

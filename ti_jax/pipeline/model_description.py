@@ -155,7 +155,7 @@ def open_model(
     path = resolve(None if path_or_hub_id is None else str(path_or_hub_id), revision, variant, token)
     with open_source(path, variant, prediction_type, vae=None if vae is None else local_copy(vae)) as source:
         networks = make_networks(source.configs, dtype, clip_skip)
-        _check_family(path, networks)
+        check_family(path, networks)
         model = OpenModel(
             networks=networks,
             tokenizers={name: source.tokenizer(name) for name, _ in networks.text_encoders},
@@ -193,7 +193,7 @@ def open_model_of(
     )
 
 
-def _check_family(path: Path, networks: Networks) -> None:
+def check_family(model: str | Path, networks: Networks) -> None:
     """Refuse other models that are built from Stable Diffusion's parts, each of which could be read by itself.
 
     Raises:
@@ -204,18 +204,18 @@ def _check_family(path: Path, networks: Networks) -> None:
     if channels != (vae.latent_channels,) * 2:
         kind = "an inpainting model" if channels == (9, 4) else "no text-to-image model, or parts of different ones"
         raise InputError(
-            f"{path}: the UNet has {channels[0]} input and {channels[1]} output channels, but the autoencoder has "
+            f"{model}: the UNet has {channels[0]} input and {channels[1]} output channels, but the autoencoder has "
             f"{vae.latent_channels}: {kind}; only plain text-to-image models are supported"
         )
     width = sum(module.config.hidden_size for module in text_encoders.values())
     if unet.cross_attention_dim != width:
         raise InputError(
-            f"{path}: the UNet's cross_attention_dim is {unet.cross_attention_dim}, but {' and '.join(text_encoders)} "
+            f"{model}: the UNet's cross_attention_dim is {unet.cross_attention_dim}, but {' and '.join(text_encoders)} "
             f"add up to {width}: parts of different models"
         )
     if (unet.addition_embed_type == "text_time") != (len(text_encoders) == 2):
         raise InputError(
-            f"{path}: the UNet's addition_embed_type is {unet.addition_embed_type} with {len(text_encoders)} text "
+            f"{model}: the UNet's addition_embed_type is {unet.addition_embed_type} with {len(text_encoders)} text "
             "encoder(s): Stable Diffusion XL has text_time and two, the others neither"
         )
     if len(text_encoders) == 2:
@@ -225,7 +225,7 @@ def _check_family(path: Path, networks: Networks) -> None:
         given = second.projection_dim if second.with_projection else second.hidden_size
         if pooled != given:
             raise InputError(
-                f"{path}: the UNet's projection_class_embeddings_input_dim is "
+                f"{model}: the UNet's projection_class_embeddings_input_dim is "
                 f"{unet.projection_class_embeddings_input_dim}, which with 6 times addition_time_embed_dim "
                 f"{unet.addition_time_embed_dim} leaves {pooled} for the pooled text, which {TEXT_ENCODERS[1]} gives "
                 f"{given} numbers of: parts of different models"

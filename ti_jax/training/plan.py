@@ -32,6 +32,7 @@ from ti_jax.errors import InputError
 from ti_jax.machine import SPARE, free_memory
 from ti_jax.models.networks import make_networks, network_shapes
 from ti_jax.ops.platform import Platform
+from ti_jax.pipeline.model_description import check_family
 from ti_jax.text.templates import for_captions, load_templates
 from ti_jax.training import gpus
 from ti_jax.training.chips import CHIPS, TERA, Chip, peak_flops
@@ -147,7 +148,8 @@ def plan(config: PlanConfig) -> Plan:
     """Compile the config's training step, and report what it needs.
 
     Raises:
-      InputError: no such model or topology, libtpu is not installed, or the step does not fit.
+      InputError: no such model or topology, parts of different models, libtpu is not installed, or the step does not
+        fit.
     """
     config = resolve_plan(config)
     devices = _devices(config.topology)
@@ -192,6 +194,7 @@ class Planner:
         self.concepts = concept_configs(config)
         self.vectors = sum(concept.num_vectors for concept in self.concepts)
         self.networks = make_networks(configs, dtype, config.clip_skip)
+        check_family(config.pretrained_model_name_or_path or "mini-sd", self.networks)
         self.schedule = NoiseSchedule.from_config(configs["scheduler"])
         factor = self.networks.latent_factor
         self.resolution = config.resolution or self.networks.unet.config.sample_size * factor

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from ti_jax.embeddings.embedding import Embedding
 from ti_jax.weights.tokenizers import clip_tokenizer
 from ti_jax.words import fold
@@ -21,13 +23,19 @@ def capital_fault(token: str, num_vectors: int) -> str | None:
     )
 
 
+@functools.cache  # put together from the merges each time that the tokenizer is made
+def _clip_vocabulary() -> frozenset[str]:
+    """CLIP's tokens."""
+    return frozenset(clip_tokenizer("<|endoftext|>").get_vocab())
+
+
 def word_warnings(embedding: Embedding) -> list[str]:
     """Warnings to show before this word is shared."""
     warnings = []
     fault = capital_fault(embedding.token, embedding.num_vectors)
     if fault is not None:
         warnings.append(fault)
-    vocabulary = clip_tokenizer("<|endoftext|>").get_vocab()
+    vocabulary = _clip_vocabulary()
     if embedding.token in vocabulary or f"{fold(embedding.token)}</w>" in vocabulary:
         warnings.append(
             f"{embedding.token} is a token of CLIP's already, and diffusers may refuse it or take the one for the "

@@ -96,7 +96,7 @@ def figures_of(line: Mapping[str, Any], truth: Mapping[str, str], judge: Judge) 
     silent = [
         reading
         for number, reading in enumerate(line["readings"])
-        if "background" not in judge.config.probes[number // IMAGES_A_PROBE].expects
+        if "background" not in dict(judge.config.probes[number // IMAGES_A_PROBE].expects)
     ]
     unasked = np.mean([all(reading[name] == word for name, word in STRIPES.items()) for reading in silent])
     values = found["editability/background"], float(unasked), found["editability"], found["identity"]

@@ -47,7 +47,7 @@ def judge():
     pixels = jnp.asarray(np.stack([picture(*pair) for pair in pairs]) / 127.5 - 1.0, jnp.float32)
     labels = jnp.array([[list(COLOURS).index(word) for word in pair] for pair in pairs])
     network = JudgeNetwork(CONFIG)
-    params = network.init(jax.random.key(0), pixels)["params"]
+    params = jax.jit(network.init)(jax.random.key(0), pixels)["params"]
     optimizer = optax.adam(1e-2)
 
     def loss(params):
@@ -62,7 +62,7 @@ def judge():
         updates, state = optimizer.update(jax.grad(loss)(params), state)
         return optax.apply_updates(params, updates), state
 
-    state = optimizer.init(params)
+    state = jax.jit(optimizer.init)(params)
     for _ in range(200):
         params, state = step(params, state)
     return Judge(CONFIG, params)

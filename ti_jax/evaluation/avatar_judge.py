@@ -121,11 +121,12 @@ def split_logits(config: JudgeConfig, logits: jax.Array) -> dict[str, jax.Array]
 
 @partial(jax.jit, static_argnums=0)
 def _read(config: JudgeConfig, params: Tree, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Logits of all attributes, and the last hidden layer's features."""
+    """Probabilities of each attribute's words, side by side [B, words], and the last hidden layer's features."""
     # Flax's type of the result includes a tuple that is returned only with mutable collections.
     with exact_products(jnp.float32):
         answer: Any = JudgeNetwork(config).apply({"params": params}, pixels)
-    return answer[0], answer[1][-1]
+    parts = [jax.nn.softmax(part) for part in split_logits(config, answer[0]).values()]
+    return jnp.concatenate(parts, axis=-1), answer[1][-1]
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,9 @@ class Judge:
         Raises:
           InputError: pictures of another size.
         """
-        parts = split_logits(self.config, jnp.asarray(self._run(pixels)[0]))
-        return {name: np.asarray(jax.nn.softmax(part)) for name, part in parts.items()}
+        words = self.config.words
+        parts = np.split(self._run(pixels)[0], np.cumsum([len(each) for each in words.values()])[:-1], axis=-1)
+        return dict(zip(words, parts, strict=True))
 
     def features(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 pictures [N, side, side, 3] -> unit vectors float32 [N, hidden], close for similar pictures."""
@@ -218,9 +220,9 @@ class Judge:
         shapes = flatten_dict(judge_shapes(config), sep=".")
         if {name: leaf.shape for name, leaf in leaves.items()} != {name: leaf.shape for name, leaf in shapes.items()}:
             raise InputError(f"{folder}: the weights do not match config.json")
-        return cls(
-            config, unflatten_dict({name: jnp.asarray(leaf, jnp.float32) for name, leaf in leaves.items()}, sep=".")
-        )
+        # Converted by NumPy: JAX compiles a program for each shape.
+        exact = {name: jnp.asarray(leaf.astype(np.float32)) for name, leaf in leaves.items()}
+        return cls(config, unflatten_dict(exact, sep="."))
 
 
 def _as_json(probes: tuple[Probe, ...]) -> list[dict[str, Any]]:

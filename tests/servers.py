@@ -34,6 +34,7 @@ def cloud_storage(*buckets):
         create_bucket(bucket, server._storage)
     server.start()
     server._api._httpd.handle_error = _silently
+    server._api._httpd.socket.listen(64)  # of more connections than wait, some try again only after a second
     before = os.environ.get("STORAGE_EMULATOR_HOST")
     os.environ["STORAGE_EMULATOR_HOST"] = f"http://localhost:{server._api._httpd.server_port}"
     try:

@@ -290,9 +290,12 @@ def test_infer_ends_while_it_draws(tiny_sd, tmp_path):
         sys.executable, str(REPOSITORY / "infer.py"), "--pretrained_model_name_or_path", str(tiny_sd), "--prompt", "a",
         "--num_inference_steps", "900", "--num_images", "64", "--output", str(tmp_path / "out.png"),
     ]  # fmt: skip
+    compiled = tmp_path / "compiled"
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     with (tmp_path / "stderr").open("w") as log:
-        run = subprocess.Popen(command, stderr=log, stdout=log)
-    time.sleep(8)
+        run = subprocess.Popen(command, stderr=log, stdout=log, env=children.environment() | environment)
+    wait_for(lambda: any(compiled.glob("*_draw_batch*")), run)
+    time.sleep(0.5)
     assert run.poll() is None, (tmp_path / "stderr").read_text()
     status, told = stop(run, signal.SIGINT, tmp_path)
     assert (status, told.strip()) == (130, "infer.py: SIGINT: stopping")

@@ -59,6 +59,8 @@ OPTIMISED = {
 # the last time. Until then they serve the next modules, too: after it the next training run compiles twenty small ones.
 # (Where the system does not say what is held, they are dropped after each module.)
 FULL, ROOM = 1.1e9, 0.2e9
+# The steps of most runs are kept: those of the tiny model on one device and on eight.
+KEPT = 2
 _left = 0
 # A worker that ever held more than this fails the session: the suite is to run on a laptop. How the tests are dealt out
 # to the workers changes what one holds by some hundred MB.
@@ -106,7 +108,7 @@ def pytest_runtest_teardown(item, nextitem):
     if (jax := sys.modules.get("jax")) is not None:
         jax.clear_caches()
     if (programs := sys.modules.get("programs")) is not None:
-        programs.forget()
+        programs.forget(but=KEPT)
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)  # or the gaps between what is left stay with this process

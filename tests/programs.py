@@ -1,5 +1,6 @@
 """Training steps that the runs of a test process share: tracing one takes longer than what most tests do with it."""
 
+import collections
 import dataclasses
 import functools
 import inspect
@@ -12,6 +13,7 @@ from ti_jax.training.compile import StepBuilder
 
 _lower = StepBuilder.lower
 _compiled = {}
+_uses = collections.Counter()
 _sharing = False
 
 
@@ -22,6 +24,7 @@ class _Step:
         self.key, self.lower = key, lower
 
     def compile(self):
+        _uses[self.key] += 1
         if self.key not in _compiled:
             _compiled[self.key] = self.lower().compile()
         return _compiled[self.key]
@@ -34,9 +37,11 @@ def share(wanted):
     StepBuilder.lower = _shared_lower
 
 
-def forget():
-    """Free all programs; the next run has its own."""
-    _compiled.clear()
+def forget(but=0):
+    """Free all programs but so many, those that were asked for most often."""
+    most = sorted(_compiled, key=lambda key: -_uses[key])
+    for key in most[but:]:
+        del _compiled[key]
 
 
 def _shared_lower(builder, frozen, state, *arguments, **settings):

@@ -9,7 +9,6 @@ import children
 import jax
 import jax.numpy as jnp
 import numpy as np
-import programs
 import pytest
 
 from ti_jax import interrupts
@@ -19,9 +18,7 @@ from ti_jax.training.loop import train
 
 @pytest.fixture
 def compiled():
-    """The programs that are compiled or loaded, each with the thread that does so; those of other tests are gone."""
-    jax.clear_caches()
-    programs.forget()
+    """The programs that are compiled or loaded, each with the thread that does so."""
     found = []
 
     def listen(event, seconds, fun_name="", **_):
@@ -34,8 +31,8 @@ def compiled():
 
 
 def test_pictures_are_compiled_beside_the_step_and_once(short_run, compiled):
-    """Of validation there are two, of the overview four in a batch: two programs."""
-    train(replace(short_run, validation_prompt="a {}", validation_steps=6, num_validation_images=2))
+    """Of validation there are two, of the overview four in a batch: two programs. No other test's have their size."""
+    train(replace(short_run, resolution=24, validation_prompt="a {}", validation_steps=6, num_validation_images=2))
     drawing = [thread for name, thread in compiled if "_draw_batch" in name]
     assert drawing == ["beside", "beside"]
     assert [thread for name, thread in compiled if "run_steps" in name] == ["MainThread"]
@@ -43,12 +40,13 @@ def test_pictures_are_compiled_beside_the_step_and_once(short_run, compiled):
 
 def test_measuring_draws_with_the_program_of_the_overview(judged_sd, short_run, compiled):
     """As it does with the embedded model: as many steps of the sampler."""
+    jax.clear_caches()  # those of other tests
     train(replace(short_run, pretrained_model_name_or_path=str(judged_sd), evaluate=True, evaluation_images=4,
                   validation_inference_steps=50))  # fmt: skip
     assert [thread for name, thread in compiled if "_draw_batch" in name] == ["beside"]
 
 
-def test_what_cannot_be_compiled_ahead_does_not_end_the_run(short_run, monkeypatch):
+def test_what_cannot_be_compiled_ahead_does_not_end_the_run(short_run):
     """Nothing but a warning, where the picture is drawn."""
     calls = []
 
@@ -56,8 +54,9 @@ def test_what_cannot_be_compiled_ahead_does_not_end_the_run(short_run, monkeypat
         calls.append(compile_only)
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
 
-    monkeypatch.setattr("ti_jax.StableDiffusion.generate", fail)
-    result = train(replace(short_run, max_train_steps=2))
+    with pytest.MonkeyPatch.context() as patch:  # not the fixture: the step is shared with other runs
+        patch.setattr("ti_jax.StableDiffusion.generate", fail)
+        result = train(replace(short_run, max_train_steps=2))
     assert np.isfinite(result.losses).all() and sorted(calls) == [False, True]
 
 

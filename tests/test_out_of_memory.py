@@ -50,7 +50,7 @@ def test_a_batch_too_large_for_the_step(short_run):
         ti_jax.train(config, devices=jax.devices()[:1])
 
 
-def test_what_was_saved_before_stays(short_run, monkeypatch):
+def test_what_was_saved_before_stays(short_run):
     act = loop._act
 
     def act_and_run_out(job, due, step, *rest):
@@ -58,11 +58,11 @@ def test_what_was_saved_before_stays(short_run, monkeypatch):
         if step == 6:
             ask_for_too_much()
 
-    monkeypatch.setattr(loop, "_act", act_and_run_out)
     config = replace(short_run, checkpointing_steps=3, save_steps=3)
-    with pytest.raises(InputError, match="out of memory"):
-        ti_jax.train(config, devices=jax.devices()[:1])
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:  # not the fixture: the step is shared with other runs
+        patch.setattr(loop, "_act", act_and_run_out)
+        with pytest.raises(InputError, match="out of memory"):
+            ti_jax.train(config, devices=jax.devices()[:1])
     assert (Path(config.output_dir) / "learned_embeds-steps-6.safetensors").exists()
     again = ti_jax.train(replace(config, resume_from_checkpoint="latest"), devices=jax.devices()[:1])
     assert len(again.losses) == 6

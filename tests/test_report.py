@@ -121,7 +121,7 @@ def test_losses_are_logged_at_their_interval_and_where_a_run_may_be_resumed():
 @pytest.mark.parametrize("devices", [1, 2])
 def test_no_two_chunks_seem_to_end_together(short_run, devices):
     """On a CPU a dispatch may wait for its end: a chunk that is read only then would have taken no time."""
-    config = replace(short_run, max_train_steps=30, logging_steps=3, report_to="none")
+    config = replace(short_run, max_train_steps=30, train_batch_size=16 // devices, report_to="none")
     result = ti_jax.train(config, devices=jax.devices()[:devices])
     records = [json.loads(line) for line in (result.output_dir / "metrics.jsonl").read_text().splitlines()]
     seconds = [len(record["losses"]) / record["steps_per_second"] for record in records if "losses" in record]

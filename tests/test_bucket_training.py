@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from PIL import Image
-from test_step import Problem, TorchTextEncoder, relative, torch_condition
+from test_step import Problem, TorchTextEncoder, draw, relative, torch_condition
 
 import ti_jax
 from ti_jax.data.buckets import BucketOrder
@@ -83,12 +83,11 @@ def torch_rows(problem, model, weights_of=None):
     encoders = {name: TorchTextEncoder(model, name, rows) for name, rows in problem.concept.rows.items()}
     weights = [encoder.weight for encoder in encoders.values()]
     optimizer = torch.optim.AdamW(weights, lr=problem.config.learning_rate, weight_decay=0.0)
-    draw = jax.jit(draw_batch, static_argnums=3)
     losses, shapes = [], set()
     size = problem.config.train_batch_size
     for step in range(STEPS):
         bucket, turn = problem.order.turn(step)
-        frozen = problem.frozen()._replace(dataset=problem.datasets[bucket])
+        frozen = problem.frozen()._replace(dataset=problem.datasets[bucket], params={})
         batch = draw(frozen, jnp.int32(step), jnp.arange(size), size, jnp.int32(turn))
         latents, noise = (torch.tensor(np.asarray(each)).permute(0, 3, 1, 2) for each in (batch.latents, batch.noise))
         shapes.add(tuple(latents.shape[2:]))

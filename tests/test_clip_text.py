@@ -105,7 +105,7 @@ def test_whole_encoder(name, tmp_path):
     model = torch_encoder(name)
     module, params = loaded(model, tmp_path)
     ids = prompts(with_new=False)
-    ours = module.apply({"params": params}, ids)._asdict()
+    ours = jax.jit(module.apply)({"params": params}, ids)._asdict()
     for key, theirs in torch_outputs(model, ids).items():
         np.testing.assert_allclose(ours[key], theirs, rtol=0, atol=1e-4, err_msg=key)
         assert np.std(theirs) > 0.1
@@ -117,7 +117,7 @@ def test_rows_are_a_resized_table(name, tmp_path):
     module, params = loaded(model, tmp_path)
     rows = torch_rows(model)
     ids = prompts(with_new=True)
-    ours = module.apply({"params": params}, ids, rows)._asdict()
+    ours = jax.jit(module.apply)({"params": params}, ids, rows)._asdict()
     theirs = torch_outputs(model, ids)
     if CONFIGS[name]["eos_token_id"] == 2:
         # transformers then pools at the largest id, which is now a placeholder's; pool where the end is.
@@ -163,8 +163,9 @@ def test_an_id_without_row_is_not_silent(tmp_path):
     module, params = loaded(torch_encoder("sd1"), tmp_path)
     ids = np.array([[BOS, 5, VOCAB + NUM_ROWS, EOS]], np.int32)
     rows = np.ones((NUM_ROWS, 32), np.float32)
-    assert np.isnan(module.apply({"params": params}, ids, rows).pooled).any()
-    assert np.isnan(module.apply({"params": params}, ids).pooled).any()
+    apply = jax.jit(module.apply)
+    assert np.isnan(apply({"params": params}, ids, rows).pooled).any()
+    assert np.isnan(apply({"params": params}, ids).pooled).any()
     with pytest.raises(ValueError, match="13 tokens, but the encoder has 12 positions"):
         module.apply({"params": params}, np.full((1, 13), 5, np.int32))
 
@@ -186,7 +187,7 @@ def test_blocks(name, block, tmp_path):
         layer, layer_params = getattr(layer, block), layer_params[block]
     x = np.random.default_rng(0).normal(size=(2, LENGTH, 32)).astype(np.float32)
     causal = {} if block == "mlp" else {"causal": True}
-    ours = BLOCKS[block](module.config, jnp.float32, **causal).apply({"params": layer_params}, x)
+    ours = jax.jit(BLOCKS[block](module.config, jnp.float32, **causal).apply)({"params": layer_params}, x)
     mask = torch.full((LENGTH, LENGTH), -torch.inf).triu(1)[None, None]
     with torch.no_grad():
         theirs = layer(torch.from_numpy(x), **({} if block == "mlp" else {"attention_mask": mask}))
@@ -199,7 +200,7 @@ def test_embeddings_and_final_norm(tmp_path):
     module, params = loaded(model, tmp_path)
     ids = prompts(with_new=False)
     shallow = CLIPTextModel(dataclasses.replace(module.config, num_hidden_layers=1))
-    ours = shallow.apply({"params": params}, ids).penultimate_hidden_state
+    ours = jax.jit(shallow.apply)({"params": params}, ids).penultimate_hidden_state
     with torch.no_grad():
         theirs = model.embeddings(torch.from_numpy(ids).long())
     np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=1e-5)
@@ -245,13 +246,14 @@ def test_padding_for_cudnn_is_never_seen(tmp_path, monkeypatch):
     half = CLIPTextModel(module.config, jnp.bfloat16)
     ids, rows = prompts(with_new=True), np.random.default_rng(0).normal(size=(NUM_ROWS, 32)).astype(np.float32)
 
-    def encoded(rows):
-        return half.apply({"params": params}, ids, rows)
-
     def on(platform):
+        def total(rows):
+            encoded = half.apply({"params": params}, ids, rows)
+            return sum(each.astype(jnp.float32).sum() for each in encoded), encoded
+
         with compiling_for(platform):
-            gradient = jax.grad(lambda rows: sum(each.astype(jnp.float32).sum() for each in encoded(rows)))
-            return [np.asarray(each, np.float32) for each in (*encoded(rows), gradient(rows))]
+            gradient, encoded = jax.jit(jax.grad(total, has_aux=True))(rows)
+        return [np.asarray(each, np.float32) for each in (*encoded, gradient)]
 
     expected = on(PLAIN)
     assert not lengths

@@ -82,7 +82,7 @@ def test_blocks(checkpoint):
     clip = CLIP.from_pretrained(folder)
     x = np.random.default_rng(1).normal(size=(2, 17, 32)).astype(np.float32)
     layer = CLIPEncoderLayer(clip.model.vision_config, np.float32, causal=False)
-    ours = layer.apply({"params": clip.params["vision_model"]["encoder"]["layers_1"]}, x)
+    ours = jax.jit(layer.apply)({"params": clip.params["vision_model"]["encoder"]["layers_1"]}, x)
     with torch.no_grad():
         theirs = model.vision_model.encoder.layers[1](torch.from_numpy(x), attention_mask=None)
     theirs = theirs[0] if isinstance(theirs, tuple) else theirs

@@ -119,6 +119,7 @@ def test_a_loop_of_gradients_on_cpu():
     """In a loop as outside: the derivative rule is the same under every transformation."""
     x, kernel = arrays((2, 8, 8, 4), 4, 3)
 
+    @jax.jit
     def descend(x):
         return x - 0.1 * jax.grad(lambda x: jnp.sum(jnp.square(conv2d(x, kernel, 1, SAME))))(x)
 
@@ -127,8 +128,9 @@ def test_a_loop_of_gradients_on_cpu():
     for _ in range(3):
         expected = descend(expected)
     np.testing.assert_allclose(looped, expected, rtol=1e-5, atol=1e-5)
-    mapped = jax.vmap(lambda x: conv2d(x[None], kernel, 1, SAME)[0])(x)
-    np.testing.assert_allclose(mapped, conv2d(x, kernel, 1, SAME), rtol=1e-5, atol=1e-5)
+    mapped = jax.jit(jax.vmap(lambda x: conv2d(x[None], kernel, 1, SAME)[0]))(x)
+    whole = jax.jit(lambda x: conv2d(x, kernel, 1, SAME))(x)
+    np.testing.assert_allclose(mapped, whole, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -138,8 +140,9 @@ def test_a_loop_of_gradients_on_cpu():
 def test_bfloat16(x_shape, channels, size, stride, padding):
     x, kernel = (jnp.asarray(array, jnp.bfloat16) for array in arrays(x_shape, channels, size))
     exact_arrays = [array.astype(jnp.float32) for array in (x, kernel)]
-    ours, pullback = jax.vjp(lambda x, kernel: conv2d(x, kernel, stride, padding), x, kernel)
-    exact, exact_pullback = jax.vjp(lambda x, kernel: conv2d(x, kernel, stride, padding), *exact_arrays)
+    convolve = jax.jit(lambda x, kernel: conv2d(x, kernel, stride, padding))
+    ours, pullback = jax.vjp(convolve, x, kernel)
+    exact, exact_pullback = jax.vjp(convolve, *exact_arrays)
     assert ours.dtype == jnp.bfloat16
     np.testing.assert_allclose(ours.astype(jnp.float32), exact, rtol=2**-8, atol=2**-8)
     gradient = jnp.asarray(np.random.default_rng(1).normal(size=ours.shape), jnp.bfloat16)

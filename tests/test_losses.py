@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
-from test_step import Problem, relative, torch_rows
+from test_step import Problem, draw, relative, torch_rows
 
 from ti_jax.config import TrainConfig, resolve
 from ti_jax.diffusion.losses import Objective, huber, mean_over_samples, min_snr_weights, offset_noise
@@ -140,9 +140,9 @@ def test_timesteps_of_a_range_are_spread_over_it(tiny_sd, pictures, tmp_path):
 
 def test_a_plain_run_draws_what_it_did(tiny_sd, pictures, tmp_path):
     """And an offset changes the noise alone."""
-    frozen = Problem(tiny_sd, pictures, tmp_path).frozen()
-    plain = draw_batch(frozen, jnp.int32(3), jnp.arange(4), 4)
-    shifted = draw_batch(frozen._replace(objective=Objective(noise_offset=0.5)), jnp.int32(3), jnp.arange(4), 4)
+    frozen = Problem(tiny_sd, pictures, tmp_path).frozen()._replace(params={})
+    plain = draw(frozen, jnp.int32(3), jnp.arange(4), 4)
+    shifted = draw(frozen._replace(objective=Objective(noise_offset=0.5)), jnp.int32(3), jnp.arange(4), 4)
     for name in plain._fields:
         same = jax.tree.map(np.array_equal, getattr(plain, name), getattr(shifted, name))
         assert jax.tree.all(same) == (name != "noise")

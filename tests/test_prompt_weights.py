@@ -1,5 +1,6 @@
 """Weighted prompts: the notation, the chunks, and the weighting against the same computation on PyTorch."""
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -121,9 +122,8 @@ def test_equal_to_the_same_weighting_on_pytorch(sd, tiny_sd, prompt):
     reader = sd.prompt_tokenizers.readers()["text_encoder"]
     chunks = prompt_weights.chunks(reader.tokenizer, prompt, words, *reader[1:])
     stacked = prompt_weights.stack([chunks], len(chunks), chunks[0])
-    condition = prompt_weights.encode_weighted(
-        sd.networks, sd.params, {"text_encoder": stacked}, {"text_encoder": ROWS}
-    )
+    encode = jax.jit(prompt_weights.encode_weighted, static_argnums=0)
+    condition = encode(sd.networks, sd.params, {"text_encoder": stacked}, {"text_encoder": ROWS})
     theirs = torch_context(tiny_sd, chunks, ROWS)
     assert any((chunk.weights != 1).any() for chunk in chunks)
     assert condition.context.shape == theirs.shape == (1, len(chunks) * len(chunks[0].ids), 32)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from PIL import Image
-from test_step import TorchTextEncoder, relative, torch_condition
+from test_step import TorchTextEncoder, draw, relative, torch_condition
 
 import ti_jax
 from ti_jax.config import TrainConfig, concept_configs, resolve
@@ -21,7 +21,7 @@ from ti_jax.training import parallel
 from ti_jax.training.job import prepare_concepts
 from ti_jax.training.optimizer import make_optimizer
 from ti_jax.training.plan import crossing_bytes
-from ti_jax.training.step import StepInputs, TrainState, draw_batch, make_train_step
+from ti_jax.training.step import StepInputs, TrainState, make_train_step
 
 STEPS, BATCH = 20, 8
 
@@ -117,10 +117,10 @@ def torch_rows(problem, model, in_batch):
     config = problem.config
     optimizers = [torch.optim.AdamW([row], weight_decay=config.adam_weight_decay) for row in rows]
     updates = [0] * len(rows)
-    draw = jax.jit(draw_batch, static_argnums=3)
+    frozen = problem.frozen(in_batch)._replace(params={})
     losses = []
     for step in range(STEPS):
-        batch = draw(problem.frozen(in_batch), jnp.int32(step), jnp.arange(BATCH), BATCH)
+        batch = draw(frozen, jnp.int32(step), jnp.arange(BATCH), BATCH)
         latents, noise = (torch.tensor(np.asarray(x)).permute(0, 3, 1, 2) for x in (batch.latents, batch.noise))
         timesteps = torch.tensor(np.asarray(batch.timesteps)).long()
         context, _ = torch_condition({"text_encoder": encoder}, batch)

@@ -205,12 +205,18 @@ def array(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
+# Inputs are those of `network_shapes`, so that other tests of these models share what is traced.
+TIMESTEPS, IDS = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1,), (1, 4)))
+
+
 @pytest.mark.parametrize("name", UNETS)
 def test_unet(name):
     config = UNETS[name]
     added = {"text_embeds": array(1, 1280), "time_ids": array(1, 6)} if name == "sdxl" else None
     module = UNet2DConditionModel(UNetConfig.from_dict(config), jnp.bfloat16)
-    ours = flat_shapes(module, array(1, 16, 16, 4), array(1), array(1, 77, config["cross_attention_dim"]), added)
+    side = 2 ** len(config["block_out_channels"])
+    inputs = array(1, side, side, 4), TIMESTEPS, array(1, 4, config["cross_attention_dim"])
+    ours = flat_shapes(module, *inputs, added)
     with torch.device("meta"):
         model = diffusers.UNet2DConditionModel.from_config(config)
     assert_same_tree(ours, model, "unet", UNET_PARAMETERS[name])
@@ -228,7 +234,7 @@ def test_vae(name):
 def test_text_encoder(name):
     config = TEXT_ENCODERS[name]
     module = CLIPTextModel(CLIPTextConfig.from_dict(config), jnp.bfloat16)
-    ours = flat_shapes(module, jax.ShapeDtypeStruct((1, 77), jnp.int32))
+    ours = flat_shapes(module, IDS)
     with torch.device("meta"):
         architecture = getattr(transformers, config["architectures"][0])
         model = architecture(transformers.CLIPTextConfig(**config))

@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 
@@ -16,6 +17,8 @@ def param_shapes(module: nn.Module, *inputs: Any) -> Any:
     """
     leaves, tree = jax.tree.flatten(inputs)
     shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+    if hasattr(module, "dtype"):  # of activations: the same parameters in every precision
+        module = module.clone(dtype=jnp.float32)
     return jax.tree.map(lambda leaf: leaf, _param_shapes(module, tree, shapes))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import functools
 import inspect
 import itertools
 import textwrap
@@ -253,7 +254,8 @@ def _unknown(words: Sequence[str], flags: Mapping[str, _Flag], prog: str, no_cou
     return f"unknown flag {word.partition('=')[0]}; " + nearest(name, flags, "did you mean --{}?", f"see {prog} --help")
 
 
-def field_docs(cls: type) -> dict[str, str]:
+@functools.cache
+def field_docs(cls: type) -> Mapping[str, str]:
     """The docstring below each field of a dataclass, on one line, bases first; every field must have one."""
     docs: dict[str, str] = {}
     for base in cls.__bases__:

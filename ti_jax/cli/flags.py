@@ -161,7 +161,7 @@ def parse(
     """
 
     def run(from_file: dict[str, Any]) -> dict[str, Any]:
-        hints, docs = typing.get_type_hints(cls), field_docs(cls)
+        hints, docs = typing.get_type_hints(cls), field_docs(cls)  # type: ignore[arg-type]  # a class is hashable
         flags = [_Flag("config", str | None, CONFIG_DOC, None)] if config_file else []
         fields = dataclasses.fields(cls)  # type: ignore[arg-type]
         for field in sorted(fields, key=lambda field: not setting_of(field).first):

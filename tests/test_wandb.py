@@ -17,16 +17,15 @@ from ti_jax.training.wandb_board import WandbBoard, _settings, check_wandb
 
 
 @pytest.fixture(autouse=True)
-def offline(tmp_path):
+def offline(monkeypatch, tmp_path):
     """No network, and nothing of the home folder's."""
     # Here and not above: every process of the session collects this file, and it takes 100 MB.
     wandb = pytest.importorskip("wandb")
-    with pytest.MonkeyPatch.context() as patch:  # not the fixture: the step is shared with other runs
-        patch.setenv("WANDB_MODE", "offline")
-        patch.setenv("HOME", str(tmp_path))
-        wandb.teardown()
-        yield
-        wandb.teardown()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    wandb.teardown()
+    yield
+    wandb.teardown()
 
 
 def stored(path):
@@ -87,12 +86,12 @@ def test_a_resumed_run_goes_on_under_its_id_and_a_new_one_does_not(tmp_path):
 
 
 def test_a_run_reports_to_both_and_the_next_moves_it_aside(short_run):
-    config = replace(short_run, report_to=("tensorboard", "wandb"), max_train_steps=6)
+    config = replace(short_run, report_to=("tensorboard", "wandb"), max_train_steps=2, logging_steps=1)
     for _ in range(2):
         out = ti_jax.train(config, devices=jax.devices()[:1]).output_dir
     for logs in (out / "logs", out / "previous-1" / "logs"):
         ((_, *lines),) = records(logs)
-        assert [line["_step"] for line in lines] == ["3", "6"] and all("loss" in line for line in lines)
+        assert [line["_step"] for line in lines] == ["1", "2"] and all("loss" in line for line in lines)
         assert list(logs.glob("events.out.tfevents.*"))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ti_jax.config import TrainConfig
 from ti_jax.config.concepts import slug
@@ -16,7 +16,7 @@ from ti_jax.embeddings.formats import render
 from ti_jax.errors import InputError, one_line, utf8
 from ti_jax.files import as_url, write_atomically
 from ti_jax.training.run_folder import ONE_FILE
-from ti_jax.training.uses import base_of, diffusers_code
+from ti_jax.training.uses import Base, base_of, diffusers_code, uses
 from ti_jax.training.validation import OVERVIEW_COLUMNS
 from ti_jax.words import fill
 
@@ -97,18 +97,18 @@ def in_all_formats(embedding: Embedding) -> dict[str, bytes]:
     return files
 
 
-def _in_other_programs(embedding: Embedding) -> str:
-    """The card's lines on AUTOMATIC1111 and ComfyUI; none for a model that they do not know."""
-    if family_of(embedding.dims) is None:
+def _in_other_programs(embedding: Embedding, base: Base) -> str:
+    """The card's lines on programs that read a file from a folder of theirs; none for a model that they do not know."""
+    others = [(PurePosixPath(use.place), use) for use in uses(embedding, "{}", "", base) if use.place is not None]
+    if not others:
         return ""
-    name = slug(embedding.token)
     where = "the prompt" if NEGATIVE_CLASS not in embedding.metadata else "the negative prompt"
-    return f"""
-| program | put `{name}.safetensors` into | write in {where} |
-|---|---|---|
-| AUTOMATIC1111, Forge | `embeddings/` | `{name}` |
-| ComfyUI | `models/embeddings/` | `embedding:{name}` |
-"""
+    lines = [
+        f"| program | put `{others[0][0].name}` into | write in {where} |",
+        "|---|---|---|",
+        *(f"| {use.program} | `{place.parent}/` | `{use.negative_prompt or use.prompt}` |" for place, use in others),
+    ]
+    return "\n".join(["", *lines, ""])
 
 
 def model_card(config: TrainConfig, embedding: Embedding, repository: str, folder: Path) -> str:
@@ -128,7 +128,8 @@ def model_card(config: TrainConfig, embedding: Embedding, repository: str, folde
     sdxl = len(embedding.vectors) > 1
     subject = embedding.metadata.get(NEGATIVE_CLASS)
     example = fill("a picture of {}", subject or embedding.token)
-    code = diffusers_code(embedding, example, repository, base_of(config, base))
+    named = base_of(config, base)
+    code = diffusers_code(embedding, example, repository, named)
     kind_of_word = "word" if subject is None else "word for negative prompts"
     one_file = f"\nAUTOMATIC1111 and ComfyUI read `{ONE_FILE}` instead of the two.\n"
     return f"""---
@@ -142,7 +143,7 @@ A {kind_of_word} for Stable Diffusion ({base}), learned with Textual Inversion: 
 ```python
 {code}
 ```
-{one_file if sdxl else ""}{_in_other_programs(embedding)}
+{one_file if sdxl else ""}{_in_other_programs(embedding, named)}
 ![what the word draws](overview.png)
 """
 

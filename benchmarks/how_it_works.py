@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,15 +28,19 @@ import pygal
 from PIL import Image
 from pygal.style import Style
 
-from ti_jax import Embedding, StableDiffusion, TrainConfig, train
-from ti_jax.config import resolve
-from ti_jax.config.defaults import ASSETS
-from ti_jax.embeddings.inspect import Vocabulary
-from ti_jax.machine import enable_compilation_cache
-from ti_jax.training.curves import COLOURS, draw
-from ti_jax.training.run_folder import copy_name
-
 ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "recipes" / "mini_sd")]
+
+import world  # noqa: E402
+
+from ti_jax import Embedding, StableDiffusion, TrainConfig, train  # noqa: E402
+from ti_jax.config import resolve  # noqa: E402
+from ti_jax.config.defaults import ASSETS  # noqa: E402
+from ti_jax.embeddings.inspect import Vocabulary  # noqa: E402
+from ti_jax.machine import enable_compilation_cache  # noqa: E402
+from ti_jax.training.curves import COLOURS, draw  # noqa: E402
+from ti_jax.training.run_folder import copy_name  # noqa: E402
+
 PEOPLE = ("ana", "ben", "cleo", "dov", "eva", "finn")
 ENCODER = "text_encoder"
 PROMPT = "a portrait of {} wearing a red jacket on a turquoise background"
@@ -75,6 +81,12 @@ def start_row(vocabulary: Vocabulary) -> np.ndarray:
     return np.mean([vocabulary.table[vocabulary.words.index(word)] for word in words], axis=0)
 
 
+def known_words(vocabulary: Vocabulary) -> Vocabulary:
+    """Those that captions have; the tokenizer has letters and syllables, too."""
+    chosen = [number for number, word in enumerate(vocabulary.words) if word in world.vocabulary()]
+    return replace(vocabulary, words=[vocabulary.words[number] for number in chosen], table=vocabulary.table[chosen])
+
+
 def cosine(one: np.ndarray, other: np.ndarray) -> float:
     """Of two rows [D]."""
     return float(one @ other / (np.linalg.norm(one) * np.linalg.norm(other)))
@@ -99,6 +111,7 @@ def map_of(vocabulary: Vocabulary, tracks: Mapping[str, Track], start: np.ndarra
     style = Style(
         background="transparent", plot_background="transparent", foreground=GREY, foreground_strong=GREY,
         foreground_subtle=f"{GREY}44", guide_stroke_color=f"{GREY}22", major_guide_stroke_color=f"{GREY}22",
+        value_colors=(GREY, *COLOURS[: len(tracks)]),
         value_label_font_size=11, label_font_size=12, legend_font_size=14, transition="0s", opacity="1",
         colors=(GREY, *COLOURS[: len(tracks)]), font_family="sans-serif",
     )  # fmt: skip
@@ -143,7 +156,7 @@ def main() -> None:
         "pictures 3 and 4": learn(arguments.work, "cleo-second", "cleo", arguments.steps, which=slice(2, 4)),
     }
     sd = StableDiffusion.from_pretrained()
-    vocabulary = sd.text.vocabulary(ENCODER)
+    vocabulary = known_words(sd.text.vocabulary(ENCODER))
     start = start_row(vocabulary)
     ends = {name: track[max(track)] for name, track in tracks.items()}
     whole = {f"<{name}>": {0: start, **track} for name, track in tracks.items()}

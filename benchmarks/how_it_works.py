@@ -172,7 +172,8 @@ def main() -> None:
         }
         (arguments.out / file).write_text(fixed_colours(draw(curves).svg))
     words = {name: Embedding(f"<{name}>", {ENCODER: row[None]}) for name, row in ends.items()}
-    sheet(sd, words).save(arguments.out / "words.png", optimize=True)
+    small = sheet(sd, words).quantize(256, dither=Image.Dither.FLOYDSTEINBERG)
+    small.save(arguments.out / "words.png", optimize=True)
 
     for name, track in again.items():
         print(f"cleo, {name}: cosine {cosine(ends['cleo'], track[max(track)]):.2f} with the word of all four")

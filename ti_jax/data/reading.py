@@ -122,11 +122,25 @@ def _orientation(image: Image.Image) -> int:
 
     `PIL.ImageOps.exif_transpose` is not used: it rewrites all other tags too, and fails if one of them is broken.
     """
+    # Pillow before 13 is led astray by a second tag of that number that is broken.
+    if (value := _orientation_tag(image.info.get("exif", b""))) is not None:
+        return value
     try:
-        value = image.getexif().get(_ORIENTATION, 1)
+        found = image.getexif().get(_ORIENTATION, 1)
     except _BROKEN:
         return 1
-    return value if isinstance(value, int) else 1
+    return found if isinstance(found, int) else 1
+
+
+def _orientation_tag(exif: bytes) -> int | None:
+    """The orientation in EXIF data; None if it cannot be found."""
+    content = exif.removeprefix(b"Exif\0\0")
+    order = "<" if content[:2] == b"II" else ">"
+    for place, tag in _first_directory(content):
+        kind, count, value = struct.unpack_from(order + "HIH", content, place + 2)
+        if (tag, kind, count) == (_ORIENTATION, 3, 1):  # one 16-bit number
+            return value
+    return None
 
 
 # -- the same file without metadata
@@ -168,11 +182,17 @@ def _tiff_with_image_tags(content: bytes) -> bytes:
     """A TIFF in whose first directory each tag that does not affect the pixels is made an unknown one with value 0."""
     order = "<" if content[:2] == b"II" else ">"
     changed = bytearray(content)
-    with contextlib.suppress(struct.error):  # a file that ends within its directory
+    for place, tag in _first_directory(content):
+        if tag not in _IMAGE_TAGS:
+            struct.pack_into(order + "HHII", changed, place, 65000, 4, 1, 0)
+    return bytes(changed)
+
+
+def _first_directory(content: bytes) -> Iterator[tuple[int, int]]:
+    """Place and tag of each entry of 12 bytes in a TIFF's first directory, as far as it is there."""
+    order = "<" if content[:2] == b"II" else ">"
+    with contextlib.suppress(struct.error):  # it ends within its directory
         (start,) = struct.unpack_from(order + "I", content, 4)
         (count,) = struct.unpack_from(order + "H", content, start)
-        for place in range(start + 2, start + 2 + 12 * count, 12):
-            (tag,) = struct.unpack_from(order + "H", content, place)
-            if tag not in _IMAGE_TAGS:
-                struct.pack_into(order + "HHII", changed, place, 65000, 4, 1, 0)
-    return bytes(changed)
+        for place in range(start + 2, min(start + 2 + 12 * count, len(content) - 11), 12):
+            yield place, *struct.unpack_from(order + "H", content, place)

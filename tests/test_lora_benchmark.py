@@ -219,6 +219,7 @@ def test_of_two_people_counts_where_they_differ(bench):
 # -- the commands
 
 
+@pytest.mark.slow  # JAX and PyTorch with the embedded model in one process: a gigabyte
 def test_the_benchmark_measures_once_and_draws_its_page(bench, tmp_path, monkeypatch, capsys):
     """Two updates of one person on the embedded model, pictures of one sampler step."""
     monkeypatch.setattr(bench.lora, "INFERENCE_STEPS", 1)

@@ -123,7 +123,7 @@ def _orientation(image: Image.Image) -> int:
     `PIL.ImageOps.exif_transpose` is not used: it rewrites all other tags too, and fails if one of them is broken.
     """
     # Pillow before 13 is led astray by a second tag of that number that is broken.
-    if (value := _orientation_tag(image.info.get("exif", b""))) is not None:
+    if (value := _orientation_tag(image.info.get("exif") or b"")) is not None:
         return value
     try:
         found = image.getexif().get(_ORIENTATION, 1)

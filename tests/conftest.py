@@ -58,7 +58,9 @@ OPTIMISED = {
 # Compiled programs fill the memory: they are dropped when a worker holds so many bytes, and so many more than were left
 # the last time. Until then they serve the next modules, too: after it the next training run compiles twenty small ones.
 # (Where the system does not say what is held, they are dropped after each module.)
-FULL, ROOM = 0.95e9, 0.1e9
+FULL, ROOM = 1.1e9, 0.2e9
+# A test with the marker `heavy` takes most of a gigabyte: before it programs are dropped where more than this is held.
+ROOMY = 0.7e9
 # The steps of most runs are kept: those of the tiny model on one device and on eight.
 KEPT = 2
 _left = 0
@@ -84,7 +86,9 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    """Choose how this test's programs are compiled, and those of processes that it starts."""
+    """Choose how this test's programs are compiled, and those of processes that it starts; make room for it."""
+    if item.get_closest_marker("heavy") and _held() > ROOMY:
+        _drop_programs()
     names = {item.module.__name__, f"{item.module.__name__}::{item.originalname}"}
     unoptimised = not (item.config.getoption("optimise") or names & OPTIMISED)
     if os.environ.get(NO_OPTIMISATIONS) != str(int(unoptimised)):
@@ -98,13 +102,9 @@ def pytest_runtest_setup(item):
         programs.share("monkeypatch" not in item.fixturenames)
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_teardown(item, nextitem):
-    """Drop compiled programs."""
+def _drop_programs():
+    """Drop compiled programs but the steps that most runs share."""
     global _left
-    held, last = _held(), nextitem is None or nextitem.module is not item.module
-    if held < max(FULL, _left + ROOM) if held else not last:
-        return
     if (jax := sys.modules.get("jax")) is not None:
         jax.clear_caches()
     if (programs := sys.modules.get("programs")) is not None:
@@ -113,6 +113,15 @@ def pytest_runtest_teardown(item, nextitem):
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)  # or the gaps between what is left stay with this process
     _left = _held()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """Drop compiled programs where they fill the memory."""
+    held, last = _held(), nextitem is None or nextitem.module is not item.module
+    if held < max(FULL, _left + ROOM) if held else not last:
+        return
+    _drop_programs()
 
 
 def pytest_collection_finish(session):

@@ -74,6 +74,7 @@ def networks_of(folder):
     }
 
 
+@pytest.mark.heavy
 def test_a_merged_model_draws_as_the_trained_one_and_as_diffusers_with_the_file(bench, trained, tiny_sd, tmp_path):
     for number, (loop, file) in enumerate(zip(*trained, strict=True)):
         ids = loop.tokenize(["a portrait of in"])["text_encoder"]

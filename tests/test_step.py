@@ -491,6 +491,7 @@ def torch_loss_and_gradients(problem, model, dtype):
     return of_batch
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_bfloat16_gradients_are_as_near_to_float32_as_pytorchs(family, tiny_sd, make_tiny_sdxl, pictures, tmp_path):
     """The precision of every accelerator, through text encoders, UNet and loss, on the draws of eight updates.

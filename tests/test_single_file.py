@@ -64,6 +64,7 @@ def assert_same_trees(ours, theirs):
         assert np.asarray(leaf).tobytes() == np.asarray(theirs[path]).tobytes(), path
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("family", FAMILIES)
 def test_is_the_folder_to_the_bit(model, family):
     _, _, folder, file = model(family)
@@ -79,6 +80,7 @@ def test_is_the_folder_to_the_bit(model, family):
     assert ours.networks.vae.config.scaling_factor == theirs.networks.vae.config.scaling_factor
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("family", FAMILIES)
 def test_computes_what_diffusers_computes(model, family):
     networks, _, _, file = model(family)
@@ -288,6 +290,7 @@ MEASURE = """
 """
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of memory")
 def test_memory_is_the_tree_and_a_tensor(tmp_path):
     networks = ldm_checkpoints.parts("sd2", vocab_size=49408)

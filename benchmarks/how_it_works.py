@@ -163,7 +163,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "map.svg").write_text(map_of(vocabulary, tracks, start))
     for file, of in (
-        ("cosine.svg", lambda row, end: cosine(row, end)),
+        ("cosine.svg", cosine),
         ("length.svg", lambda row, end: float(np.linalg.norm(row))),
     ):
         curves = {

@@ -210,16 +210,16 @@ def start_from(folder: Path, tree: Any, text: Any, tokenizer: CLIPTokenizer) -> 
     Rows of the table are found by their tokens; a token that the vocabulary did not have keeps its initial row.
     """
     unet = load_component(folder, "unet", tree, np.float32)
-    table = text["embeddings"]["token_embedding"]["embedding"]
+    table = np.array(text["embeddings"]["token_embedding"]["embedding"])
     old_vocabulary = CLIPTokenizer.from_pretrained(folder / "tokenizer").get_vocab()
     old = jax.tree.map(lambda leaf: leaf, text)
     old["embeddings"]["token_embedding"]["embedding"] = jax.ShapeDtypeStruct((len(old_vocabulary), WIDTH), np.float32)
     loaded = load_component(folder, "text_encoder", old, np.float32)
-    before = loaded["embeddings"]["token_embedding"]["embedding"]
     vocabulary = tokenizer.get_vocab()
-    for token in vocabulary.keys() & old_vocabulary.keys():
-        table = table.at[vocabulary[token]].set(before[old_vocabulary[token]])
-    loaded["embeddings"]["token_embedding"]["embedding"] = table
+    known = sorted(vocabulary.keys() & old_vocabulary.keys())
+    before = np.asarray(loaded["embeddings"]["token_embedding"]["embedding"])
+    table[[vocabulary[token] for token in known]] = before[[old_vocabulary[token] for token in known]]
+    loaded["embeddings"]["token_embedding"]["embedding"] = jnp.asarray(table)
     return unet, loaded
 
 

@@ -135,7 +135,7 @@ def _orientation(image: Image.Image) -> int:
 def _orientation_tag(exif: bytes) -> int | None:
     """The orientation in EXIF data; None if it cannot be found."""
     content = exif.removeprefix(b"Exif\0\0")
-    order = "<" if content[:2] == b"II" else ">"
+    order = _byte_order(content)
     for place, tag in _first_directory(content):
         kind, count, value = struct.unpack_from(order + "HIH", content, place + 2)
         if (tag, kind, count) == (_ORIENTATION, 3, 1):  # one 16-bit number
@@ -180,7 +180,7 @@ _IMAGE_TAGS = {
 
 def _tiff_with_image_tags(content: bytes) -> bytes:
     """A TIFF in whose first directory each tag that does not affect the pixels is made an unknown one with value 0."""
-    order = "<" if content[:2] == b"II" else ">"
+    order = _byte_order(content)
     changed = bytearray(content)
     for place, tag in _first_directory(content):
         if tag not in _IMAGE_TAGS:
@@ -188,9 +188,14 @@ def _tiff_with_image_tags(content: bytes) -> bytes:
     return bytes(changed)
 
 
+def _byte_order(content: bytes) -> str:
+    """Of the numbers in a TIFF or in EXIF data, as `struct` writes it."""
+    return "<" if content[:2] == b"II" else ">"
+
+
 def _first_directory(content: bytes) -> Iterator[tuple[int, int]]:
     """Place and tag of each entry of 12 bytes in a TIFF's first directory, as far as it is there."""
-    order = "<" if content[:2] == b"II" else ">"
+    order = _byte_order(content)
     with contextlib.suppress(struct.error):  # it ends within its directory
         (start,) = struct.unpack_from(order + "I", content, 4)
         (count,) = struct.unpack_from(order + "H", content, start)

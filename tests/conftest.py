@@ -13,6 +13,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -230,6 +231,18 @@ def _names_read(function, seen):
         if inspect.isfunction(called) and called.__module__ == function.__module__ and called not in seen:
             names |= _names_read(called, seen)
     return names
+
+
+@pytest.fixture
+def nothing_is_ignored():
+    """What a process ignores its children ignore too, and a shell has its background jobs ignore Ctrl-C."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

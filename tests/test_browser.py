@@ -301,7 +301,7 @@ def test_other_sites_are_not_answered(served):
     assert served.refuses("/gradio_api/call/watch", {"data": [None]}, Origin="https://elsewhere.example") == 403
 
 
-def test_bound_elsewhere_is_a_warning(tmp_path):
+def test_bound_elsewhere_is_a_warning(tmp_path, nothing_is_ignored):
     command = [sys.executable, "-m", "ti_jax", "ui", "--output_dir", str(tmp_path), "--port", "0", "--host", "0.0.0.0"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()

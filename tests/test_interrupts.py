@@ -20,6 +20,7 @@ from ti_jax import interrupts
 from ti_jax.config.yaml import dump_yaml
 
 REPOSITORY = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("nothing_is_ignored")
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 # As in a compiler or a device's runtime: the main thread is in C, and no handler of Python's can run in it.
 BLOCK = """
@@ -29,18 +30,6 @@ lock(mutex)
 print("ready", flush=True)
 lock(mutex)
 """
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_ignored():
-    """What a process ignores its children ignore too, and a shell has its background jobs ignore Ctrl-C."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    for number, handler in before.items():
-        if handler is signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def program(code, tmp_path, before=""):

@@ -37,9 +37,9 @@ PATIENCE = 120_000  # milliseconds; on two busy cores
 class Page:
     """A server with a folder of runs."""
 
-    def __init__(self, folder, *flags):
+    def __init__(self, folder):
         self.root = folder / "runs"
-        command = [sys.executable, "-m", "ti_jax", "ui", "--output_dir", str(self.root), "--port", "0", *flags]
+        command = [sys.executable, "-m", "ti_jax", "ui", "--output_dir", str(self.root), "--port", "0"]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment(), cwd=folder)
         line = self.process.stdout.readline()
         self.url = re.match(r"(http://127\.0\.0\.1:\d+) ", line)[1]
@@ -84,14 +84,35 @@ def given(path):
     return {"path": str(path), "meta": {"_type": "gradio.FileData"}}
 
 
+@contextlib.contextmanager
+def serving(folder):
+    """Starts pages for the same folder; at the end no server is left and no run, however the test ended."""
+    pages = []
+
+    def start():
+        pages.append(Page(folder))
+        return pages[-1]
+
+    try:
+        yield start
+    finally:
+        for page in pages:
+            page.end()
+        for run in (folder / "runs").glob("*"):
+            if (number := process_of(run)) is not None:
+                os.kill(number, signal.SIGKILL)
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    page = Page(tmp_path_factory.mktemp("served"))
-    yield page
-    for folder in page.root.glob("*"):
-        if (number := process_of(folder)) is not None:
-            os.kill(number, signal.SIGKILL)
-    page.end()
+    with serving(tmp_path_factory.mktemp("served")) as start:
+        yield start()
+
+
+@pytest.fixture
+def serve(tmp_path):
+    with serving(tmp_path) as start:
+        yield start
 
 
 @pytest.fixture(scope="module")
@@ -192,9 +213,9 @@ def test_an_error_of_the_run_is_on_the_page(chromium, served):
     assert state_of(served.root / "wrong").status == "failed"
 
 
-def test_a_reload_and_kills_lose_nothing(chromium, tmp_path):
+def test_a_reload_and_kills_lose_nothing(chromium, serve):
     """Of the page, of its server, and of the process that learns; then the run resumes from the page."""
-    page = Page(tmp_path)
+    page = serve()
     folder = page.root / "long"
     with shown(chromium, page.url) as tab:
         ask(tab, "<long>", steps=5000, every=10)
@@ -207,7 +228,7 @@ def test_a_reload_and_kills_lose_nothing(chromium, tmp_path):
     page.end()
     before = state_of(folder)
     assert before.process == process
-    page = Page(tmp_path)
+    page = serve()
     with shown(chromium, page.url) as tab:
         wait_for(lambda: state_of(folder).step > before.step and checkpoints_of(folder))
         tab.wait_for_selector("#state .learning", state="attached")
@@ -221,7 +242,6 @@ def test_a_reload_and_kills_lose_nothing(chromium, tmp_path):
         tab.click("#stop:not([disabled])")
         tab.wait_for_selector("#state .stopped")
         assert "stopped at step" in tab.inner_text("#state") and "of 4000" in tab.inner_text("#state")
-    page.end()
     ended = state_of(folder)
     assert checkpoints_of(folder)[-1] == ended.step > logged >= last > 0 and not list(folder.glob("previous-*"))
     updates = [record["step"] for record in read_lines(folder / "metrics.jsonl") if "losses" in record]

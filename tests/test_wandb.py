@@ -49,6 +49,9 @@ def stored(path):
 
 def records(folder):
     """What the files of all runs have, in the order of their times: name and id, then each step's values."""
+    import wandb
+
+    wandb.teardown()  # `finish` does not wait until wandb's own process has written the last of a run's file
     runs = []
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
         found = []

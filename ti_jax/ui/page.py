@@ -85,7 +85,7 @@ def build(server: Server) -> gr.Blocks:
             found = tick(name, {}, look_again=True)
             return [gr.Tabs(selected=LEARN) if shown.goes_on(found[0]) else gr.skip(), *found]
 
-        shows = [seen, run, *watch.parts, *trial.parts, saved.word]
+        shows = [seen, run, *watch.parts, *trial, saved.word]
         quietly = dict(show_progress="hidden", **AS_SENT)
         timer.tick(_kind(tick), [run, seen], shows, api_name="watch", **quietly)
         run.input(_kind(tick), [run, seen], shows, api_visibility="private", **quietly)
@@ -287,12 +287,7 @@ def _learn() -> _Watch:
     return _Watch([state, stop, resume, curve, progress, overview, log], stop, resume, until, report, page)
 
 
-@dataclass(frozen=True)
-class _Trial:
-    parts: list[Any]
-
-
-def _try(server: Server, run: gr.Component) -> _Trial:
+def _try(server: Server, run: gr.Component) -> list[Any]:
     """The third tab: prompts with the word, without it, and with another state of it."""
     with gr.Row():
         with gr.Column(scale=4):
@@ -339,7 +334,7 @@ def _try(server: Server, run: gr.Component) -> _Trial:
 
     fields = [run, prompts, word, other, plain, without, count, seed, negative, steps, guidance]
     draw.click(_kind(drawn), fields, [picture, notes], api_name="draw", **AS_SENT)
-    return _Trial([word, other, prompts, without])
+    return [word, other, prompts, without]
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def of_run(runs: Runs, name: str | None, seen: dict[str, Any]) -> Shown:
         listed = gr.Dropdown(choices=words, **first)
         choices = [listed, gr.Dropdown(choices=[NO_OTHER, *words], **none), *suits, listed]
     parts = [
-        state_html(state, len(records_of(folder)) > 0) if changed("state") else gr.skip(),
+        state_html(state, begun=any(marks[METRICS_FILE][1:])) if changed("state") else gr.skip(),
         *(buttons if changed("state") else [gr.skip(), gr.skip()]),
         loss_html(folder) if changed(METRICS_FILE) else gr.skip(),
         _picture(runs, name, PROGRESS_FILE) if changed(PROGRESS_FILE) else gr.skip(),

@@ -132,7 +132,8 @@ def main() -> None:
                 shown = person
                 if way != "ordinary":
                     write_cluttered(person, Path(folder), behind, way == "masked")
-                    shown = replace(person, folder=Path(folder))
+                    # Of another name: the bench keeps words by name.
+                    shown = replace(person, name=f"{person.name}-{way}-{behind}", folder=Path(folder))
                 drawn, figures = bench.pictures("ours", shown, 0, changes)
             Image.fromarray(np.concatenate(list(drawn[::4]), axis=1)).save(
                 bench.strips / f"{person.name}-{way}{behind}.png"

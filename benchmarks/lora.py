@@ -143,7 +143,8 @@ class LoraBench(Bench):
         pixels = torch.from_numpy(load_images(person.folder, self.sd.default_resolution).pixels).permute(0, 3, 1, 2)
         return LoraLoop(
             self.sd.path, pixels.contiguous(), load_templates(config.learnable_property, config.templates),
-            self.rare_word(person), "", batch_size=config.train_batch_size, seed=seed, **settings,
+            self.rare_word(person), "", batch_size=config.train_batch_size,
+            flip_probability=config.flip_probability, seed=seed, **settings,
         )  # fmt: skip
 
     def learn(self, method: str, person: Person, seed: int, changes: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
@@ -158,8 +159,10 @@ class LoraBench(Bench):
                 found = {"seconds": round(loop.run(self.steps), 2)}
                 loop.save(path)
             else:
-                learn = self.learn_ours if method == "ours" else self.learn_stock
-                embedding, found = learn(method, person, seed, changes)
+                if method == "ours":
+                    embedding, found = self.learn_ours(method, person, seed, changes)
+                else:
+                    embedding, found = self.learn_stock(method, person, seed, {"max_train_steps": self.steps})
                 embedding.save(path)
             figures.write_text(json.dumps({**found, "bytes": path.stat().st_size}))
         return path, json.loads(figures.read_text())

@@ -34,6 +34,7 @@ class StockLoop:
       token, initializer: the new word, and the word from which its row is initialised.
       learning_rate, weight_decay: AdamW's; the script's defaults.
       batch_size: pictures a step.
+      flip_probability: how often a picture is mirrored; the script's.
       seed: of all random numbers.
       device, dtype: of the frozen autoencoder and UNet; text encoders are float32, under autocast if `dtype` is not.
       time_ids: SDXL's six numbers for sizes and crops, the same for all pictures.
@@ -47,6 +48,7 @@ class StockLoop:
     learning_rate: float = 1e-4
     weight_decay: float = 1e-2
     batch_size: int = 8
+    flip_probability: float = 0.5
     seed: int = 0
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
@@ -132,7 +134,7 @@ class StockLoop:
         while len(self.order) < self.batch_size:
             self.order += torch.randperm(len(self.pixels), generator=self.random).tolist()
         chosen, self.order = self.order[: self.batch_size], self.order[self.batch_size :]
-        mirrored = torch.rand(self.batch_size, generator=self.random) < 0.5
+        mirrored = torch.rand(self.batch_size, generator=self.random) < self.flip_probability
         numbers = torch.randint(len(self.templates), (self.batch_size,), generator=self.random)
         texts = [self.templates[number].replace("{}", self.token) for number in numbers]
         return chosen, mirrored, self.tokenize(texts)

@@ -65,6 +65,7 @@ ROOMY = 0.9e9
 # The steps of most runs are kept: those of the tiny model on one device and on eight.
 KEPT = 2
 _left = 0
+_peak = 0, ""  # the most bytes that this process ever held, and the test that it was at
 # A worker that ever held more than this fails the session: the suite is to run on a laptop. How the tests are dealt out
 # to the workers changes what one holds by some hundred MB; 2 GB are wanted, 2.2 were seen.
 LIMIT = 2.5e9
@@ -118,7 +119,10 @@ def _drop_programs():
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item, nextitem):
-    """Drop compiled programs where they fill the memory."""
+    """Drop compiled programs where they fill the memory; remember the test that held the most."""
+    global _peak
+    if (most := _used()[1]) > _peak[0]:
+        _peak = most, item.nodeid
     held, last = _held(), nextitem is None or nextitem.module is not item.module
     if held < max(FULL, _left + ROOM) if held else not last:
         return
@@ -159,17 +163,18 @@ def pytest_testnodedown(node, error):
 
 def pytest_sessionfinish(session, exitstatus):
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["used"] = _used()
+        session.config.workeroutput["used"] = *_used(), _peak[1]
     elif not _usage:
-        _usage["this process"] = _used()
-    elif exitstatus == 0 and any(memory > LIMIT for _, memory in _usage.values()):
+        _usage["this process"] = *_used(), _peak[1]
+    elif exitstatus == 0 and any(memory > LIMIT for _, memory, _ in _usage.values()):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter):
-    for name, (seconds, memory) in sorted(_usage.items()):
+    for name, (seconds, memory, test) in sorted(_usage.items()):
         over = f", more than the {LIMIT / 1e9:.0f} GB that it may take" if memory > LIMIT else ""
-        terminalreporter.write_line(f"{name}: {seconds:.0f} s of CPU time, {memory / 1e9:.1f} GB at most{over}")
+        held = f"{memory / 1e9:.1f} GB at most{over}, at {test}"
+        terminalreporter.write_line(f"{name}: {seconds:.0f} s of CPU time, {held}")
 
 
 # -- the quick tests

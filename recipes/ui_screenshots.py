@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-STEPS = 250
+STEPS = 200  # more than the default, so that there is time to take a picture of a run that goes on
 WIDTH, HEIGHT = 1240, 800
 
 
@@ -45,6 +45,7 @@ def take(tab: Any, folder: Path) -> None:
     tab.click("#example")
     tab.wait_for_selector("#sheet img")
     shot(tab, folder / "ui-pictures.png")
+    tab.fill("#steps textarea", str(STEPS))
     tab.click("#learn")
     tab.wait_for_selector("#progress img")
     tab.wait_for_function(
@@ -54,7 +55,7 @@ def take(tab: Any, folder: Path) -> None:
     tab.wait_for_selector("#state .finished")
     tab.get_by_role("tab", name="3 Try").click()
     tab.click("#try-other input")
-    tab.get_by_role("option", name="step 50").click()
+    tab.get_by_role("option", name=f"step {STEPS // 5}").click()
     tab.click("#draw")
     tab.wait_for_selector("#drawn img")
     shot(tab, folder / "ui-try.png")

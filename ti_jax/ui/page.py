@@ -56,7 +56,7 @@ def build(server: Server) -> gr.Blocks:
         with gr.Sidebar(width=260):
             gr.Markdown("### Runs")
             run = gr.Radio([], show_label=False, container=False, elem_id="runs")
-            gr.Markdown(f"of the folder `{server.runs.root}`", elem_classes="soft")
+            gr.Markdown(f"of the folder `{shown.short(server.runs.root)}`", elem_classes="soft")
         with gr.Tabs(selected=NEW) as tabs:
             with gr.Tab("1  Pictures and word", id=NEW):
                 form = _new_word(server)

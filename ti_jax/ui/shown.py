@@ -148,6 +148,12 @@ def _picture(runs: Runs, name: str, file: str) -> Any:
         return gr.Image(None, visible=False)
 
 
+def short(path: Path) -> Path:
+    """A path as seen from where the server was started, if it is below."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) and path != here else path
+
+
 def label(runs: Runs, name: str) -> str:
     """A run in the list."""
     shown = runs.root.name if name == HERE else name

@@ -18,7 +18,9 @@ from ti_jax.training.optimizer import (
     state_with_one_count,
 )
 
-CONFIG = TrainConfig(learning_rate=0.01, lr_warmup_steps=7, lr_num_cycles=3, adam_weight_decay=0.1)
+CONFIG = TrainConfig(
+    learning_rate=0.01, lr_warmup_steps=7, lr_num_cycles=3, adam_beta1=0.9, adam_beta2=0.999, adam_weight_decay=0.1
+)
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,7 @@ def test_a_model_in_a_folder_is_named_without_it(tmp_path):
 def test_settings_that_differ_from_the_defaults():
     assert differing(resolve(TrainConfig())) == {}
     given = TrainConfig(seed=3, max_train_steps=9, hub_token="secret", process_id=0, train_batch_size=8)
-    assert differing(resolve(given)) == {"seed": (3, 0), "max_train_steps": (9, 250)}
+    assert differing(resolve(given)) == {"seed": (3, 0), "max_train_steps": (9, 60)}
     model = TrainConfig(pretrained_model_name_or_path="m", initializer_token="c")
     other = resolve(replace(model, train_data_dir="cat", placeholder_token="<x>"))
     assert differing(other) == {

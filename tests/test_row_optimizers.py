@@ -166,7 +166,7 @@ def test_equals_pytorch_on_given_gradients(name):
     In float64: Prodigy's first estimates are of how far a row has moved by 1e-6 at a time, of which float32 keeps a
     digit, here and in PyTorch.
     """
-    config = TrainConfig(**{"learning_rate": 1e-2, **GIVEN[name]})
+    config = TrainConfig(**{"learning_rate": 1e-2, "adam_beta1": 0.9, "adam_beta2": 0.999, **GIVEN[name]})
     rng = np.random.default_rng(0)
     start, place = rng.normal(size=(2, 3, 6))
     noise, sizes = rng.normal(size=(60, 3, 6)), np.array([[1], [1e-3], [30]])
@@ -295,7 +295,8 @@ def test_a_row_of_zeros_cannot_have_a_norm(tiny_sd, pictures, tmp_path):
 @pytest.mark.parametrize("name", ["prodigy", "dti"])
 def test_a_row_without_a_gradient_yet_waits(name):
     """Prodigy divides by the sum of its gradients; the direction would go back to where it started."""
-    optimizer, _ = make_optimizer(TrainConfig(learning_rate=1.0, optimizer=name), 9, 1)
+    config = TrainConfig(learning_rate=1.0, adam_beta1=0.9, adam_beta2=0.999, optimizer=name)
+    optimizer, _ = make_optimizer(config, 9, 1)
     rows, mask = {"text_encoder": jnp.ones((1, 4))}, {"text_encoder": jnp.array([True])}
     state = optimizer.init(rows)
     nothing, something = ({"text_encoder": value * jnp.arange(1.0, 5.0)[None]} for value in (0.0, 0.1))

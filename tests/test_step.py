@@ -41,7 +41,8 @@ class Problem:
         settings = {
             "pretrained_model_name_or_path": str(model), "train_data_dir": str(pictures), "placeholder_token": "<new>",
             "initializer_token": "person", "templates": str(templates), "num_vectors": 2, "train_batch_size": 2,
-            "learning_rate": 1e-2, "gradient_accumulation_steps": 1, "overview_prompts": ("{}",),
+            "learning_rate": 1e-2, "adam_beta1": 0.9, "adam_beta2": 0.999, "gradient_accumulation_steps": 1,
+            "overview_prompts": ("{}",),
         }  # fmt: skip
         self.config = TrainConfig(**{**settings, **changes})
         self.sd = StableDiffusion.from_pretrained(model, dtype, clip_skip=self.config.clip_skip)

@@ -236,7 +236,7 @@ def test_the_fields_become_the_settings_of_a_run(tmp_path):
     assert config.validation_steps == config.save_steps == config.checkpointing_steps == 10
     (tmp_path / "settings.yaml").write_text(dump_yaml(config))
     assert resolve(TrainConfig(**load_yaml(tmp_path / "settings.yaml", TrainConfig))) == resolve(config)
-    assert resolve(make_config(form(), Models([]), EXAMPLE, tmp_path)).max_train_steps == 250  # those of the model
+    assert resolve(make_config(form(), Models([]), EXAMPLE, tmp_path)).max_train_steps == 60  # those of the model
 
 
 def test_another_model_starts_from_the_settings_of_its_family(tmp_path):

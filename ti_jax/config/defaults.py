@@ -40,9 +40,12 @@ EMBEDDED_STOP = {"early_stop_window": 40, "early_stop_threshold": 0.005}
 
 PAPER_STEPS, EMBEDDED_STEPS = 50, 25  # of the sampler, when a word is measured
 
+ADAM_DEFAULTS = {"adam_beta1": 0.9, "adam_beta2": 0.999}
+
 STABLE_DIFFUSION_DEFAULTS: dict[str, Any] = {
     "train_batch_size": 16,
     "learning_rate": 1e-4,
+    **ADAM_DEFAULTS,
     "max_train_steps": 5000,
     "validation_guidance_scale": 7.5,
     "validation_inference_steps": 30,
@@ -216,11 +219,12 @@ def _model_defaults(model: str | None) -> dict[str, Any]:
 
 def _training_defaults(config: TrainConfig) -> dict[str, Any]:
     """Those of the model, but for what suits the optimizer more: Prodigy's rate multiplies the one that it finds, and
-    that of dti is an angle (its authors' rate).
+    that of dti is an angle (its authors' rate). The embedded model's decays are AdamW's; dti has none.
     """
     rate = {"prodigy": 1.0, "dti": 1e-2}.get(config.optimizer)
     own = {} if rate is None else {"learning_rate": rate}
-    return _model_defaults(config.pretrained_model_name_or_path) | own | _bucket_defaults(config)
+    decays = {"adamw": {}, "dti": dict.fromkeys(ADAM_DEFAULTS)}.get(config.optimizer, ADAM_DEFAULTS)
+    return _model_defaults(config.pretrained_model_name_or_path) | own | decays | _bucket_defaults(config)
 
 
 def _bucket_defaults(config: TrainConfig) -> dict[str, Any]:

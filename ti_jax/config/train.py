@@ -230,10 +230,11 @@ class TrainConfig(ModelSettings):
     """Updates during which the learning rate rises from 0; the constant schedule has none."""
     lr_num_cycles: int = setting(1, COUNT)
     """Hard restarts of cosine_with_restarts."""
-    adam_beta1: float = setting(0.9, DECAY, fingerprint=True)
-    """Decay of the first moment; of schedule_free, how much of the average the gradient is taken at."""
-    adam_beta2: float = setting(0.999, DECAY, fingerprint=True)
-    """Decay of the second moment."""
+    adam_beta1: float | None = setting(None, DECAY, fingerprint=True)
+    """Decay of the first moment; of schedule_free, how much of the average the gradient is taken at. Left out: 0.9
+    (adamw on the embedded model: see configs/demo.yaml)."""
+    adam_beta2: float | None = setting(None, DECAY, fingerprint=True)
+    """Decay of the second moment. Left out: 0.999 (adamw on the embedded model: see configs/demo.yaml)."""
     adam_weight_decay: float = setting(0.0, NOT_NEGATIVE, fingerprint=True)
     """Weight decay of the new rows. diffusers has 1e-2, which only shrinks them; 0 here."""
     adam_epsilon: float = setting(1e-8, POSITIVE, fingerprint=True)

@@ -279,6 +279,7 @@ def _one_row(config: TrainConfig, schedule: optax.Schedule) -> optax.GradientTra
     if config.optimizer == "dti":
         return directional(schedule)
     b1, b2, eps, decay = config.adam_beta1, config.adam_beta2, config.adam_epsilon, config.adam_weight_decay
+    assert b1 is not None and b2 is not None, "the config is resolved"
     clip = [] if config.max_grad_norm is None else [optax.clip_by_global_norm(config.max_grad_norm)]
     if config.optimizer == "schedule_free":
         # AdamW without momentum, as `optax.contrib.schedule_free_adamw`, which takes no schedule. The average's weights

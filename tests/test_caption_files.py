@@ -188,7 +188,7 @@ def test_what_is_used_is_reported(folder):
         report_captions(TrainConfig(**changes), folder, captions, ["a", "b"], lines.append)
         return lines
 
-    assert said({"a": "x", "raw": "y"}) == ["captions: used for 1 of 2 pictures; --no_captions ignores them"]
+    assert said({"a": "bun", "raw": "y"}) == ["captions: used for 1 of 2 pictures; --no_captions ignores them"]
     assert said({}) == []
     assert said({}, shuffle_tags=True, caption_dropout=0.1) == [
         "note: --shuffle_tags and --caption_dropout do nothing, because no picture has a caption"

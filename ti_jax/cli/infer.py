@@ -17,6 +17,7 @@ from ti_jax.images import grid, save_png
 from ti_jax.machine import explaining_out_of_memory
 from ti_jax.pipeline import StableDiffusion
 from ti_jax.pipeline.model_description import ModelDescription, OpenModel, open_model_of
+from ti_jax.text.embedded_words import note_unknown
 from ti_jax.text.tokens import combine
 from ti_jax.words import find_words
 
@@ -59,6 +60,9 @@ def _draw(config: InferConfig, output: Path, load: Callable[[OpenModel], StableD
         for remark in embedding.remarks:
             print(f"note: {file}: {remark}", file=sys.stderr)
 
+    own = config.pretrained_model_name_or_path is None
+    if own and (note := note_unknown(_all_prompts(config), "a prompt")) is not None:
+        print(note, file=sys.stderr)
     assert config.num_inference_steps is not None and config.guidance_scale is not None, "the config is resolved"
     with open_model_of(config) as model:
         for file, embedding in zip(config.embedding, embeddings, strict=True):

@@ -16,6 +16,7 @@ from typing import Any
 from ti_jax.config import TrainConfig
 from ti_jax.data.picture_files import files_in, name_in
 from ti_jax.errors import InputError, one_line
+from ti_jax.text.embedded_words import note_unknown
 
 SUFFIXES = (".txt", ".caption")
 METADATA = "metadata.jsonl"
@@ -100,6 +101,9 @@ def report_captions(
     given = [] if described else ["shuffle_tags", "tag_dropout", "caption_dropout"]
     if described:
         report(f"captions: used for {described} of {len(pictures)} pictures; --no_captions ignores them")
+        used = [captions[picture] for picture in pictures if picture in captions]
+        if config.pretrained_model_name_or_path is None and (note := note_unknown(used, "captions")) is not None:
+            report(note)
     if config.no_captions:
         given.append("caption_column")
     elif config.caption_column is not None and config.dataset_name is None and not _has_metadata(folder, config):

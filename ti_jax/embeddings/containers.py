@@ -133,7 +133,8 @@ def _import_torch(path: Path) -> Any:
         import torch
     except ImportError as error:
         raise InputError(
-            f"{path}: {path.suffix} files need PyTorch (pip install 'ti_jax[torch]'); or use .safetensors"
+            f"{path}: {path.suffix} files need PyTorch (pip install 'ti_jax[torch]'); or use .safetensors, which "
+            f"AUTOMATIC1111 loads, too"
         ) from error
     return torch
 

@@ -6,16 +6,18 @@ the leader reads and writes, so that the hosts need no shared disk.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +216,8 @@ class Checkpoints:
         )
 
     def _read(self, where: Path, like: TrainState) -> TrainState:
-        with ocp.CheckpointManager(where.parent.absolute(), options=_options(None, read_only=True)) as manager:
+        folder, options = where.parent.absolute(), _options(None, read_only=True)
+        with _errors_only(), ocp.CheckpointManager(folder, options=options) as manager:
             try:
                 saved = manager.restore(int(where.name), args=ocp.args.Composite(identity=ocp.args.JsonRestore()))
                 found = dict(saved["identity"])
@@ -265,6 +268,18 @@ class Checkpoints:
 def _parts(state: TrainState) -> dict[str, Any]:
     """What is saved of a state: a part that a run does not have is in no checkpoint of it."""
     return {name: part for name, part in state._asdict().items() if part is not None}
+
+
+@contextlib.contextmanager
+def _errors_only() -> Iterator[None]:
+    """Without orbax's warnings, which say of reading alone that a folder is read-only."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _options(limit: int | None, read_only: bool = False) -> ocp.CheckpointManagerOptions:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ from ti_jax.training.report import Reporter, Work, print_row_figures
 from ti_jax.training.rows import row_figures
 from ti_jax.training.run_page import RunPage, page_of
 from ti_jax.training.step import StepInputs, TrainState
+from ti_jax.training.uses import Base, uses
 
 
 @dataclass(frozen=True)
@@ -326,7 +328,7 @@ def _open_folder(config: TrainConfig, job: Job) -> None:
     job.checkpoints.identity["gradient_checkpointing"] = config.gradient_checkpointing
     resume_at = None if config.resume_from_checkpoint is None else int(job.start.step)
     run_folder.prepare(job.folder, resume_at, [each.folder for each in job.concepts if each.folder != job.folder])
-    write_atomically(job.folder / "config.yaml", as_given(dump_yaml(config)).encode())
+    write_atomically(job.folder / run_folder.CONFIG_FILE, as_given(dump_yaml(config)).encode())
     job.send(must=True)
 
 
@@ -408,7 +410,25 @@ def _finish(job: Job, state: TrainState, stopped: bool) -> tuple[tuple[Embedding
         file = concept.folder / run_folder.EMBEDDING_FILE
         end = f" ({phases})" if concept is job.concepts[-1] else ""
         multihost.log_leader(f"{file}: {embedding.token} after {embedding.metadata['steps']} steps{end}")
+    multihost.log_leader(_what_next(job, embeddings[0], last, stopped))
     return embeddings, not stopped
+
+
+def _what_next(job: Job, embedding: Embedding, step: int, stopped: bool) -> str:
+    """The command that goes on with a run that was stopped, or draws with the first word of one that is through."""
+    if stopped:
+        config = shlex.quote(str(job.folder / run_folder.CONFIG_FILE))
+        return (
+            f"stopped at step {step} of {job.total}; to go on: ti-jax train --config {config} "
+            "--resume_from_checkpoint latest"
+        )
+    concept = job.concepts[0]
+    base = Base(concept.config.pretrained_model_name_or_path, clip_skip=concept.config.clip_skip)
+    prompt = (concept.config.overview_prompts or ("a picture of {}",))[0]
+    command = str(uses(embedding, prompt, str(concept.folder), base)[0].code).replace(" \\\n    ", " ")
+    files = (concept.folder / each for each in (run_folder.OVERVIEW_FILE, run_folder.REPORT_FILE))
+    shown = " and ".join(str(each) for each in files if each.exists())
+    return (f"look at {shown}; " if shown else "") + f"to draw: {command}"
 
 
 def _measure(job: Job, embeddings: tuple[Embedding, ...], step: int) -> tuple[Embedding, ...]:

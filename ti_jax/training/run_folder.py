@@ -22,6 +22,7 @@ try:
 except ImportError:  # Windows has no flock; two runs in one folder are not noticed there
     fcntl = None  # type: ignore[assignment]
 
+CONFIG_FILE = "config.yaml"
 EMBEDDING_FILE = "learned_embeds.safetensors"
 ONE_FILE = "learned_embeds_sdxl.safetensors"  # of an SDXL word, for AUTOMATIC1111 and ComfyUI
 OVERVIEW_FILE = "overview.png"
@@ -184,14 +185,14 @@ _RESULTS: tuple[tuple[str, Callable[[Path], bool]], ...] = (
     ("metrics.jsonl", _is_a_log),
     ("scores.jsonl", _is_a_log),
     ("scores.json", _says('"token"')),
-    ("config.yaml", _says("^(placeholder_token|concepts):", "^output_dir:")),
+    (CONFIG_FILE, _says("^(placeholder_token|concepts):", "^output_dir:")),
     (OVERVIEW_FILE, _is_our_png),
     (PROGRESS_FILE, _is_our_png),
     (REPORT_FILE, _says('<meta name="generator" content="ti_jax')),
     ("README.md", _says("^- textual_inversion$", "learned_embeds")),
 )
 # Files that a run overwrites.
-_WRITTEN = ("metrics.jsonl", "scores.jsonl", "scores.json", "config.yaml", OVERVIEW_FILE, PROGRESS_FILE, REPORT_FILE)
+_WRITTEN = ("metrics.jsonl", "scores.jsonl", "scores.json", CONFIG_FILE, OVERVIEW_FILE, PROGRESS_FILE, REPORT_FILE)
 
 
 def results(folder: Path) -> list[Path]:
@@ -201,11 +202,11 @@ def results(folder: Path) -> list[Path]:
 
 def _earlier_concepts(folder: Path) -> list[Path]:
     """The folders of the concepts of an earlier run of several in ``folder``; a run of one leaves a config."""
-    config = folder / "config.yaml"
+    config = folder / CONFIG_FILE
     if not config.is_file() or not _says("^concepts:", "^output_dir:")(config):
         return []
     inside = (path.parent for path in sorted(folder.glob(f"*/{EMBEDDING_FILE}")))
-    return [each for each in inside if (each / "samples").is_dir() and not (each / "config.yaml").exists()]
+    return [each for each in inside if (each / "samples").is_dir() and not (each / CONFIG_FILE).exists()]
 
 
 def check_free(folder: Path) -> None:

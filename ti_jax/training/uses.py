@@ -75,15 +75,19 @@ def uses(embedding: Embedding, prompt: str, source: str, base: Base) -> list[Use
 
     sdxl, skip = len(embedding.vectors) > 1, base.clip_skip
     files, here = (EMBEDDING_FILE, SECOND_FILE) if sdxl else (EMBEDDING_FILE,), written(embedding.token)
+    family, own = family_of(embedding.dims), None
+    if family is None:
+        numbers = " and ".join(map(str, embedding.dims.values()))
+        own = f"AUTOMATIC1111, Forge and ComfyUI have no model whose words have {numbers} numbers a vector."
     found = [
-        Use("ti_jax", files, None, *here, code=_command(embedding, here, source, base)),
+        Use("ti_jax", files, None, *here, code=_command(embedding, here, source, base), note=own),
         Use(
             "diffusers", files, None, *here,
             code=diffusers_code(embedding, here[0], source, base),
             note=capital_fault(embedding.token, embedding.num_vectors),
         ),
     ]  # fmt: skip
-    if family_of(embedding.dims) is None:  # no model that the other programs know
+    if family is None:
         return found
     file, name = ONE_FILE if sdxl else EMBEDDING_FILE, slug(embedding.token)
     # Both take the word from the file's name, and count the layers that are skipped in their own ways.

@@ -14,12 +14,12 @@ from ti_jax.config import TrainConfig, load_yaml, resolve
 from ti_jax.config.concepts import slug
 from ti_jax.errors import InputError
 from ti_jax.files import disk_errors
-from ti_jax.training.run_folder import EMBEDDING_FILE, LOCK_FILE, REPORT_FILE, holder
+from ti_jax.training.run_folder import CONFIG_FILE, EMBEDDING_FILE, LOCK_FILE, REPORT_FILE, holder
 
 # In a run that was started from the page: the pictures dropped there, what was asked for, what the process says, and
 # its number.
 PICTURES, SETTINGS_FILE, LOG_FILE, PROCESS_FILE = "pictures", "settings.yaml", "training.log", ".ti_jax-process"
-CONFIG_FILE, METRICS_FILE = "config.yaml", "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
 
 LOG_END = 20_000  # bytes of the log that are read
 NEWEST = "the word as it is now"

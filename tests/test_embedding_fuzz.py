@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import random
+import struct
 import subprocess
 import sys
 import zipfile
@@ -206,12 +207,20 @@ def hostile_cards():
     yield "long-json", card("LFtd" * 3_000_000)
     yield "deep-pixels", card(pixels=image_card._with_edges(plain, zlib.compress(b"[" * 5_000_000)))
     yield "bomb-pixels", card(pixels=image_card._with_edges(plain, bomb))
-    buffer = io.BytesIO()
-    Image.new("1", (30_000, 30_000)).save(buffer, format="PNG")
-    yield "bomb-picture", buffer.getvalue()
-    buffer = io.BytesIO()
-    Image.new("1", (5_600, 5_600)).save(buffer, format="PNG")
-    yield "large-picture", buffer.getvalue()
+    yield "bomb-picture", black_png(30_000)
+    yield "large-picture", black_png(5_600)
+
+
+def black_png(side):
+    """A square of one bit a pixel, packed row by row: Pillow would hold a byte for each."""
+    packer, row = zlib.compressobj(), bytes(1 + side // 8)  # which filter, then the pixels
+    packed = b"".join([*(packer.compress(row) for _ in range(side)), packer.flush()])
+    parts = {b"IHDR": struct.pack(">2I5B", side, side, 1, 0, 0, 0, 0), b"IDAT": packed, b"IEND": b""}
+    chunks = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in parts.items()
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 def test_mutated_files(tmp_path):

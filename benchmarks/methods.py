@@ -48,7 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ema_decay 0.99": {"ema_decay": 0.99},
     "num_vectors 2": {"num_vectors": 2},
     "num_vectors 4": {"num_vectors": 4},
-    "warm-up": {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 25},
+    "warm-up": {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 6},
     "cosine": {"lr_scheduler": "cosine", "lr_warmup_steps": 0},
 }
 LENGTHS = {"default": (1, 1), "over-trained": (4, 2)}  # factors of the updates and of the rate

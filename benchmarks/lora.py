@@ -78,8 +78,8 @@ from ti_jax.text.templates import load_templates
 PARTS = {"lora": ("unet",), "lora+text": ("unet", "text_encoder")}
 WORDS = ("stock-best", "ours")
 METHODS = ("plain", "described", *WORDS, *PARTS)
-# Chosen on three dev people with --rates; 1e-3 leaves other prompts more as they were, and learns less.
-LEARNING_RATES = {"lora": 2.5e-3, "lora+text": 2.5e-3}
+# Chosen on three dev people with --rates, see docs/lora.md.
+LEARNING_RATES = {"lora": 2.5e-3, "lora+text": 1e-3}
 # Words of the vocabulary that no caption has: two neighbours among the people never share one, so that they can be in
 # one prompt. "and" is left for the prompts.
 RARE_WORDS, RARE_STYLE_WORD = ("in", "the"), "style"

@@ -159,10 +159,8 @@ class LoraBench(Bench):
                 found = {"seconds": round(loop.run(self.steps), 2)}
                 loop.save(path)
             else:
-                if method == "ours":
-                    embedding, found = self.learn_ours(method, person, seed, changes)
-                else:
-                    embedding, found = self.learn_stock(method, person, seed, {"max_train_steps": self.steps})
+                learn = self.learn_ours if method == "ours" else self.learn_stock
+                embedding, found = learn(method, person, seed, {"max_train_steps": self.steps, **changes})
                 embedding.save(path)
             figures.write_text(json.dumps({**found, "bytes": path.stat().st_size}))
         return path, json.loads(figures.read_text())

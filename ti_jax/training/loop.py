@@ -44,7 +44,7 @@ from ti_jax.training.report import Reporter, Work, print_row_figures
 from ti_jax.training.rows import row_figures
 from ti_jax.training.run_page import RunPage, page_of
 from ti_jax.training.step import StepInputs, TrainState
-from ti_jax.training.uses import Base, uses
+from ti_jax.training.uses import Base, example_prompt, uses
 
 
 @dataclass(frozen=True)
@@ -424,8 +424,8 @@ def _what_next(job: Job, embedding: Embedding, step: int, stopped: bool) -> str:
         )
     concept = job.concepts[0]
     base = Base(concept.config.pretrained_model_name_or_path, clip_skip=concept.config.clip_skip)
-    prompt = (concept.config.overview_prompts or ("a picture of {}",))[0]
-    command = str(uses(embedding, prompt, str(concept.folder), base)[0].code).replace(" \\\n    ", " ")
+    ours, *_ = uses(embedding, example_prompt(concept.config), str(concept.folder), base)
+    command = str(ours.code).replace(" \\\n    ", " ")
     files = (concept.folder / each for each in (run_folder.OVERVIEW_FILE, run_folder.REPORT_FILE))
     shown = " and ".join(str(each) for each in files if each.exists())
     return (f"look at {shown}; " if shown else "") + f"to draw: {command}"

@@ -31,7 +31,7 @@ from ti_jax.training.measure import LOG_FILE, SCORES_FILE
 from ti_jax.training.report import read_lines
 from ti_jax.training.rows import figures_of
 from ti_jax.training.run_folder import EMBEDDING_FILE, ONE_FILE, OVERVIEW_FILE, PROGRESS_FILE, REPORT_FILE
-from ti_jax.training.uses import SECOND_FILE, base_of, uses
+from ti_jax.training.uses import SECOND_FILE, base_of, example_prompt, uses
 
 # Seconds between two pages of a run that goes on, and how much longer than making the last one has taken: a hundredth
 # of the run's time.
@@ -113,7 +113,7 @@ class RunPage:
 
     def _word(self, concept: Concept, embedding: Embedding) -> page.Word:
         folder, base = concept.folder, embedding.metadata["base_model"]
-        prompt = (concept.config.overview_prompts or ("a picture of {}",))[0]
+        prompt = example_prompt(concept.config)
         scores = json.loads(text) if (text := _text(folder / SCORES_FILE)) else {}
         log = folder / LOG_FILE
         return page.Word(

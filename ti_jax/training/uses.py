@@ -62,6 +62,11 @@ def base_of(config: TrainConfig, public_name: str) -> Base:
     return Base(name, place.is_file(), config.clip_skip)
 
 
+def example_prompt(config: TrainConfig) -> str:
+    """A prompt to try a run's word with; ``{}`` stands for it."""
+    return (config.overview_prompts or ("a picture of {}",))[0]
+
+
 def uses(embedding: Embedding, prompt: str, source: str, base: Base) -> list[Use]:
     """How each program that knows the word's family of models takes it.
 

@@ -11,7 +11,7 @@ from ti_jax.embeddings.formats import FORMATS, WRITTEN
 from ti_jax.embeddings.warn import word_warnings
 from ti_jax.errors import InputError
 from ti_jax.training.run_folder import EMBEDDING_FILE
-from ti_jax.training.uses import Use, base_of, uses
+from ti_jax.training.uses import Use, base_of, example_prompt, uses
 
 SUFFIXES = {form.name: (form.suffixes or (".safetensors",))[0] for form in FORMATS if form.name in WRITTEN}
 
@@ -40,6 +40,5 @@ def save_as(word: Path, format_name: str, folder: Path) -> tuple[list[Path], lis
 def how_to_use(word: Path, config: TrainConfig) -> list[Use]:
     """How each program takes the word that a run has saved."""
     embedding = Embedding.load(word)
-    prompt = (config.overview_prompts or ("a picture of {}",))[0]
     base = base_of(config, str(embedding.metadata.get("base_model", "the model")))
-    return uses(embedding, prompt, f"path/to/{word.parent.name}", base)
+    return uses(embedding, example_prompt(config), f"path/to/{word.parent.name}", base)

@@ -14,7 +14,7 @@ from PIL import Image
 from ti_jax.errors import InputError
 from ti_jax.training import curves
 from ti_jax.training.run_folder import OVERVIEW_FILE, PROGRESS_FILE, REPORT_FILE
-from ti_jax.training.uses import Use
+from ti_jax.training.uses import Use, example_prompt
 from ti_jax.ui.pictures import Look
 from ti_jax.ui.runs import (
     HERE,
@@ -127,7 +127,7 @@ def _suiting(folder: Path) -> list[Any]:
         config = config_of(folder)
     except InputError:
         return [gr.skip(), gr.skip()]
-    return [(config.overview_prompts or ("a picture of {}",))[0], class_of(config)]
+    return [example_prompt(config), class_of(config)]
 
 
 def _mark(path: Path) -> Any:

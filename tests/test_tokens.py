@@ -108,7 +108,7 @@ def test_initializer_words(tokenizer):
     assert tokenizer.convert_ids_to_tokens([red, hair]) == ["red</w>", "hair</w>"]
     with pytest.raises(InputError, match=r"'qxqx' is not one token.*q\|x\|q\|x"):
         tokens.initializer_ids(tokenizer, "qxqx")
-    with pytest.raises(InputError, match=r"known words near it: .*person"):
+    with pytest.raises(InputError, match=r"known words spelt like it: .*person"):
         tokens.initializer_ids(tokenizer, "persons")
     with pytest.raises(InputError, match="empty"):
         tokens.initializer_ids(tokenizer, "  ")

@@ -52,7 +52,7 @@ class TrainConfig(ModelSettings):
     the name of the pictures' folder, like <cleo>."""
     initializer_token: str | None = setting(None, TEXT, fingerprint=True, first=True)
     """One or several words that the model knows and that come near the concept, e.g. toy. The rows start from them.
-    Left out with the embedded model: in, which says nothing there."""
+    Left out with the embedded model: in the and style, which says nothing there."""
     initializer_output: bool = setting(False, fingerprint=True)
     """CrossInit: the rows start from what the text encoder makes of --initializer_token as a prompt (its last layer's
     output at those tokens), which is nearer to learned rows than the tokens' own; and 1e-5 times their distance to it

@@ -56,7 +56,7 @@ def initializer_ids(tokenizer: CLIPTokenizer, initializer: str) -> list[int]:
             split = "|".join(tokenizer.convert_ids_to_tokens(pieces)).replace("</w>", "") or "nothing"
             raise InputError(
                 f"initializer word {word!r} is not one token of this model (it splits into {split}); "
-                + (f"known words near it: {', '.join(near)}" if near else "choose a common word that it knows")
+                + (f"known words spelt like it: {', '.join(near)}" if near else "choose a common word that it knows")
             )
         ids += pieces
     if not ids:

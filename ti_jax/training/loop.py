@@ -150,6 +150,7 @@ def _compile_all(job: Job, inputs: Sequence[tuple[StepInputs, Feeder | None]], f
     Args:
       free: bytes on a device beside the inputs; None: unknown.
     """
+    multihost.log_leader("compiling the training step: up to a minute the first time, for large models minutes")
     policy, found = job.config.gradient_checkpointing, dict[int, Step]()
     shapes = [each.dataset.latents[:2] for each in job.frozen]
     windows = WINDOWS * sum(feeder.nbytes for _, feeder in inputs if feeder is not None)

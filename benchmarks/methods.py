@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from learning import CORES, ROOT, Bench, key, open_results, people, read_results, scores
+from learning import CORES, IMAGES_A_PROBE, ROOT, Bench, key, open_results, people, read_results, scores
 from subjects import SPLITS
 
 from ti_jax.config import TrainConfig, resolve
@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("--split", choices=SPLITS, default="dev", help="whom to learn")
     parser.add_argument("--people", nargs="+", default=None, help="only these of them")
     parser.add_argument("--seeds", type=int, default=3, help="runs for each of them")
+    parser.add_argument("--images", type=int, default=IMAGES_A_PROBE, help="pictures of each of the judge's probes")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="no measurement begins after so many")
     parser.add_argument("--results", type=Path, default=ROOT / ".work" / "methods.jsonl", help="where lines are kept")
     parser.add_argument("--table", action="store_true", help="measure nothing; print the tables")
@@ -117,7 +118,7 @@ def main() -> None:
     chosen = [person for person in everyone if arguments.people is None or person.name in arguments.people]
     lines = read_results(arguments.results)
     done = {key(line) for line in lines}
-    bench = Bench(arguments.results.parent / "methods-strips", everyone)
+    bench = Bench(arguments.results.parent / "methods-strips", everyone, arguments.images)
     # Seeds and people outside, so that whatever is cut short still has pairs.
     wanted = [
         (seed, person, length, variant)

@@ -193,7 +193,8 @@ class Bench:
         settings = {"max_train_steps": STOCK_STEPS, **changes}
         steps = settings.pop("max_train_steps")
         loop = self.stock_loop(method, person, seed, settings)
-        return Embedding(TOKEN, loop.rows), {"seconds": round(loop.run(steps), 2), "steps": steps}
+        seconds = loop.run(steps)
+        return Embedding(TOKEN, loop.rows), {"seconds": round(seconds, 2), "steps": steps}
 
     def stock_loop(self, method: str, person: Person, seed: int, changes: dict[str, Any]) -> StockLoop:
         """diffusers' method with ti_jax's batch. It starts from one token: our first."""

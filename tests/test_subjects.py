@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ti_jax.evaluation.avatar_judge import Judge
@@ -45,6 +46,17 @@ def test_splits_and_pictures(bench):
     assert {person.name for person in bench.subjects.people("test") if "nose" not in person.truth} == {
         "test03", "test12", "test13", "test15"
     }  # fmt: skip
+
+
+def test_the_word_of_diffusers_method_is_that_at_the_end_of_its_training(bench, tmp_path):
+    (person, *_) = everyone = bench.subjects.people("dev-style")
+    measured = bench.learning.Bench(tmp_path / "strips", everyone)
+    start = measured.stock_loop("stock-best", person, 0, {}).rows["text_encoder"]
+    word, figures = measured.word("stock-best", person, 0, {"max_train_steps": 1})
+    assert figures["steps"] == 1
+    # AdamW's first update is the learning rate in each element.
+    change = np.abs(word.vectors["text_encoder"] - start)
+    np.testing.assert_allclose(change, bench.learning.STOCK_BEST_LEARNING_RATE, rtol=0.05)
 
 
 def test_prompts_say_what_is_asked_and_descriptions_what_is_true(bench):

@@ -43,6 +43,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import hashlib
 import json
 import os
 import sys
@@ -127,8 +128,11 @@ class Bench:
         return self.draw([person.prompt(probe, TOKEN) for probe in probes], embedding), figures
 
     def word(self, method: str, person: Person, seed: int, changes: dict[str, Any]) -> tuple[Embedding, dict[str, Any]]:
-        """The method's word, learned unless it is kept from before, and its figures."""
-        said = [method, person.name, str(seed), *(f"{name}={value}" for name, value in changes.items())]
+        """The method's word, learned unless one of the same settings is kept from before, and its figures."""
+        config = resolve(self.config(person, seed, {} if method.startswith("stock") else changes))
+        settings = repr((config, STOCK_BEST_LEARNING_RATE, STOCK_STEPS))  # defaults change, and the words with them
+        digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
+        said = [method, person.name, str(seed), *(f"{name}={value}" for name, value in changes.items()), digest]
         file = self.strips.parent / "words" / f"{'-'.join(said)}.safetensors"
         if file.exists():
             return Embedding.load(file, token=TOKEN), json.loads(file.with_suffix(".json").read_text())

@@ -130,9 +130,8 @@ class Bench:
     def word(self, method: str, person: Person, seed: int, changes: dict[str, Any]) -> tuple[Embedding, dict[str, Any]]:
         """The method's word, learned unless one of the same settings is kept from before, and its figures."""
         config = resolve(self.config(person, seed, {} if method.startswith("stock") else changes))
-        settings = repr((config, STOCK_BEST_LEARNING_RATE, STOCK_STEPS))  # defaults change, and the words with them
-        digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
-        said = [method, person.name, str(seed), *(f"{name}={value}" for name, value in changes.items()), digest]
+        said = [method, person.name, str(seed), *(f"{name}={value}" for name, value in changes.items())]
+        said.append(digest_of(config, STOCK_BEST_LEARNING_RATE, STOCK_STEPS))
         file = self.strips.parent / "words" / f"{'-'.join(said)}.safetensors"
         if file.exists():
             return Embedding.load(file, token=TOKEN), json.loads(file.with_suffix(".json").read_text())
@@ -221,6 +220,11 @@ class Bench:
             "method": method, "person": person.name, "seed": seed, "changes": changes, "cores": CORES, **figures,
             "readings": self.judge.read(drawn),
         }  # fmt: skip
+
+
+def digest_of(*settings: Any) -> str:
+    """A part of a kept file's name: defaults change, and what is learned with them."""
+    return hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
 
 
 def scores(line: Mapping[str, Any], truth: Mapping[str, str], judge: Judge) -> dict[str, float]:

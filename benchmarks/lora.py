@@ -60,6 +60,7 @@ from learning import (
     Bench,
     Person,
     description,
+    digest_of,
     open_results,
     people,
     read_results,
@@ -149,8 +150,10 @@ class LoraBench(Bench):
 
     def learn(self, method: str, person: Person, seed: int, changes: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
         """The file of what is learned, unless it is kept from before, and its figures."""
-        said = [*self.setting.values(), method, person.name, seed, CORES]
-        path = self.folder / ("-".join(map(str, [*said, *changes.values()])) + ".safetensors")
+        settings = {} if method in PARTS else {"max_train_steps": self.steps, **changes}
+        said = [*self.setting.values(), method, person.name, seed, CORES, *changes.values()]
+        said.append(digest_of(self.config(person, seed, settings), STOCK_BEST_LEARNING_RATE))
+        path = self.folder / ("-".join(map(str, said)) + ".safetensors")
         figures = path.with_name(f"{path.name}.json")
         if not figures.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -160,7 +163,7 @@ class LoraBench(Bench):
                 loop.save(path)
             else:
                 learn = self.learn_ours if method == "ours" else self.learn_stock
-                embedding, found = learn(method, person, seed, {"max_train_steps": self.steps, **changes})
+                embedding, found = learn(method, person, seed, settings)
                 embedding.save(path)
             figures.write_text(json.dumps({**found, "bytes": path.stat().st_size}))
         return path, json.loads(figures.read_text())

@@ -11,7 +11,7 @@ shares, *norm* is the mean norm of the word's rows, *seconds* those of the train
 the defaults, paired by person and seed, with its standard error; of one pair there is none.
 
 Every measurement is a line in --results and is not repeated. A line has the updates and the rate that it was made with,
-so that results of other defaults do not mix: --table shows those of today's.
+so that results of other defaults do not mix: --table shows those of today's, with as many pictures as --images.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 from learning import CORES, IMAGES_A_PROBE, ROOT, Bench, key, open_results, people, read_results, scores
-from subjects import SPLITS
+from subjects import SPLITS, probes_for
 
 from ti_jax.config import TrainConfig, resolve
 from ti_jax.evaluation.avatar_judge import Judge
@@ -75,6 +75,11 @@ def figures_of(line: Mapping[str, Any], truth: Mapping[str, str], judge: Judge) 
     return dict(zip(FIGURES, values, strict=True))
 
 
+def has_images(line: Mapping[str, Any], truth: Mapping[str, str], judge: Judge, images: int) -> bool:
+    """Whether a line of the results has so many pictures of each of the judge's probes."""
+    return len(line["readings"]) == len(probes_for(truth, judge, images))
+
+
 def mean_and_error(values: Sequence[float]) -> str:
     """The mean of paired differences and its standard error; without one where there is a single pair."""
     error = f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
@@ -116,9 +121,14 @@ def main() -> None:
     enable_compilation_cache()
     everyone = people(arguments.split)
     chosen = [person for person in everyone if arguments.people is None or person.name in arguments.people]
-    lines = read_results(arguments.results)
-    done = {key(line) for line in lines}
+    truth = {person.name: person.truth for person in everyone}
     bench = Bench(arguments.results.parent / "methods-strips", everyone, arguments.images)
+    lines = [
+        line
+        for line in read_results(arguments.results)
+        if line["person"] in truth and has_images(line, truth[line["person"]], bench.judge, arguments.images)
+    ]
+    done = {key(line) for line in lines}
     # Seeds and people outside, so that whatever is cut short still has pairs.
     wanted = [
         (seed, person, length, variant)
@@ -144,7 +154,7 @@ def main() -> None:
         found = figures_of(lines[-1], person.truth, bench.judge)
         said = ", ".join(f"{name} {value:.2f}" for name, value in found.items())
         print(f"{person.name} seed {seed} {variant}, {length}: {said}", flush=True)
-    truth = {person.name: person.truth for person in chosen}
+    names = {person.name for person in chosen}
     for length in arguments.lengths:
         by_variant = {}
         for variant in arguments.variants:
@@ -152,7 +162,7 @@ def main() -> None:
             cells = {
                 (line["person"], line["seed"]): figures_of(line, truth[line["person"]], bench.judge)
                 for line in lines
-                if line["changes"] == settings and line["person"] in truth
+                if line["changes"] == settings and line["person"] in names
             }
             if cells:
                 by_variant[variant] = cells

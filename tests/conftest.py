@@ -44,6 +44,9 @@ os.environ.setdefault("TI_JAX_CACHE", os.environ["JAX_COMPILATION_CACHE_DIR"] + 
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # Programs without the places in the source that each operation comes from: a tenth less to trace and compile.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+# Each thread that compiles would otherwise keep what it once freed for itself: a tenth of a worker's memory. (Read by
+# glibc in the workers and in what they start.)
+os.environ.setdefault("MALLOC_ARENA_MAX", "2")
 NO_OPTIMISATIONS = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 
 # Most of the suite's time is compiling, and what is computed is right with or without the compiler's optimisations. But

@@ -135,7 +135,7 @@ def shown(chromium, url):
     tab.on("request", lambda each: elsewhere.append(each.url) if not re.match(rf"{url}|data:|blob:", each.url) else 0)
     tab.set_default_timeout(PATIENCE)
     tab.goto(url)
-    tab.wait_for_selector("#learn")
+    tab.wait_for_selector("#learn", state="attached")  # not seen where a run goes on: the page opens at its second step
     try:
         yield tab
     finally:

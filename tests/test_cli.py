@@ -377,6 +377,16 @@ def test_scripts_end_in_one_line_and_status_2(command, message):
     check_refusal(done.stdout, done.stderr, message)
 
 
+@pytest.mark.parametrize("module", ["tyro", "jax", "orbax"])
+def test_a_package_that_is_not_installed_is_one_line(tmp_path, module):
+    code = f"import runpy, sys; sys.modules[{module!r}] = None; runpy.run_path('train.py', run_name='__main__')"
+    done = run("-c", code, "--output_dir", str(tmp_path / "out"), "--max_train_steps", "1")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"train.py: error: {module}")
+    assert done.stderr.endswith(" is not installed: pip install -e . in the folder of train.py installs all that is needed\n")
+
+
 def test_help_and_refusals_do_not_wait_for_jax():
     code = "\n".join(
         [

@@ -10,8 +10,11 @@ from ti_jax.evaluation.avatar_judge import Judge
 from ti_jax.pipeline import StableDiffusion
 from ti_jax.pipeline.sampling import image_keys, image_noise, image_seeds
 
-# PyTorch's own, inside the reference.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+pytestmark = [
+    pytest.mark.heavy,
+    # PyTorch's own, inside the reference.
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
+]
 
 LIMIT = 40 * 10**6  # bytes of all weights in half precision
 STEPS, GUIDANCE = 10, 3.0

@@ -16,7 +16,7 @@ from ti_jax.embeddings.formats import render
 from ti_jax.errors import InputError, one_line, utf8
 from ti_jax.files import as_url, write_atomically
 from ti_jax.training.run_folder import ONE_FILE
-from ti_jax.training.uses import Base, base_of, diffusers_code, uses
+from ti_jax.training.uses import Base, base_of, diffusers_code, example_prompt, uses
 from ti_jax.training.validation import OVERVIEW_COLUMNS
 from ti_jax.words import fill
 
@@ -127,7 +127,7 @@ def model_card(config: TrainConfig, embedding: Embedding, repository: str, folde
     )
     sdxl = len(embedding.vectors) > 1
     subject = embedding.metadata.get(NEGATIVE_CLASS)
-    example = fill("a picture of {}", subject or embedding.token)
+    example = fill(example_prompt(config), subject or embedding.token)
     named = base_of(config, base)
     code = diffusers_code(embedding, example, repository, named)
     kind_of_word = "word" if subject is None else "word for negative prompts"

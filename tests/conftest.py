@@ -62,7 +62,7 @@ OPTIMISED = {
 # Compiled programs fill the memory: they are dropped when a worker holds so many bytes, and so many more than were left
 # the last time. Until then they serve the next modules, too: after it the next training run compiles twenty small ones.
 # (Where the system does not say what is held, they are dropped after each module.)
-FULL, ROOM = 1.1e9, 0.2e9
+FULL, ROOM = 1.1e9, 0.15e9
 # A test with the marker `heavy` takes most of a gigabyte: before it programs are dropped where more than this is held.
 ROOMY = 0.9e9
 # The steps of most runs are kept: those of the tiny model on one device and on eight.

@@ -337,6 +337,7 @@ def test_the_command_line_says_what_is_missing(tiny_sd, tmp_path, capsys):
     assert "--train_data_dir is missing" in capsys.readouterr().err
 
 
+@pytest.mark.heavy
 def test_the_embedded_model_brings_its_judge(concept, tmp_path, capsys):
     """``ti-jax evaluate`` on a person, measured with the plain word's row: the judge names who is in the pictures."""
     from ti_jax.cli.main import main

@@ -371,6 +371,7 @@ def test_a_picture_too_large_is_refused_before_it_is_decoded(tmp_path):
     assert len(told) == 1 and "178,956,970" in told[0]
 
 
+@pytest.mark.heavy
 def test_a_large_photograph_is_read_without_a_warning(tmp_path):
     """100 megapixels are where Pillow starts to warn; there are phones that have more."""
     (tmp_path / "a.png").write_bytes(huge_png(10_000, 10_000))

@@ -202,6 +202,7 @@ def test_backgrounds_differ(recipe):
         assert np.abs(drawn[one].astype(int) - drawn[other]).mean() > 3, (one, other)
 
 
+@pytest.mark.heavy
 def test_export_is_the_inverse_of_the_loader(recipe, tmp_path):
     """Random trees, written and read again by ti_jax and by diffusers: the same numbers."""
     from diffusers import StableDiffusionPipeline

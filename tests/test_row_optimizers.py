@@ -306,6 +306,7 @@ def test_a_row_without_a_gradient_yet_waits(name):
     assert np.isfinite(updates["text_encoder"]).all() and (updates["text_encoder"] != 0).all()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("changes", [{"optimizer": "schedule_free"}, {"ema_decay": 0.9, "row_norm": 0.5}])
 def test_what_is_saved_is_the_average(short_run, changes):
     result = train(resolve(dataclasses.replace(short_run, max_train_steps=3, **changes)))

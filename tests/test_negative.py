@@ -196,7 +196,7 @@ def test_the_model_card_says_how_to_use_it(tmp_path):
     (tmp_path / "samples" / "overview-04.png").touch()
     config = TrainConfig(**OTHER, overview_prompts=("a photo of {}",))
     card = model_card(config, word, "me/bad", tmp_path)
-    assert 'pipe("a picture of a hand", negative_prompt="<bad>")' in card and "A word for negative prompts for" in card
+    assert 'pipe("a photo of a hand", negative_prompt="<bad>")' in card and "A word for negative prompts for" in card
     assert '- text: "a photo of a hand"\n  parameters:\n    negative_prompt: "<bad>"\n  output:' in card
 
 

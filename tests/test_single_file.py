@@ -36,18 +36,24 @@ SAYS_V = {"modelspec.prediction_type": "v"}
 PROMPTS = ["a photo of a cat", "Two naïve dogs, don't bark!"]
 
 
+@functools.lru_cache(maxsize=1)  # they take 100 MB each
+def model(family):
+    """The family's networks on PyTorch and their state dict in the original layout."""
+    torch.manual_seed(0)
+    networks = ldm_checkpoints.parts(family)
+    return networks, ldm_checkpoints.original(family, networks)
+
+
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """``model(family)`` -> its networks on PyTorch, its state dict in the original layout, folder and file."""
+def files(tmp_path_factory):
+    """``files(family)`` -> the model as a folder and as a single file."""
 
     def make(family):
-        torch.manual_seed(0)
-        networks = ldm_checkpoints.parts(family)
+        networks, state = model(family)
         where = tmp_path_factory.mktemp(family)
         ldm_checkpoints.pipeline(family, networks, PREDICTION[family]).save_pretrained(where / "folder")
-        state = ldm_checkpoints.original(family, networks)
         save_file(state, where / "model.safetensors")
-        return networks, state, where / "folder", where / "model.safetensors"
+        return where / "folder", where / "model.safetensors"
 
     return functools.cache(make)
 
@@ -66,8 +72,8 @@ def assert_same_trees(ours, theirs):
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("family", FAMILIES)
-def test_is_the_folder_to_the_bit(model, family):
-    _, _, folder, file = model(family)
+def test_is_the_folder_to_the_bit(files, family):
+    folder, file = files(family)
     ours, theirs = load(file, family), load(folder, family)
     assert_same_trees(ours, theirs)
     # A run's checkpoints go on with either.
@@ -82,8 +88,8 @@ def test_is_the_folder_to_the_bit(model, family):
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("family", FAMILIES)
-def test_computes_what_diffusers_computes(model, family):
-    networks, _, _, file = model(family)
+def test_computes_what_diffusers_computes(files, family):
+    networks, file = model(family)[0], files(family)[1]
     rng = np.random.default_rng(0)
     latents = rng.normal(size=(2, 16, 16, 4)).astype(np.float32)
     pixels = rng.uniform(-1, 1, size=(2, 32, 32, 3)).astype(np.float32)
@@ -124,8 +130,8 @@ def lightning(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["training", "bare", "before PyTorch 1.6", "safetensors in disguise"])
-def test_ckpt(model, tmp_path, kind, lightning, monkeypatch):
-    _, state, _, file = model("sd1")
+def test_ckpt(files, tmp_path, kind, lightning, monkeypatch):
+    state, file = model("sd1")[1], files("sd1")[1]
     path = tmp_path / "model.ckpt"
     if kind == "training":
         # As Lightning writes it: keyed by the callback's class, with the callback's state beside the weights.
@@ -144,8 +150,8 @@ def test_ckpt(model, tmp_path, kind, lightning, monkeypatch):
 
 
 @pytest.mark.parametrize(("stored", "suffix"), [(torch.float16, "safetensors"), (torch.bfloat16, "ckpt")])
-def test_half_precision(model, tmp_path, stored, suffix):
-    _, state, _, file = model("sdxl")
+def test_half_precision(files, tmp_path, stored, suffix):
+    state, file = model("sdxl")[1], files("sdxl")[1]
     state = {name: tensor.to(stored) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     path = tmp_path / f"model.{suffix}"
     if suffix == "ckpt":
@@ -163,9 +169,9 @@ def test_half_precision(model, tmp_path, stored, suffix):
     assert sd.identity != load(file, "sdxl").identity  # as another variant of a folder
 
 
-def test_names_that_differ_between_files(model, tmp_path):
+def test_names_that_differ_between_files(files, tmp_path):
     """Without ``text_model.``, as transformers once wrote it, and the VAE's attention as linear layers."""
-    _, state, _, file = model("sd1")
+    state, file = model("sd1")[1], files("sd1")[1]
     names = {name: name.replace(".text_model.", ".") for name in state}
     other = {names[name]: t[..., 0, 0] if ".attn_1." in name and t.ndim == 4 else t for name, t in state.items()}
     assert other.keys() != state.keys()
@@ -199,7 +205,7 @@ def test_23_layers_are_all_used():
         ("sd2", (), {}, "epsilon", "epsilon"),
     ],
 )
-def test_prediction_type(model, tmp_path, family, markers, metadata, flag, predicts):
+def test_prediction_type(tmp_path, family, markers, metadata, flag, predicts):
     state = model(family)[1] | {name: torch.empty(0) for name in markers}
     path = rewrite(tmp_path / "model.safetensors", state, **metadata)
     with open_source(path, None, flag) as source:
@@ -217,8 +223,8 @@ def test_prediction_type(model, tmp_path, family, markers, metadata, flag, predi
         assert (make_sampler(None, scheduler, 10).timesteps[0] == 999) == ("ztsnr" in markers)
 
 
-def test_prediction_type_that_cannot_be(model, tmp_path):
-    _, state, folder, file = model("sd2")
+def test_prediction_type_that_cannot_be(files, tmp_path):
+    state, (folder, file) = model("sd2")[1], files("sd2")
     with pytest.raises(
         InputError, match=r"2\.x checkpoint, which does not say what it predicts; add --prediction_type"
     ):
@@ -236,8 +242,8 @@ def test_prediction_type_that_cannot_be(model, tmp_path):
 
 
 @pytest.mark.slow
-def test_train_and_draw(model, pictures, tmp_path):
-    _, _, folder, file = model("sd1")
+def test_train_and_draw(files, pictures, tmp_path):
+    folder, file = files("sd1")
     templates = tmp_path / "templates.txt"
     templates.write_text("a photo of {}\na drawing of {}\n")
 
@@ -307,9 +313,9 @@ def test_memory_is_the_tree_and_a_tensor(tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_words_are_looked_at_with_a_single_file_too(model, family):
+def test_words_are_looked_at_with_a_single_file_too(files, family):
     """Also with one that does not say what its UNet predicts, which does not matter here."""
-    _, _, folder, file = model(family)
+    folder, file = files(family)
     ours, theirs = TextEncoders.from_pretrained(str(file)), TextEncoders.from_pretrained(str(folder))
     assert ours.embedding_dims == theirs.embedding_dims
     assert_same_trees(ours, theirs)

@@ -55,7 +55,8 @@ def files(tmp_path_factory):
         save_file(state, where / "model.safetensors")
         return where / "folder", where / "model.safetensors"
 
-    return functools.cache(make)
+    yield functools.cache(make)
+    model.cache_clear()  # or the last one stays for the rest of the session
 
 
 def load(path, family, dtype=jnp.float32):

@@ -73,7 +73,7 @@ from ti_jax.data.folder import as_uint8, load_images  # noqa: E402
 from ti_jax.evaluation.avatar_judge import Judge, Probe  # noqa: E402
 from ti_jax.evaluation.scores import attribute_scores, mean_of  # noqa: E402
 from ti_jax.machine import enable_compilation_cache  # noqa: E402
-from ti_jax.text.templates import load_templates  # noqa: E402
+from ti_jax.text.templates import for_captions, load_templates  # noqa: E402
 from ti_jax.training.cpu_devices import use_cores  # noqa: E402
 
 IMAGES_A_PROBE = 4
@@ -129,7 +129,8 @@ class Bench:
 
     def word(self, method: str, person: Person, seed: int, changes: dict[str, Any]) -> tuple[Embedding, dict[str, Any]]:
         """The method's word, learned unless one of the same settings is kept from before, and its figures."""
-        config = resolve(self.config(person, seed, {} if method.startswith("stock") else changes))
+        # Settings of another method, or of a run of several words, are none of this run's; they are in the file's name.
+        config = resolve(self.config(person, seed, changes if method == "ours" else {}))
         said = [method, person.name, str(seed), *(f"{name}={value}" for name, value in changes.items())]
         said.append(digest_of(config, STOCK_BEST_LEARNING_RATE, STOCK_STEPS))
         file = self.strips.parent / "words" / f"{'-'.join(said)}.safetensors"
@@ -205,7 +206,7 @@ class Bench:
         pixels = torch.from_numpy(load_images(person.folder, self.sd.default_resolution).pixels).permute(0, 3, 1, 2)
         settings: dict[str, Any] = {"learning_rate": STOCK_BEST_LEARNING_RATE} if method == "stock-best" else {}
         return StockLoop(
-            self.sd.path, pixels.contiguous(), load_templates(config.learnable_property, config.templates), TOKEN,
+            self.sd.path, pixels.contiguous(), plain_templates(config), TOKEN,
             str(config.initializer_token).split()[0], batch_size=config.train_batch_size,
             flip_probability=config.flip_probability, seed=seed, **(settings | changes),
         )  # fmt: skip
@@ -220,6 +221,11 @@ class Bench:
             "method": method, "person": person.name, "seed": seed, "changes": changes, "cores": CORES, **figures,
             "readings": self.judge.read(drawn),
         }  # fmt: skip
+
+
+def plain_templates(config: TrainConfig) -> list[str]:
+    """The templates for pictures without captions."""
+    return for_captions(load_templates(config.learnable_property, config.templates), config.learnable_property)[0]
 
 
 def digest_of(*settings: Any) -> str:

@@ -63,6 +63,7 @@ from learning import (
     digest_of,
     open_results,
     people,
+    plain_templates,
     read_results,
 )  # fmt: skip
 from lora_tables import concept_table, memory_table, pair_table
@@ -74,7 +75,6 @@ from ti_jax.config import resolve
 from ti_jax.data.folder import load_images
 from ti_jax.evaluation.avatar_judge import Judge, Probe
 from ti_jax.machine import enable_compilation_cache
-from ti_jax.text.templates import load_templates
 
 PARTS = {"lora": ("unet",), "lora+text": ("unet", "text_encoder")}
 WORDS = ("stock-best", "ours")
@@ -143,7 +143,7 @@ class LoraBench(Bench):
         config = self.config(person, seed, {})
         pixels = torch.from_numpy(load_images(person.folder, self.sd.default_resolution).pixels).permute(0, 3, 1, 2)
         return LoraLoop(
-            self.sd.path, pixels.contiguous(), load_templates(config.learnable_property, config.templates),
+            self.sd.path, pixels.contiguous(), plain_templates(config),
             self.rare_word(person), "", batch_size=config.train_batch_size,
             flip_probability=config.flip_probability, seed=seed, **settings,
         )  # fmt: skip
@@ -268,7 +268,7 @@ class LoraBench(Bench):
                 lora = {"parts": PARTS[method], **changes} if method in PARTS else {}
                 settings = {
                     "model": str(self.sd.path), "token": self.rare_word(person) if lora else TOKEN, "seed": seed,
-                    "templates": load_templates(config.learnable_property, config.templates),
+                    "templates": plain_templates(config),
                     "initializer": str(config.initializer_token).split()[0], "batch_size": config.train_batch_size,
                     "learning_rate": STOCK_BEST_LEARNING_RATE, **lora,
                 }  # fmt: skip

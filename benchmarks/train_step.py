@@ -188,7 +188,7 @@ class Torch:
 
         from ti_jax.data.dataset import time_ids
         from ti_jax.data.folder import load_images
-        from ti_jax.text.templates import load_templates
+        from ti_jax.text.templates import for_captions, load_templates
 
         self.setting, self.torch = setting, torch
         model_index = json.loads((setting.model / "unet" / "config.json").read_text())
@@ -196,7 +196,7 @@ class Torch:
         StrongLoop.compiled = setting.torch_compile
         self.loop = (StrongLoop if strong else StockLoop)(
             setting.model, torch.from_numpy(pictures.pixels).permute(0, 3, 1, 2).contiguous(),
-            load_templates("object", str(TEMPLATES)), TOKEN, INITIALIZER, learning_rate=1e-3,
+            for_captions(load_templates("object", str(TEMPLATES)), "object")[0], TOKEN, INITIALIZER, learning_rate=1e-3,
             batch_size=setting.batch_size, device="cuda" if torch.cuda.is_available() else "cpu",
             dtype=getattr(torch, setting.dtype), time_ids=time_ids(pictures)[0, 0].tolist(),
         )  # fmt: skip

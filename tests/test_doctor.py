@@ -24,6 +24,12 @@ CUDA = {"jax-cuda12-plugin": "0.10.2"}
     [
         (CPU, "ok", "none: the CPU is used", ""),
         (replace(CPU, plugins={"libtpu": "0.0.30"}), "ok", "libtpu 0.0.30 is there for ti-jax plan", ""),
+        (
+            replace(CPU, plugins=CUDA),
+            "note",
+            "jax-cuda12-plugin 0.10.2 is there for ti-jax plan",
+            "docker run --gpus all",
+        ),
         (replace(CPU, backend="gpu", nvidia=True, plugins=CUDA), "ok", "used: gpu, by jax-cuda12-plugin 0.10.2", ""),
         (replace(CPU, nvidia=True), "problem", "its CUDA plug-in is not installed", "ti_jax[cuda13]"),
         # libtpu without a TPU: JAX_PLATFORMS is our own then, and not the reason.

@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).parent.parent / "ti_jax"
 
 # From the bottom up; a package stands for all its modules.
 ORDER = [
-    "startup", "interrupts", "errors", "words", "files", "cache", "remote", "batches", "machine", "images", "config",
+    "errors", "startup", "interrupts", "words", "files", "cache", "remote", "batches", "machine", "images", "config",
     "ops", "diffusion", "models", "weights", "embeddings", "text", "pipeline", "data", "evaluation", "training", "ui",
     "cli",
 ]  # fmt: skip

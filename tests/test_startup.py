@@ -1,4 +1,4 @@
-"""Where libtpu is installed and no TPU is there, JAX does not look for one, which it would do in lines of errors."""
+"""Accelerators that are not there, though their packages are: JAX would say so in many lines of errors."""
 
 import os
 import subprocess
@@ -66,3 +66,25 @@ def test_commands_do_it_before_jax_starts(libtpu):
     )  # fmt: skip
     expected = "None" if startup.installed("jax_plugins") else "cpu"
     assert done.stdout.split()[-1] == expected, done.stderr
+
+
+def test_a_plugin_without_its_driver_is_one_line(tmp_path):
+    """A plug-in as JAX finds it, which fails as CUDA's does where there is no driver."""
+    plugin = tmp_path / "jax_plugins" / "xla_mine"
+    plugin.mkdir(parents=True)
+    (plugin / "__init__.py").write_text(
+        "def initialize():\n    raise RuntimeError('Unable to load cuPTI.\\nIs it there?')\n"
+    )
+    program = (
+        "from ti_jax.cli.main import main\n"
+        "main(['embedding', 'inspect', 'nothing.safetensors'])\n"
+        "import jax; print(jax.default_backend())"
+    )
+    paths = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    environment = os.environ | {"PYTHONPATH": paths}
+    environment.pop("JAX_PLATFORMS", None)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "cpu"
+    (said,) = [line for line in done.stderr.splitlines() if "xla_mine" in line]
+    assert said.endswith("Unable to load cuPTI. (ti-jax doctor has more)")
+    assert "Traceback" not in done.stderr

@@ -6,10 +6,13 @@ import contextlib
 import glob
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from ti_jax.errors import one_line
 
 GOOGLE = "0x1ae0"  # the vendor of a TPU's PCI device
 
@@ -24,6 +27,23 @@ def avoid_missing_tpu() -> None:
         return
     if not installed("jax_plugins") and not any(importlib.metadata.entry_points(group="jax_plugins")):
         os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+class _WithoutTraceback(logging.Filter):
+    """Leaves of an exception's traceback the first line of its message."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and record.exc_info[1]:
+            record.msg = f"{record.getMessage()}: {one_line(record.exc_info[1])} (ti-jax doctor has more)"
+            record.args, record.exc_info = (), None
+        return True
+
+
+def shorten_plugin_errors() -> None:
+    """Have JAX say in one line, not in thirty, that it cannot use a plug-in, as CUDA's without a driver."""
+    logger = logging.getLogger("jax._src.xla_bridge")
+    if not any(isinstance(each, _WithoutTraceback) for each in logger.filters):
+        logger.addFilter(_WithoutTraceback())
 
 
 @contextlib.contextmanager

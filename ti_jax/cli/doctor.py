@@ -61,9 +61,9 @@ class Report:
         """Lines to print."""
         marks = {"ok": "ok", "note": "note", "problem": "PROBLEM"}
         for each in self.findings:
-            yield f"{marks[each.level]:9}{each.check:13}{each.says}"
+            yield f"{marks[each.level]:9}{each.check:15}{each.says}"
             if each.advice:
-                yield f"{'':22}-> {each.advice}"
+                yield f"{'':24}-> {each.advice}"
         problems = sum(each.level == "problem" for each in self.findings)
         yield "all is well" if not problems else f"{problems} problem{'s' if problems > 1 else ''}"
 
@@ -208,7 +208,12 @@ def judge(machine: Machine) -> Finding:
         advice = "check nvidia-smi and the driver" if machine.nvidia else "end other programs that use the TPU"
         return found("problem", f"{what} that JAX does not use: {why}", advice)
     if others:
-        return found("ok", f"none; {', '.join(others)} {'is' if len(others) == 1 else 'are'} there for ti-jax plan")
+        says = f"none; {', '.join(others)} {'is' if len(others) == 1 else 'are'} there for ti-jax plan"
+        if not cuda:
+            return found("ok", says)
+        return found(
+            "note", says, "to train on this machine's GPU: its driver, and in a container docker run --gpus all"
+        )
     return found("ok", "none: the CPU is used")
 
 

@@ -31,7 +31,7 @@ from ti_jax.config.rules import PORT, TEXT, TEXTS, WHOLE
 from ti_jax.config.yaml import nearest
 from ti_jax.errors import InputError, OutOfStep
 from ti_jax.remote import as_given
-from ti_jax.startup import avoid_missing_tpu
+from ti_jax.startup import avoid_missing_tpu, shorten_plugin_errors
 
 TRAIN_EXAMPLES = """\
 examples:
@@ -180,6 +180,7 @@ def _run(argv: Sequence[str], prog: str) -> int:
         remedy = nearest(command, COMMANDS, "did you mean {}?", f"known are {', '.join(COMMANDS)}")
         raise InputError(f"unknown command {command!r}; {remedy}")
     avoid_missing_tpu()
+    shorten_plugin_errors()
     run, _ = COMMANDS[command]
     return run(args, prog if prog.endswith(".py") else f"{prog} {command}")
 

@@ -42,5 +42,5 @@ def note_unknown(texts: Iterable[str], what: str) -> str | None:
     shown = ", ".join(repr(each) for each in found[:6]) + (f" and {len(found) - 6} more" if len(found) > 6 else "")
     return (
         f"warning: {what} with what the embedded model does not know, and takes for noise: {shown}; leave that out; "
-        f"it knows 96: 'a portrait of a person with glasses wearing a red jacket on a green striped background'"
+        f"it knows 96 words, as in 'a portrait of a person with glasses wearing a red jacket on a grey background'"
     )

@@ -29,21 +29,17 @@ def avoid_missing_tpu() -> None:
         os.environ["JAX_PLATFORMS"] = "cpu"
 
 
-class _WithoutTraceback(logging.Filter):
-    """Leaves of an exception's traceback the first line of its message."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.exc_info and record.exc_info[1]:
-            record.msg = f"{record.getMessage()}: {one_line(record.exc_info[1])} (ti-jax doctor has more)"
-            record.args, record.exc_info = (), None
-        return True
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Leave of an exception's traceback the first line of its message; keep the record."""
+    if record.exc_info and record.exc_info[1]:
+        record.msg = f"{record.getMessage()}: {one_line(record.exc_info[1])} (ti-jax doctor has more)"
+        record.args, record.exc_info = (), None
+    return True
 
 
 def shorten_plugin_errors() -> None:
     """Have JAX say in one line, not in thirty, that it cannot use a plug-in, as CUDA's without a driver."""
-    logger = logging.getLogger("jax._src.xla_bridge")
-    if not any(isinstance(each, _WithoutTraceback) for each in logger.filters):
-        logger.addFilter(_WithoutTraceback())
+    logging.getLogger("jax._src.xla_bridge").addFilter(_without_traceback)  # the same one a second time does nothing
 
 
 @contextlib.contextmanager
